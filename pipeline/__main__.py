@@ -1,0 +1,95 @@
+"""python -m pipeline STAGE --config RECIPE [--any.field value ...]
+
+run        all stages in order, each in its own processes; stages that are done are skipped
+teacher    train, fine-tune or take the teacher            (under torchrun or srun)
+distill    train the modular layers of all granularities   (under torchrun or srun)
+baseline   shrink and fine-tune one small model directly   (under torchrun or srun)
+assemble   put checkpoints of all asked ratios together
+evaluate   score and time all of them in one batch
+report     the table, scores.csv, report.html and the pictures
+doctor     check this machine: packages, ranks, MPI, kernels
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.cli import EXIT_MISTAKE, parse_recipe, recipe_parser, run_program
+from pipeline.config import Recipe
+from pipeline.rundir import RunDir
+
+TRAINING = ("teacher", "distill", "baseline")
+STAGES = ("run", *TRAINING, "assemble", "evaluate", "report", "doctor")
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    name, *rest = arguments
+    if name == "bench":
+        from pipeline.bench.__main__ import main as bench_main
+
+        bench_main(rest)
+        return
+    if name not in STAGES:
+        print(f"error: unknown stage {name!r}: choose from {', '.join(STAGES)}", file=sys.stderr)
+        raise SystemExit(EXIT_MISTAKE)
+    run_program(lambda: _run_stage(name, rest), verbose="--verbose" in rest)
+
+
+def _run_stage(name: str, arguments: Sequence[str]) -> None:
+    if name == "doctor":
+        from pipeline.doctor import doctor
+
+        doctor()
+        return
+    parser = recipe_parser(f"python -m pipeline {name}", __doc__ or "")
+    if name == "run" or name in TRAINING:
+        parser.add_argument("--extend", action="store_true", help="Continue with a schedule other than the one begun.")
+    recipe, options = parse_recipe(parser, arguments)
+    run = RunDir(Path(recipe.resolved_run_dir))
+    if name == "run":
+        from pipeline.run import run_all
+
+        run_all(recipe, run, extend=options["extend"])
+    elif name in TRAINING:
+        _train(name, recipe, run, extend=options["extend"])
+    else:
+        _program(name)(recipe, run)
+
+
+def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
+    from pipeline.engine import join_world
+
+    world = join_world()
+    if name == "teacher":
+        from pipeline.teacher import train_teacher as train
+    elif name == "distill":
+        from pipeline.distill import train_modular as train
+    else:
+        from pipeline.baselines import train_baseline as train
+    train(recipe, run, world, extend=extend)
+    world.close()
+
+
+def _program(name: str) -> Callable[[Recipe, RunDir], None]:
+    """Late imports: a report should not wait for torch."""
+    if name == "assemble":
+        from pipeline.assemble import assemble
+
+        return assemble
+    if name == "evaluate":
+        from pipeline.evaluate import evaluate
+        from pipeline.world import World
+
+        return lambda recipe, run: evaluate(recipe, run, World.from_environment())
+    from pipeline.report import report
+
+    return report
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Claim files: how workers that share only a folder divide units of work, whichever of them dies.
+
+A claim is a hint that saves work, never a promise that results depend on: results are published whole and checked when
+they are read, so a unit that is done twice counts once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+STALE_CLAIM_S = 600.0  # holders touch their claim after every batch; on other hosts silence is the only sign of death
+
+
+def take_claim(folder: Path, name: str) -> Path | None:
+    """Claim a unit for this process, or None when a living worker has it.
+
+    A dead worker's claim is never removed but outdone by the next number: two workers that see it dead both try to
+    create the same next file, and one of them wins. (Linking a finished file creates it exclusively and whole, on
+    network file systems too.) Should a slow worker be taken for dead, a unit is done twice, with the same result.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while (path := folder / f"{name}.{number}").exists():
+        if is_held(path):
+            return None
+        number += 1
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    temporary = folder / f".{name}.{holder['host']}.{holder['pid']}.tmp"
+    temporary.write_text(json.dumps(holder), encoding="utf-8")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def is_held(claim: Path) -> bool:
+    """Whether the holder of a claim is, as far as can be seen from here, another process that still works on it."""
+    try:
+        age_s = time.time() - claim.stat().st_mtime
+        holder = json.loads(claim.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True  # released this instant: the result, if there is one, is seen on the next look
+    except ValueError:
+        return False
+    if age_s > STALE_CLAIM_S:
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    start = process_start(holder["pid"])
+    return holder["pid"] != os.getpid() and start is not None and start == holder["start"]
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started (kernel ticks), or None when there is none: a pid alone gets reused."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if stat[0] in "ZX" else stat[19]
+
+
+def touch(claim: Path) -> None:
+    """Say that the claim's holder is alive."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(claim)

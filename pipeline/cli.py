@@ -1,0 +1,99 @@
+"""The command line of every program: a recipe, overrides, and mistakes in one line.
+
+`--config` takes a YAML file or the name of one in pipeline/recipes/; any field is overridden as `--a.b value`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from pipeline.config import Recipe
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+EXIT_MISTAKE = 2
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        raise ValueError(_one_line(str(ex or message)))
+
+
+def recipe_parser(program: str, description: str) -> ArgumentParser:
+    """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=program, description=description)
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file or a name in pipeline/recipes/.")
+    parser.add_argument("--verbose", action="store_true", help="Show the traceback of an error.")
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def parse_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Namespace]:
+    """(recipe, all parsed arguments).
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or out of range, a missing file.
+    """
+    parsed = parser.parse_args(_with_recipe_paths(arguments))
+    values = parser.instantiate(parsed)
+    return Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe)}), values
+
+
+def run_program(program: Callable[[], None], *, verbose: bool) -> None:
+    """Run a program; a user's mistake becomes one line on standard error and exit code 2."""
+    try:
+        program()
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_MISTAKE) from None
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by its name in pipeline/recipes/."""
+    for candidate in (Path(name), RECIPES / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ValueError(f"no recipe {name!r}: give the path of a YAML file or one of {', '.join(known)}")
+
+
+def field_names(config_class: type[Any], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a settings dataclass."""
+    names = []
+    for name, value in vars(config_class()).items():
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        names += field_names(type(value), f"{prefix}{name}.") if nested else [prefix + name]
+    return names
+
+
+def _with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+    """Names of recipes after --config become paths."""
+    resolved = list(arguments)
+    for index, argument in enumerate(resolved):
+        if argument == "--config" and index + 1 < len(resolved):
+            resolved[index + 1] = str(recipe_path(resolved[index + 1]))
+        elif argument.startswith("--config="):
+            resolved[index] = f"--config={recipe_path(argument.removeprefix('--config='))}"
+    return resolved
+
+
+def _one_line(message: str) -> str:
+    """A parser's message in one line, with the nearest field where a key is unknown."""
+    line = " ".join(message.split())
+    unknown = re.search(r"(?:[Kk]ey|Option) [\"']?-*([\w.]+)[\"']? is not (?:expected|accepted)", line)
+    unknown = unknown or re.search(r"(?:[Uu]nrecognized arguments:|does not accept option) '?-*([\w.]+)", line)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1], [*field_names(Recipe), "config", "extend", "verbose"], n=1)
+        line = f"unknown field {unknown[1]!r}" + (f": did you mean {near[0]}?" if near else ": see --help")
+    return line

@@ -1,0 +1,22 @@
+"""Model families behind one small interface: where the layers are, how one is called, how depth is written down."""
+
+from __future__ import annotations
+
+from pipeline.families.base import Family, StackInputs
+from pipeline.families.t5 import T5Family
+
+FAMILIES: dict[str, Family] = {"t5": T5Family(), "mt5": T5Family()}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a Hugging Face `model_type`.
+
+    Raises:
+        ValueError: a model type that no family knows.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "StackInputs", "family_of"]

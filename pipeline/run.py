@@ -1,0 +1,104 @@
+"""All stages in order, each in processes of its own: the same commands that a cluster job runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from pipeline.config import Recipe
+from pipeline.rundir import RunDir, Stage, write_atomic
+
+TRAINING = ("teacher", "distill", "baseline")
+ORDER = ("data", *TRAINING, "assemble", "evaluate", "report")
+
+
+def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
+    """Run every stage that is not done yet.
+
+    Raises:
+        ValueError: another process works in this run directory.
+        SystemExit: a stage failed, with its exit code.
+    """
+    run.root.mkdir(parents=True, exist_ok=True)
+    lock = _lock(run)
+    write_atomic(run.recipe, yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False))
+    started_s = time.monotonic()
+    for name in ORDER:
+        stage_started_s = time.monotonic()
+        done = name in ORDER[1:-1] and Stage.of(recipe, run, name).stamp() is not None
+        if not done:
+            _run_stage(name, recipe, run, extend=extend)
+        seconds = time.monotonic() - stage_started_s
+        print(f"{name:<9} {'up to date' if done else f'{seconds:6.1f} s'}", flush=True)
+    lock.close()
+    print(f"all done in {time.monotonic() - started_s:.1f} s")
+    print(
+        f"Look at {run.stage('report') / 'report.html'}; every checkpoint lies in {run.stage('assemble') / 'models'}."
+    )
+    print(
+        f"Next: AutoModelForSeq2SeqLM.from_pretrained(...) on one of them, or your own model and data: "
+        f"python -m pipeline run --config {run.recipe} --teacher.folder ... --data.corpus files --data.train ..."
+    )
+
+
+def stage_command(name: str, recipe: Recipe, run: RunDir) -> list[str]:
+    """The command of one stage on this machine."""
+    launch = recipe.launch
+    if name == "data":
+        build = [sys.executable, "-m", "data_prep", "build", "--config", str(run.recipe), "--out", str(run.data)]
+        return [_mpiexec(), "-n", str(launch.num_mpi_ranks), *build] if launch.num_mpi_ranks > 1 else build
+    program = ["-m", "pipeline", name, "--config", str(run.recipe)]
+    if name in (*TRAINING, "evaluate") and launch.num_ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch.num_ranks)]
+        return [sys.executable, *torchrun, *program]
+    return [sys.executable, *program]
+
+
+def _run_stage(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
+    command = stage_command(name, recipe, run)
+    if extend and name in TRAINING:
+        command.append("--extend")
+    requeue = run.root / name / "REQUEUE"
+    requeue.unlink(missing_ok=True)
+    threads = str(recipe.launch.threads_per_rank)
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"})
+    if requeue.exists():
+        print(f"{name} was asked to stop and saved its state: run the same command again to continue")
+        raise SystemExit(85)
+    if result.returncode:
+        raise SystemExit(result.returncode if result.returncode > 0 else 1)
+
+
+def _mpiexec() -> str:
+    """The mpiexec beside this Python (pip's MPI), else the one on the path."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.is_file() else shutil.which("mpiexec")
+    if not found:
+        raise ValueError("no mpiexec found: pip install mpich, or set launch.num_mpi_ranks to 1")
+    return found
+
+
+def _lock(run: RunDir) -> IO[str]:
+    """Hold the run directory; the lock goes when this process and its children are gone, however they go."""
+    file = open(run.root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 held while the run lasts
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process works in {run.root}: wait for it or choose another run_dir") from None
+    return file
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML knows them."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value

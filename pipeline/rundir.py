@@ -1,0 +1,244 @@
+"""Every path inside a run directory, and the stamps by which the stages after data preparation skip themselves.
+
+Data preparation keeps its own books (data_prep/build.py): its manifest stands for its output here.
+
+A stage that starts writes its inputs to <stage>/inputs.json; a stage that is done publishes <stage>/stage.json last:
+its inputs again, and the size and sha256 of every output. A stage is done when its stamp carries the inputs that the
+recipe and the stages before it now give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, fields_of_kind
+
+FORMAT_VERSION = 1
+
+# stage -> (sections of the recipe that describe it, stages whose outputs it reads)
+STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "teacher": (("teacher",), ("data",)),
+    "distill": (("distill",), ("data", "teacher")),
+    "baseline": (("baseline", "distill"), ("data", "teacher")),
+    "assemble": (("assemble",), ("teacher", "distill", "baseline")),
+    "evaluate": (("evaluate",), ("data", "assemble")),
+    "report": ((), ("evaluate",)),
+}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    root: Path
+
+    def stage(self, name: str) -> Path:
+        assert name in STAGES
+        return self.root / name
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.data / "tokenizer"
+
+    @property
+    def teacher_model(self) -> Path:
+        return self.stage("teacher") / "model"
+
+    @property
+    def baseline_model(self) -> Path:
+        return self.stage("baseline") / "model"
+
+    @property
+    def library(self) -> Path:
+        return self.stage("distill") / "library"
+
+    @property
+    def systems(self) -> Path:
+        return self.stage("assemble") / "systems.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.stage("evaluate") / "scores.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def output_hash(self, stage: str) -> str | None:
+        """Hash of what a stage has published, or None when it has not."""
+        if stage == "data":
+            manifest = self.data / "manifest.json"
+            return sha256_file(manifest) if manifest.is_file() else None
+        stamp = read_json(self.stage(stage) / "stage.json")
+        return stamp["outputs_hash"] if stamp else None
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Publish a small file: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Make a finished folder visible under its final name, all at once; an older one of that name goes first."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
+class StageConflict(ValueError):
+    """The recipe no longer fits a stage that is half done."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one run, with the inputs that its output must have been made from."""
+
+    run: RunDir
+    name: str
+    identity: dict[str, Any]
+    schedule: dict[str, Any]
+
+    @staticmethod
+    def of(recipe: Recipe, run: RunDir, name: str) -> Stage:
+        """The stage as the recipe describes it now; stages before it must be done.
+
+        Raises:
+            FileNotFoundError: a stage before this one has not published its output.
+        """
+        sections, upstream = STAGES[name]
+        identity: dict[str, Any] = {"format": FORMAT_VERSION, "seed": recipe.seed}
+        schedule: dict[str, Any] = {}
+        for section in sections:
+            identity |= fields_of_kind(getattr(recipe, section), "identity", f"{section}.")
+            schedule |= fields_of_kind(getattr(recipe, section), "schedule", f"{section}.")
+        for other in upstream:
+            output_hash = run.output_hash(other)
+            if output_hash is None:
+                raise FileNotFoundError(f"stage {name} needs the output of stage {other}: run that first")
+            identity[f"output of {other}"] = output_hash
+        return Stage(run, name, identity, schedule)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.stage(self.name)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return json.loads(json.dumps({"identity": self.identity, "schedule": self.schedule}))
+
+    def stamp(self) -> dict[str, Any] | None:
+        """The published stamp when it was made from these inputs and its outputs are all there, else None."""
+        stamp = read_json(self.folder / "stage.json")
+        if stamp is None or stamp["inputs"] != self.inputs:
+            return None
+        for name, entry in stamp["outputs"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                return None
+        return stamp
+
+    def begin(self, *, extend: bool = False) -> None:
+        """Make the folder ready for work: keep what was begun with the same inputs, refuse or set aside the rest.
+
+        Raises:
+            StageConflict: a half-finished stage was begun with other inputs; the difference is in the message.
+        """
+        begun = read_json(self.folder / "inputs.json")
+        if begun is not None and begun != self.inputs:
+            changed = _difference(begun["identity"], self.inputs["identity"])
+            rescheduled = _difference(begun["schedule"], self.inputs["schedule"])
+            if changed and not (self.folder / "stage.json").exists():
+                raise StageConflict(
+                    f"stage {self.name} in {self.folder} is half finished with other settings ({changed}): set them "
+                    f"back, choose another run_dir, or remove that folder to start it again"
+                )
+            if changed:
+                self._set_aside()
+            elif rescheduled and not extend:
+                raise StageConflict(
+                    f"stage {self.name} in {self.folder} was begun with another schedule ({rescheduled}): set it back, "
+                    f"or give --extend to continue with the new one"
+                )
+        (self.folder / "stage.json").unlink(missing_ok=True)
+        write_atomic(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
+
+    def _set_aside(self) -> None:
+        """Move a finished output that another recipe made out of the way; nothing is deleted."""
+        digest = hashlib.sha256((self.folder / "inputs.json").read_bytes()).hexdigest()[:8]
+        aside = self.folder.with_name(f"{self.name}~{digest}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        self.folder.rename(aside)
+
+    def publish(self, outputs: Iterable[Path], *, started_s: float, extra: dict[str, Any] | None = None) -> None:
+        """Stamp the stage as done. `outputs` are files or folders below the stage's folder."""
+        files: dict[str, dict[str, Any]] = {}
+        for output in outputs:
+            for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
+                if path.is_file():
+                    name = str(path.relative_to(self.folder))
+                    files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        stamp = {
+            "stage": self.name,
+            "inputs": self.inputs,
+            "outputs": files,
+            "outputs_hash": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            "seconds": round(time.time() - started_s, 1),
+            **(extra or {}),
+        }
+        write_atomic(self.folder / "stage.json", json.dumps(stamp, indent=1))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None when there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)

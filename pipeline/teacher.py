@@ -1,0 +1,138 @@
+"""The teacher stage: train a T5 from scratch or fine-tune one, through the engine that distils it.
+
+Shapes: B examples, T target tokens, N valid target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.checkpoint import checkpoints, full_weights
+from pipeline.config import Recipe
+from pipeline.data import MicroBatch
+from pipeline.families import family_of
+from pipeline.families.t5 import new_t5
+from pipeline.loop import Task, Trainer
+from pipeline.losses import GlobalCounts, LossTerms, task_loss
+from pipeline.rundir import RunDir, Stage, publish_folder
+from pipeline.tokenizer import save_tokenizer, vocabulary_size
+from pipeline.world import World
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    student_logits_NV: torch.Tensor
+    labels_N: torch.Tensor
+
+
+class TeacherModel(nn.Module):
+    """A Hugging Face encoder-decoder whose parameters all train."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> TeacherOutputs:
+        target_mask_BT = batch.labels_BT != -100
+        logits_BTV = self.model(
+            input_ids=batch.source_BS,
+            attention_mask=batch.source_mask_BS,
+            decoder_input_ids=self.model._shift_right(batch.labels_BT),
+            use_cache=False,
+        ).logits
+        return TeacherOutputs(logits_BTV[target_mask_BT], batch.labels_BT[target_mask_BT])
+
+
+def teacher_terms(step: int, outputs: TeacherOutputs, counts: GlobalCounts) -> LossTerms:
+    loss = task_loss(outputs.student_logits_NV, outputs.labels_N) / counts.num_target_tokens
+    return LossTerms(loss, {"task": loss.detach()})
+
+
+def full_model_task(model: PreTrainedModel) -> Task:
+    """Train every parameter of a Hugging Face model on the task loss."""
+    family = family_of(model.config.model_type)
+    return Task(
+        module=TeacherModel(model),
+        leaf_classes=[type(family.layers(model, "encoder")[0])],
+        lr_factor=lambda name: family.lr_factor(name, model.config),
+        clip_group=lambda name: "model",
+        forward_args=lambda step, batch: (),
+        loss_terms=teacher_terms,
+        validations={"task": ()},
+    )
+
+
+def train_teacher(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
+    """Make RUN/teacher/model, a Hugging Face folder. Collective over all ranks."""
+    started_s = time.time()
+    stage = Stage.of(recipe, run, "teacher")
+    begin(stage, world, extend=extend)
+    settings = recipe.teacher
+    if settings.optim.num_steps == 0:
+        if world.is_main:
+            publish_copy(Path(settings.folder), run.teacher_model)
+    else:
+        trainer = Trainer(
+            full_model_task(_starting_model(recipe, run)),
+            stage, world, optim=settings.optim, batch=settings.batch, loop=settings.loop,
+        )  # fmt: skip
+        trainer.train()
+        if world.is_main:
+            save_trained(_starting_model(recipe, run), stage, run.teacher_model, run.tokenizer)
+    if world.is_main:
+        stage.publish([run.teacher_model], started_s=started_s)
+
+
+def _starting_model(recipe: Recipe, run: RunDir) -> PreTrainedModel:
+    settings = recipe.teacher
+    if settings.folder:
+        return load_model(Path(settings.folder))
+    return new_t5(vocabulary_size(run.tokenizer), dataclasses.asdict(settings.architecture), recipe.seed)
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A supported encoder-decoder from a local folder, in fp32.
+
+    Raises:
+        ValueError: not a model that a family knows.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+    return AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+
+
+def save_trained(model: PreTrainedModel, stage: Stage, target: Path, tokenizer: Path) -> None:
+    """Write the weights of the stage's newest checkpoint as an ordinary Hugging Face folder."""
+    weights = full_weights(checkpoints(stage.folder / "checkpoints")[-1])
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()}, strict=False)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    save_tokenizer(tokenizer, temporary)
+    publish_folder(temporary, target)
+
+
+def publish_copy(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    publish_folder(temporary, target)
+
+
+def begin(stage: Stage, world: World, *, extend: bool) -> None:
+    """Rank 0 prepares the stage's folder; the others wait for it."""
+    if world.is_main:
+        stage.begin(extend=extend)
+    world.barrier()

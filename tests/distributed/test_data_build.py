@@ -1,0 +1,200 @@
+"""Data builds with real MPI ranks: the same bytes from any world, and from any kill followed by another run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.shards import read_manifest, read_split
+
+ROOT = Path(__file__).resolve().parents[2]
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+SMALL = {"num_demo_pairs": 1500, "num_validation": 60, "num_test": 60, "examples_per_block": 32, "blocks_per_shard": 2}
+
+
+def command(recipe: Path, out: Path, ranks: int, *options: str) -> list[str]:
+    build = [sys.executable, "-m", "data_prep", "build", "--config", str(recipe), "--out", str(out), *options]
+    return build if ranks == 0 else [str(MPIEXEC), "-n", str(ranks), *build]
+
+
+def build(recipe: Path, out: Path, ranks: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
+    """ranks = 0 is one plain process."""
+    return subprocess.run(
+        command(recipe, out, ranks, *options), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_recipe(path: Path, data: dict) -> Path:
+    path.write_text(json.dumps({"name": "test", "teacher": {"any": 1}, "data": data}), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", SMALL)
+
+
+@pytest.fixture(scope="module")
+def built(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "data"
+    result = build(recipe, out)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("data: train 1,380, validation 60, test 60 examples")
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_any_number_of_ranks_makes_the_same_bytes(recipe: Path, built: Path, tmp_path: Path, ranks: int) -> None:
+    result = build(recipe, tmp_path / "data", ranks)
+    assert result.returncode == 0, result.stderr
+    assert f"on {ranks} rank(s)" in result.stdout and result.stdout.count("\n") == 1
+    assert contents(tmp_path / "data") == contents(built)
+
+
+def test_every_record_is_written_once_and_comes_back(built: Path) -> None:
+    manifest = read_manifest(built)
+    for name, split in manifest.splits.items():
+        rows = (built / f"corpus/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert split.ledger.read == split.ledger.written == split.num_examples == len(rows)
+        assert len(read_split(built, manifest, name)) == len(rows)
+    corpus = [json.loads(line) for line in (built / "corpus/test.jsonl").read_text(encoding="utf-8").splitlines()]
+    test = [json.loads(line) for line in (built / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert test == [{name: row[name] for name in ("id", "source", "target")} for row in corpus]
+    assert sum(row["held_out"] for row in corpus) == 24
+
+
+def test_a_finished_build_is_left_alone(recipe: Path, built: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    start = time.monotonic()
+    result = build(recipe, built, 2)
+    assert (result.returncode, result.stdout[:22]) == (0, "data: nothing to do, /"), result.stderr
+    assert time.monotonic() - start < 5
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
+
+@pytest.mark.parametrize("moment", ["corpus", "tokenizer", "plan.json", "train/000002.json", "train/000015.json"])
+def test_a_killed_build_is_finished_by_another_world(recipe: Path, built: Path, tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "data"
+    process = subprocess.Popen(
+        command(recipe, out, 2), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (out / moment).exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    kill_session(process)
+    assert not (out / "manifest.json").exists(), "the build was over before the kill"
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        read_manifest(out)
+    (out / "train").mkdir(exist_ok=True)
+    (out / "train/000001.tar.tmp-1").write_bytes(b"left by the killed build")
+    kept = {p: p.stat().st_mtime_ns for p in out.rglob("*.json") if p.parent.name in ("train", "tokenizer")}
+    result = build(recipe, out, 3)
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(built)
+    redone = [path for path, mtime in kept.items() if path.stat().st_mtime_ns != mtime]
+    assert not redone, "what was published is not made again"
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """SIGKILL for the process and everything it started, also ranks that moved to their own process group."""
+    listing = subprocess.run(["ps", "-eo", "pid=,sid="], capture_output=True, text=True, check=True).stdout
+    parents = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    family = {process.pid} | {int(row.split()[0]) for row in listing.splitlines() if int(row.split()[1]) == process.pid}
+    children = [(int(pid), int(parent)) for pid, parent in (row.split() for row in parents.splitlines())]
+    while more := {pid for pid, parent in children if parent in family} - family:
+        family |= more
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def test_other_settings_are_refused_with_the_difference(recipe: Path, built: Path, tmp_path: Path) -> None:
+    result = build(recipe, built, 2, "--data.seed", "5")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and "seed 0 -> 5" in result.stderr
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "plan.json").write_bytes((built / "plan.json").read_bytes())
+    result = build(recipe, half, 0, "--data.vocab_size", "400")
+    assert result.returncode == 2 and "vocab_size 512 -> 400" in result.stderr
+    assert [path.name for path in half.iterdir()] == ["plan.json"]
+
+
+def test_a_damaged_shard_is_found_and_made_again(recipe: Path, built: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    assert build(recipe, out).returncode == 0
+    verify = [sys.executable, "-m", "data_prep", "verify", str(out)]
+    assert subprocess.run(verify, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    shard = out / "train/000003.tar"
+    damaged = bytearray(shard.read_bytes())
+    damaged[700] ^= 4
+    shard.write_bytes(damaged)
+    result = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "000003.tar: size or sha256 differ" in result.stdout
+    (out / "manifest.json").unlink()
+    assert build(recipe, out, 2).returncode == 0
+    assert contents(out) == contents(built)
+
+
+def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
+    row = '{"q": {"en": "number %d is here"}, "a": "Nummer %d ist da"}'
+    lines = [row % (n, n) for n in range(200)]
+    lines[3:3] = ["", '{"q": {"en": " "}, "a": "x"}', '{"q": {"en": "y"}, "a": ""}']
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(lines), encoding="utf-8")
+    data = {"corpus": "files", "train": [str(train)], "test": [str(train)], "source_field": "q.en", "target_field": "a"}
+    data |= {"prefix": "translate: ", "vocab_size": 80, "examples_per_block": 16, "blocks_per_shard": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data)
+    out = tmp_path / "data"
+    result = build(recipe, out, 2)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(out)
+    assert set(manifest.splits) == {"train", "test"}
+    ledger = manifest.splits["train"].ledger
+    assert (ledger.read, ledger.written) == (203, 200)
+    assert ledger.dropped == {"blank line": 1, "empty source": 1, "empty target": 1}
+    test = [json.loads(line) for line in (out / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert test[3] == {"id": "test/6", "source": "translate: number 3 is here", "target": "Nummer 3 ist da"}
+    train.write_text("\n".join([*lines[:150], '{"q": {"en": "y"}}']), encoding="utf-8")
+    result = build(recipe, tmp_path / "bad", 2)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"{train}:151: no field 'a'; present: q.en; set data.target_field" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ({"vocab_sise": 9}, [], "data has no setting 'vocab_sise'; did you mean 'vocab_size'?"),
+        ({"vocab_size": 9}, [], "data.vocab_size is 9: choose a value from 64"),
+        ({"corpus": "files"}, [], "data.train is empty"),
+        ({"corpus": "files", "train": ["nowhere.jsonl"]}, [], "nowhere.jsonl: no such file"),
+        ({"seed": "x"}, [], "seed"),
+        ({}, ["--data.sed", "3"], "--data.sed"),
+        ({"tokenizer": "nowhere"}, [], "nowhere: neither spiece.model nor tokenizer.json"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_line(tmp_path: Path, data: dict, options: list[str], message: str) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", {**SMALL, **data})
+    result = build(recipe, tmp_path / "data", 0, *options)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert message in result.stderr
+
+
+def test_importing_the_programs_is_light() -> None:
+    probe = "import sys, data_prep.__main__, data_prep.build, data_prep.verify; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=False).returncode == 0

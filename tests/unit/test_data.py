@@ -1,0 +1,197 @@
+"""Training input: the same global batches for any world and any restart, every example once, budgets kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.shards import FORMAT_VERSION, Block, Ledger, Manifest, ShardWriter, Split
+from pipeline.data import Batches, Cursor, MicroBatch, StepBatch, evaluation_batches
+
+NUM_EXAMPLES = 230
+PAD_ID = 0
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """230 examples of 1-20 source and 1-12 target tokens; source token 0 of example i is 100 + i."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train").mkdir()
+    rng = np.random.Generator(np.random.Philox(7))
+    sources = [rng.integers(1, 90, rng.integers(1, 21)).astype(np.uint16) for _ in range(NUM_EXAMPLES)]
+    targets = [rng.integers(1, 90, rng.integers(1, 13)).astype(np.uint16) for _ in range(NUM_EXAMPLES)]
+    for number, ids in enumerate(sources):
+        ids[0] = 100 + number
+    with ShardWriter(folder / "train", "000000.tar") as writer:
+        for start in range(0, NUM_EXAMPLES, 32):
+            writer.write(Block.of(sources[start : start + 32], targets[start : start + 32]))
+    assert writer.entry is not None
+    ledger = Ledger(read=NUM_EXAMPLES, written=NUM_EXAMPLES, dropped={}, truncated={})
+    splits = {"train": Split((writer.entry,), ledger)}
+    Manifest(FORMAT_VERSION, "hash", {}, (), {"pad_id": PAD_ID}, splits).publish(folder)
+    return folder
+
+
+def batches_of(data_dir: Path, seed: int = 0, tokens: int = 150, per_step: int = 4, window: int = 64) -> Batches:
+    return Batches(data_dir, "train", seed, tokens, per_step, window)
+
+
+def one_epoch(batches: Batches, epoch: int = 0) -> list[StepBatch]:
+    steps, cursor = [], Cursor(epoch=epoch)
+    while cursor.epoch == epoch:
+        batch, cursor = batches.step(cursor, 0, 1)
+        steps.append(batch)
+    return steps
+
+
+def micro_batches_of(steps: list[StepBatch]) -> list[MicroBatch]:
+    return [micro_batch for step in steps for micro_batch in step.micro_batches]
+
+
+def same(first: MicroBatch, second: MicroBatch) -> bool:
+    return (
+        first.index == second.index
+        and np.array_equal(first.example_ids, second.example_ids)
+        and torch.equal(first.source_BS, second.source_BS)
+        and torch.equal(first.source_mask_BS, second.source_mask_BS)
+        and torch.equal(first.labels_BT, second.labels_BT)
+    )
+
+
+geometry = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**40),
+        "tokens": st.integers(32, 400),
+        "per_step": st.integers(1, 12),
+        "window": st.integers(1, 300),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(geometry, st.integers(0, 5))
+def test_an_epoch_holds_every_example_once_within_the_budget(data_dir: Path, shape: dict[str, int], epoch: int) -> None:
+    batches = batches_of(data_dir, **shape)
+    steps = one_epoch(batches, epoch)
+    micro_batches = micro_batches_of(steps)
+    seen = np.concatenate([m.example_ids for m in micro_batches])
+    assert sorted(seen.tolist()) == list(range(NUM_EXAMPLES))
+    assert len(steps) == batches.steps_per_epoch(epoch)
+    assert all(m.source_BS.numel() + m.labels_BT.numel() <= shape["tokens"] for m in micro_batches)
+    assert all([m.index for m in step.micro_batches] == list(range(shape["per_step"])) for step in steps)
+
+
+@settings(max_examples=40, deadline=None)
+@given(geometry, st.integers(1, 6), st.integers(0, 30))
+def test_any_world_sees_the_same_global_batches(data_dir: Path, shape: dict[str, int], world: int, start: int) -> None:
+    shape = {**shape, "per_step": shape["per_step"] * world}
+    whole = batches_of(data_dir, **shape).steps(Cursor(), 0, 1)
+    ranks = [batches_of(data_dir, **shape).steps(Cursor(), rank, world) for rank in range(world)]
+    for _ in range(3 + start % 4):
+        step, cursor = next(whole)
+        parts = [next(rank) for rank in ranks]
+        assert {part_cursor for _, part_cursor in parts} == {cursor}
+        together = sorted((m for part, _ in parts for m in part.micro_batches), key=lambda m: m.index)
+        assert all(same(a, b) for a, b in zip(together, step.micro_batches, strict=True))
+        for part, _ in parts:
+            assert len(part.micro_batches) == shape["per_step"] // world
+            assert part.num_target_tokens == step.num_target_tokens
+            assert part.num_source_tokens == step.num_source_tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(geometry, st.integers(0, 60))
+def test_a_restored_cursor_continues_the_stream(data_dir: Path, shape: dict[str, int], taken: int) -> None:
+    stream = batches_of(data_dir, **shape).steps(Cursor(), 0, 1)
+    cursor = Cursor()
+    for _ in range(taken):
+        _, cursor = next(stream)
+    again = batches_of(data_dir, **shape).steps(Cursor.from_dict(cursor.to_dict()), 0, 1)
+    for _ in range(5):
+        (step, after), (other, other_after) = next(stream), next(again)
+        assert after == other_after
+        assert all(same(a, b) for a, b in zip(step.micro_batches, other.micro_batches, strict=True))
+
+
+def test_padding_masks_labels_and_counts(data_dir: Path) -> None:
+    for step in one_epoch(batches_of(data_dir)):
+        assert step.num_source_tokens == sum(
+            int(m.source_mask_BS.sum()) for m in step.micro_batches if len(m.example_ids)
+        )
+        assert step.num_target_tokens == sum(int((m.labels_BT != -100).sum()) for m in step.micro_batches)
+        assert step.num_micro_batches_with_data == sum(len(m.example_ids) > 0 for m in step.micro_batches)
+        for m in step.micro_batches:
+            assert m.source_BS.dtype == m.labels_BT.dtype == torch.int64 and m.source_mask_BS.dtype == torch.bool
+            if len(m.example_ids) == 0:
+                assert (m.source_BS.tolist(), m.labels_BT.tolist()) == ([[PAD_ID]], [[-100]])
+                continue
+            assert m.source_BS[:, 0].tolist() == (100 + m.example_ids).tolist()
+            assert torch.equal(m.source_mask_BS, m.source_BS != PAD_ID)
+            assert m.source_mask_BS.any(dim=0).all(), "no column of padding only"
+
+
+def test_order_differs_between_seeds_and_epochs(data_dir: Path) -> None:
+    orders = {
+        tuple(np.concatenate([m.example_ids for m in micro_batches_of(one_epoch(batches_of(data_dir, seed), epoch))]))
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    }
+    assert len(orders) == 3
+
+
+def test_bucketing_beats_the_unsorted_order(data_dir: Path) -> None:
+    def share(window: int) -> float:
+        micro_batches = micro_batches_of(one_epoch(batches_of(data_dir, tokens=150, per_step=1, window=window)))
+        real = sum(int(m.source_mask_BS.sum()) + int((m.labels_BT != -100).sum()) for m in micro_batches)
+        return real / sum(m.source_BS.numel() + m.labels_BT.numel() for m in micro_batches)
+
+    assert share(230) > 0.85
+    assert share(230) > share(8)
+
+
+def test_the_longest_step_is_as_large_as_any(data_dir: Path) -> None:
+    batches = batches_of(data_dir, per_step=6)
+    largest = micro_batches_of(one_epoch(batches))
+    for rank in range(2):
+        longest = batches.longest_step(rank, 2).micro_batches
+        assert [m.index for m in longest] == [rank, rank + 2, rank + 4]
+        assert max(m.source_BS.shape[1] for m in longest) == max(m.source_BS.shape[1] for m in largest)
+        assert max(m.labels_BT.shape[1] for m in longest) == max(m.labels_BT.shape[1] for m in largest)
+        assert all(m.source_BS.numel() + m.labels_BT.numel() <= 150 for m in longest)
+    step = batches.longest_step(0, 1)
+    assert step.num_target_tokens == sum(int((m.labels_BT != -100).sum()) for m in step.micro_batches)
+
+
+def test_evaluation_batches_are_sorted_whole_and_repeatable(data_dir: Path) -> None:
+    batches = evaluation_batches(data_dir, "train", 100)
+    assert sorted(i for m in batches for i in m.example_ids.tolist()) == list(range(NUM_EXAMPLES))
+    again = evaluation_batches(data_dir, "train", 100)
+    assert all(same(a, b) for a, b in zip(batches, again, strict=True))
+    part = evaluation_batches(data_dir, "train", 100, max_examples=23)
+    assert sorted(i for m in part for i in m.example_ids.tolist()) == list(range(0, NUM_EXAMPLES, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 20}, r"tokens_per_micro_batch is 20, but the longest example has \d+ tokens"),
+        ({"per_step": 0}, "micro_batches_per_step is 0: choose at least 1"),
+        ({"window": 0}, "window_examples is 0"),
+    ],
+)
+def test_impossible_geometry_is_refused(data_dir: Path, change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batches_of(data_dir, **change)
+
+
+def test_a_world_that_does_not_divide_and_a_foreign_cursor_are_refused(data_dir: Path) -> None:
+    batches = batches_of(data_dir, per_step=4)
+    with pytest.raises(ValueError, match="4 micro-batches per step do not divide among 3 ranks"):
+        batches.step(Cursor(), 0, 3)
+    for cursor in (Cursor(0, 99, 0), Cursor(0, 0, 999)):
+        with pytest.raises(ValueError, match="other data"):
+            batches.step(cursor, 0, 1)
