@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def data_section(recipe: Path) -> dict[str, Any]:
     return section
 
 
-def make_parser(recipe_settings: dict[str, Any]) -> ArgumentParser:
-    """The command line. What the recipe says of the data becomes the default of every --data option."""
+def make_parser() -> ArgumentParser:
+    """The command line of all commands."""
     parser = ArgumentParser(prog="python -m data_prep", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands()
     build = ArgumentParser(
@@ -51,7 +52,6 @@ def make_parser(recipe_settings: dict[str, Any]) -> ArgumentParser:
     build.add_argument("--config", type=Path, required=True, help="Recipe; only its data: section is read.")
     build.add_argument("--out", type=Path, required=True, help="The data directory.")
     build.add_argument("--data", type=DataConfig, default=DataConfig())
-    build.set_defaults({f"data.{name}": value for name, value in recipe_settings.items()})
     commands.add_subcommand("build", build)
     verify = ArgumentParser(
         description="Check every sha256 and CRC; the exit code is the verdict.", exit_on_error=False
@@ -68,20 +68,25 @@ def make_parser(recipe_settings: dict[str, Any]) -> ArgumentParser:
     return parser
 
 
-def _recipe_settings(arguments: list[str]) -> dict[str, Any]:
-    # The recipe sets defaults, so it must be found before the options are parsed.
+def with_recipe(arguments: list[str]) -> list[str]:
+    """The arguments with the recipe's data section put before the user's own options, which so win over it.
+
+    One way in for both: every value is checked by the same parser against the types of DataConfig.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     recipe = finder.parse_known_args(arguments)[0].config
-    return data_section(recipe) if recipe is not None and arguments[:1] == ["build"] else {}
+    if recipe is None or arguments[0] != "build":
+        return arguments
+    texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in data_section(recipe).items()}
+    return ["build", *(f"--data.{name}={text}" for name, text in texts.items()), *arguments[1:]]
 
 
 def _run(options: Namespace, parser: ArgumentParser) -> int:
     if options.subcommand == "build":
         from data_prep.build import build  # starts MPI, which the other commands do without
 
-        build(options.build.out, parser.instantiate(options).build.data)
-        return 0
+        return 0 if build(options.build.out, parser.instantiate(options).build.data) else 2
     from data_prep import verify
 
     folder = options[options.subcommand].folder
@@ -97,20 +102,23 @@ def _run(options: Namespace, parser: ArgumentParser) -> int:
     return 0
 
 
+def _is_first_rank() -> bool:
+    from data_prep.build import is_first_rank
+
+    return is_first_rank()
+
+
 def main(arguments: list[str]) -> int:
     """Run one command; users' mistakes become one line on stderr and exit code 2."""
     verbose = "--verbose" in arguments
     try:
-        parser = make_parser(_recipe_settings(arguments))
-        return _run(parser.parse_args(arguments), parser)
+        parser = make_parser()
+        return _run(parser.parse_args(with_recipe(arguments)), parser)
     except (ValueError, FileNotFoundError, argparse.ArgumentError) as err:
         if verbose:
             raise
-        print(f"data_prep: {' '.join(str(err).split())}", file=sys.stderr)
-        return 2
-    except Exception as err:
-        if type(err).__name__ != "OtherRankFailedError":
-            raise
+        if arguments[:1] != ["build"] or _is_first_rank():
+            print(f"data_prep: {' '.join(str(err).split())}", file=sys.stderr)
         return 2
 
 

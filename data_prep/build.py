@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -43,27 +44,39 @@ BLANK = "blank line"
 T = TypeVar("T")
 
 
-class OtherRankFailedError(Exception):
-    """This rank is well, but the build failed; the rank that failed tells why."""
+class _OtherRankFailedError(Exception):
+    """This rank is well, but the build failed; rank 0 tells why."""
 
 
-def build(out: Path, config: DataConfig) -> None:
+def is_first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return MPI.COMM_WORLD.rank == 0
+
+
+def build(out: Path, config: DataConfig) -> bool:
     """Make the data directory `out`; collective over all ranks. A finished one is left as it is.
 
-    Raises ValueError and FileNotFoundError for users' mistakes on rank 0 and OtherRankFailedError on the others.
+    Raises ValueError and FileNotFoundError for users' mistakes on rank 0; the other ranks then return False.
     """
-    comm = MPI.COMM_WORLD
+    try:
+        _build(MPI.COMM_WORLD, out, config)
+    except _OtherRankFailedError:
+        return False
+    return True
+
+
+def _build(comm: MPI.Comm, out: Path, config: DataConfig) -> None:
     begin = time.monotonic()
     if _on_first_rank(comm, lambda: _is_finished(out, config)):
         if comm.rank == 0:
             print(f"data: nothing to do, {out} is complete: {_summary(read_manifest(out))}")
         return
     plan = _on_first_rank(comm, lambda: make_plan(out, config))
-    failure = None
+    failure: Exception | None = None
     try:
         _make_units(out, plan, comm.rank, comm.size)
     except Exception as err:  # carried to rank 0, so that no rank is left waiting in the gather
-        failure = err
+        failure = _portable(err)
     _wait_for_all(comm)
     failures = [err for err in comm.gather(failure) or [] if err is not None]
     manifest = _on_first_rank(comm, lambda: _finish(out, plan, failures))
@@ -85,8 +98,15 @@ def _on_first_rank(comm: MPI.Comm, work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed:
-        raise OtherRankFailedError
-    return result  # type: ignore[return-value]
+        raise _OtherRankFailedError
+    return result
+
+
+def _portable(err: Exception) -> Exception:
+    # What crosses ranks must pickle. A full disk is told in one line like a user's mistake; a bug with its traceback.
+    if isinstance(err, (ValueError, OSError)):
+        return ValueError(str(err))
+    return RuntimeError("".join(traceback.format_exception(err)))
 
 
 def _wait_for_all(comm: MPI.Comm) -> None:
@@ -106,8 +126,10 @@ def _is_finished(out: Path, config: DataConfig) -> bool:
             path = Path(item["path"])
             if path.is_file() and path.stat().st_size != item["bytes"]:
                 raise ValueError(f"{path}: changed since {out} was built from it; choose another --out")
+    texts = [manifest.tokenizer["file"], *([TEST_TEXT] if "test" in manifest.splits else [])]
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    return all((out / s.path).is_file() and (out / s.path).stat().st_size == s.bytes for s in shards)
+    sizes_right = all((out / s.path).is_file() and (out / s.path).stat().st_size == s.bytes for s in shards)
+    return sizes_right and all((out / name).is_file() for name in texts)
 
 
 # ---- units
@@ -124,8 +146,9 @@ def _make_units(out: Path, plan: Plan, rank: int, world: int) -> None:
         total=len(mine), initial=len(mine) - len(missing), unit="shard", disable=None if rank == 0 else True
     ) as bar:
         for split in SPLITS:
-            (out / split).mkdir(exist_ok=True)
             wanted = [unit for unit in missing if unit.split == split]
+            if wanted:
+                (out / split).mkdir(exist_ok=True)
             for unit, lines in _lines_of_units(out, plan, split, wanted):
                 _make_unit(out, plan, encoder, unit, lines)
                 bar.update()
@@ -200,7 +223,8 @@ def _finish(out: Path, plan: Plan, failures: list[Exception]) -> Manifest:
         raise ValueError(
             f"{out}: every training record was dropped ({splits['train'].ledger.dropped}); check the inputs"
         )
-    _publish_test_text(out, plan, sidecars["test"])
+    if "test" in splits:
+        _publish_test_text(out, plan, sidecars["test"])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         plan_hash=plan.hash,

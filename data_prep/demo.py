@@ -7,13 +7,14 @@ and some ordered pairs of kinds stand next to each other only in the test part: 
 from __future__ import annotations
 
 import datetime
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from babel.dates import format_date, format_time
-from babel.numbers import format_currency, format_decimal, format_percent
+from babel.numbers import format_currency, format_percent
 from babel.units import format_unit
 from num2words import num2words
 
@@ -54,7 +55,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class DemoPair:
-    """One pair; `kind` names the items in order ("date+price"), `held_out` says whether training has such neighbours."""
+    """One pair; `kind` names its items in order ("date+price"), `held_out` marks neighbours never trained on."""
 
     source: str
     target: str
@@ -67,30 +68,32 @@ def _both(render: Callable[[str], str]) -> Pair:
     return tuple(render(locale).replace("\u00a0", " ").replace("\u202f", " ") for locale in ("en", "de"))  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _date(day: int, form: str) -> Pair:
     date = _FIRST_DAY + datetime.timedelta(days=day)
+    if form == "medium" and date.month == 5:
+        form = "long"  # "May 1, 2030" is both in English, but German tells 01.05.2030 from 1. Mai 2030
     return _both(lambda locale: format_date(date, form, locale=locale))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _time(minute: int) -> Pair:
     return _both(lambda locale: format_time(datetime.time(minute // 60, minute % 60), "short", locale=locale))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _words(number: int, form: str) -> Pair:
     english, german = (num2words(number, lang=locale, to=form) for locale in ("en", "de"))
     # "two hundred and five" could also be the list of two hundred and five: write numbers the American way.
     return english.replace(",", "").replace(" and ", " "), german
 
 
-@lru_cache(maxsize=None)
+@cache
 def _price(cents: int, currency: str, form: str) -> Pair:
     return _both(lambda locale: format_currency(cents / 100, currency, locale=locale, format_type=form))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unit(tenths: int, unit: str) -> Pair:
     return _both(lambda locale: format_unit(tenths / 10, unit, "long", locale=locale))
 
@@ -139,22 +142,24 @@ _DRAW: dict[str, Callable[[random.Random], Pair]] = {
 
 def is_held_out(kinds: tuple[str, ...]) -> bool:
     """Whether two neighbours of a list of kinds are a pair that only the test part may hold."""
-    return any(pair in HELD_OUT_PAIRS for pair in zip(kinds, kinds[1:], strict=False))
+    return any(pair in HELD_OUT_PAIRS for pair in itertools.pairwise(kinds))
 
 
 def draw_pairs(seed: int) -> Iterator[DemoPair]:
-    """An endless stream of distinct pairs, a pure function of the seed. Two targets for one source is an error."""
+    """An endless stream of distinct pairs, a pure function of the seed. Two targets for one source are an error."""
     rng = random.Random(mix(seed, 0xDE))
-    target_of: dict[str, str] = {}
+    german_of: dict[str, str] = {}
+    seen: set[str] = set()
     names = tuple(_DRAW)
     while True:
         kinds = tuple(rng.choice(names) for _ in range(rng.choice(_LIST_LENGTHS)))
         items = [_DRAW[kind](rng) for kind in kinds]
+        for english, german in items:
+            assert german_of.setdefault(english, german) == german, f"{english!r}: {german!r}, {german_of[english]!r}"
         source, target = _join([i[0] for i in items], "and"), _join([i[1] for i in items], "und")
-        if source in target_of:
-            assert target_of[source] == target, f"{source!r} has two targets: {target_of[source]!r}, {target!r}"
+        if source in seen:
             continue
-        target_of[source] = target
+        seen.add(source)
         yield DemoPair(source, target, "+".join(kinds), is_held_out(kinds))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -131,8 +131,7 @@ class Encoder:
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [length], end-of-sequence and padding left out."""
-        special = (self.info.pad_id, self.info.eos_id)
-        return self._backend.text([int(i) for i in ids if i not in special])
+        return self._backend.text(ids.tolist())
 
     def _finish(self, ids: list[int], max_tokens: int) -> np.ndarray:
         return np.array([*ids[: max_tokens - 1], self.info.eos_id], dtype=self._dtype)
@@ -144,9 +143,18 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
     Special ids are T5's (pad 0, eos 1, unk 2, no bos), so HF's T5Tokenizer takes the model as it is.
     """
     model = io.BytesIO()
+    failures: list[Exception] = []
+
+    def guarded() -> Iterator[str]:
+        # SentencePiece reports an exception of its iterator as a bare source line: keep it and stop instead.
+        try:
+            yield from itertools.islice(texts, _NUM_TRAINING_TEXTS)
+        except Exception as err:
+            failures.append(err)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.islice(texts, _NUM_TRAINING_TEXTS),
+            sentence_iterator=guarded(),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
@@ -163,8 +171,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
             minloglevel=2,
         )
     except (RuntimeError, OSError) as err:
+        if failures:
+            raise failures[0] from None
         reason = str(err).splitlines()[-1]
         raise ValueError(
             f"SentencePiece found no vocabulary of {vocab_size}: {reason}; change data.vocab_size"
         ) from err
+    if failures:
+        raise failures[0]
     out.write_bytes(model.getvalue())

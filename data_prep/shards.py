@@ -97,7 +97,8 @@ def encode_block(block: Block) -> bytes:
     ids = (block.source_ids, block.target_ids)
     lengths = (block.source_lengths, block.target_lengths)
     width = ids[0].dtype.itemsize
-    assert width in (2, 4) and ids[0].dtype == ids[1].dtype, "ids are uint16 or uint32 on both sides"
+    assert ids[0].dtype in (np.uint16, np.uint32), "ids are uint16 or uint32"
+    assert ids[0].dtype == ids[1].dtype, "both sides have the same type"
     assert all(int(n.sum()) == len(i) for n, i in zip(lengths, ids, strict=True)), "lengths must add up to the ids"
     header = _HEADER.pack(_MAGIC, width, len(lengths[0]), len(ids[0]), len(ids[1]))
     arrays = [n.astype("<u2").tobytes() for n in lengths] + [i.astype(f"<u{width}").tobytes() for i in ids]
@@ -185,10 +186,10 @@ def read_shard(folder: Path, shard: ShardEntry) -> bytes:
     """The bytes of a shard, equal to what was published; ValueError if size or sha256 differ or it is missing."""
     path = folder / shard.path
     if not path.is_file():
-        raise ValueError(f"{path}: the manifest names this shard but it is missing; remove {MANIFEST} and build again")
+        raise ValueError(f"{path}: the manifest names this shard but it is missing; build the data again")
     payload = path.read_bytes()
     if len(payload) != shard.bytes or hashlib.sha256(payload).hexdigest() != shard.sha256:
-        raise ValueError(f"{path}: size or sha256 differ from the manifest; remove it and {MANIFEST} and build again")
+        raise ValueError(f"{path}: size or sha256 differ from the manifest; remove it and build the data again")
     return payload
 
 
@@ -277,7 +278,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a split, flat. Example i is ids[offsets[i] : offsets[i + 1]]; offsets int64 [num_examples + 1]."""
+    """All examples of a split: example i is ids[offsets[i] : offsets[i + 1]]; offsets int64 [num_examples + 1]."""
 
     source_ids: np.ndarray
     source_offsets: np.ndarray

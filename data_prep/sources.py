@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def open_lines(path: Path) -> IO[bytes]:
     """Open a JSONL file, plain or gzipped, for reading lines as bytes. A missing file raises FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the data.train, data.validation and data.test paths")
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

@@ -116,10 +116,9 @@ def damage(checkpoint: Path) -> str | None:
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All trained weights of a checkpoint in fp32, put together from every rank's slices."""
     weights: dict[str, torch.Tensor] = {}
-    for name, shape, offset, read in _stored_slices(checkpoint):
-        flat = weights.setdefault(name, torch.empty(shape, dtype=torch.float32)).view(-1)
-        piece = read("weight", 0, None)
-        flat[offset : offset + piece.numel()] = piece
+    for stored in _stored_slices(checkpoint):
+        flat = weights.setdefault(stored.name, torch.empty(stored.shape, dtype=torch.float32)).view(-1)
+        flat[stored.start : stored.stop] = stored.read("weight", stored.start, stored.stop)
     return weights
 
 
@@ -127,7 +126,8 @@ def _write_rank(folder: Path, rank: int, engine: Engine) -> None:
     tensors: dict[str, torch.Tensor] = {}
     index: dict[str, Any] = {}
     for part in engine.slices():
-        index[part.name] = {"shape": part.shape, "offset": part.offset}
+        stop = part.offset + part.tensors["weight"].numel()
+        index[part.name] = {"shape": part.shape, "start": part.offset, "stop": stop}
         for key, tensor in part.tensors.items():
             tensors[f"{key}/{part.name}"] = tensor.detach().cpu().clone()
     path = folder / f"rank_{rank}.safetensors"
@@ -138,33 +138,45 @@ def _write_rank(folder: Path, rank: int, engine: Engine) -> None:
     write_atomic(folder / f"rank_{rank}.json", json.dumps(entry))
 
 
-def _stored_slices(checkpoint: Path) -> Iterator[tuple[str, tuple[int, ...], int, Any]]:
-    """(name, shape, offset, read(key, start, stop)) of every stored slice."""
+@dataclass(frozen=True)
+class _StoredSlice:
+    """Elements start..stop of a flattened parameter, as one rank wrote them."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    file: Any
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop of the weight or a moment; both within this slice."""
+        return self.file.get_slice(f"{key}/{self.name}")[start - self.start : stop - self.start]
+
+
+def _stored_slices(checkpoint: Path) -> Iterator[_StoredSlice]:
     for path in sorted(checkpoint.glob("rank_*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name, entry in json.loads(file.metadata()["index"]).items():
-
-                def read(key: str, start: int, stop: int | None, name: str = name, file: Any = file) -> torch.Tensor:
-                    return file.get_slice(f"{key}/{name}")[start:stop]
-
-                yield name, tuple(entry["shape"]), entry["offset"], read
+                yield _StoredSlice(name, tuple(entry["shape"]), entry["start"], entry["stop"], file)
 
 
+@torch.no_grad()
 def _load(checkpoint: Path, engine: Engine) -> TrainState:
     wanted = {part.name: part for part in engine.slices()}
     missing = {name: part.tensors["weight"].numel() for name, part in wanted.items()}
-    for name, shape, offset, read in _stored_slices(checkpoint):
-        part = wanted.get(name)
+    for stored in _stored_slices(checkpoint):
+        part = wanted.get(stored.name)
         if part is None:
             continue
-        assert shape == part.shape, f"{name} is {shape} in the checkpoint and {part.shape} in the model"
+        assert stored.shape == part.shape, f"{part.name} is {stored.shape} in the checkpoint, {part.shape} in the model"
+        start = max(stored.start, part.offset)
+        stop = min(stored.stop, part.offset + part.tensors["weight"].numel())
+        if start >= stop:
+            continue
         for key, target in part.tensors.items():
-            start = max(part.offset, offset)
-            piece = read(key, start - offset, part.offset + target.numel() - offset) if start - offset >= 0 else None
-            if piece is not None and piece.numel() and start - part.offset < target.numel():
-                target[start - part.offset : start - part.offset + piece.numel()] = piece.to(target.device)
-                missing[name] -= piece.numel() if key == "weight" else 0
-    assert not any(missing.values()), f"{checkpoint} does not hold all of {[n for n, m in missing.items() if m][:3]}"
+            target[start - part.offset : stop - part.offset] = stored.read(key, start, stop).to(target.device)
+        missing[part.name] -= stop - start
+    assert not any(missing.values()), f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     engine.restored(manifest["step"])
     return TrainState(manifest["step"], Cursor(**manifest["cursor"]))

@@ -32,10 +32,10 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 from pipeline.assemble import System
-from pipeline.claims import take_claim, touch
 from pipeline.config import Recipe
 from pipeline.decode import decode, device_name, latencies, load
-from pipeline.rundir import RunDir, Stage, read_json, sha256_file, write_atomic
+from pipeline.rundir import RunDir, Stage, sha256_file, write_atomic
+from pipeline.units import digest_of, publish_sealed, read_sealed, take_claim, touch
 from pipeline.world import World
 
 NUM_BOOTSTRAP = 200
@@ -186,27 +186,6 @@ def read_score(work: Evaluation, system: System) -> dict[str, Any] | None:
     return score if sha256_file(outputs_path) == score["outputs_sha256"] else None
 
 
-def publish_sealed(path: Path, record: dict[str, Any]) -> None:
-    """Publish a JSON object together with its checksum."""
-    write_atomic(path, json.dumps({**record, "checksum": digest_of(record)}, indent=1))
-
-
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The object that publish_sealed wrote, or None when it is missing or damaged."""
-    try:
-        record = read_json(path)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or record.pop("checksum", None) != digest_of(record):
-        return None
-    return record
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def score_system(work: Evaluation, system: System, device: torch.device, claim: Path) -> dict[str, Any]:
     """Decode and score one system and publish the result, outputs first."""
     key = work.key(system)
@@ -239,9 +218,8 @@ def quality_of(work: Evaluation, outputs: list[str]) -> dict[str, Any]:
     """BLEU with a 95 % bootstrap interval, chrF, and exact matches in percent."""
     bleu, chrf = work.metrics
     result: Any = bleu.corpus_score(outputs, None, n_bootstrap=NUM_BOOTSTRAP)
-    num_exact = sum(
-        output.strip() == target.strip() for output, target in zip(outputs, work.texts("target"), strict=True)
-    )
+    pairs = zip(outputs, work.texts("target"), strict=True)
+    num_exact = sum(output.strip() == target.strip() for output, target in pairs)
     return {
         "bleu": result.score,
         "bleu_low": max(0.0, result._mean - result._ci),

@@ -200,12 +200,15 @@ class ModularModel(nn.Module):
                     continue
                 if span in used and same:
                     student_BLD, same = _Splice.apply(student_BLD, teacher_states[-1]), False
-                student_BLD = leaf(student_BLD, student_encoded_BSD, span in used, inputs)
+                # an input that gets no gradient would keep DeepSpeed from releasing the leaf: what is not used is None
+                encoded_BSD = student_encoded_BSD if span in used else None
+                student_BLD = leaf(student_BLD, encoded_BSD, span in used, inputs)
                 if span in used:
                     ends[span] = student_BLD
             use = draw is not None and not same and layer not in replaced
+            encoded_BSD = student_encoded_BSD if use else None
             teacher_BLD, student_BLD = teacher_leaf(
-                teacher_states[-1], student_BLD, teacher_encoded_BSD, student_encoded_BSD, use, inputs
+                teacher_states[-1], student_BLD, teacher_encoded_BSD, encoded_BSD, use, inputs
             )
             teacher_states.append(teacher_BLD)
         for span, end_BLD in ends.items():

@@ -26,5 +26,5 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """True on all ranks when any was asked to stop. Collective."""
-        asked = self._received or (self._world.is_main and self._stop_file.exists())
+        asked = self._received or (self._world.local_rank == 0 and self._stop_file.exists())
         return self._world.any(asked)

@@ -107,6 +107,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    disable_progress_bar()
     family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
     return AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
 

@@ -16,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     names = parser.add_subparsers(dest="name", required=True)
     modules = {name: import_module(path) for name, path in BENCHES.items()}
     for name, module in modules.items():
-        module.add_arguments(names.add_parser(name, description=module.__doc__, help=module.__doc__.splitlines()[0]))
+        summary = (module.__doc__ or "").partition("\n")[0]
+        module.add_arguments(names.add_parser(name, description=summary, help=summary))
     arguments = parser.parse_args(argv)
     try:
         modules[arguments.name].main(arguments)

@@ -69,8 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
             measures += measure_case(case, pairs, mode, arguments.rounds)
     notes = (
         f"Forward and backward of all pairs, median of {arguments.rounds} runs in turns, {arguments.valid:.0%} of the "
-        "tokens are not padding.\nFloor of time: a copy, in the same run, that moves the least bytes (read each student "
-        "and teacher state once, write each\ngradient once). Floor of memory: the gradients."
+        "tokens are not padding.\nFloor of time: a copy, in the same run, that moves the least bytes (each student and "
+        "teacher state read once,\neach gradient written once). Floor of memory: the gradients."
     )
     report("kernels", measures, notes, arguments.write)
 

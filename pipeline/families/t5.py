@@ -146,7 +146,7 @@ def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditiona
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=vocab_size,
-        feed_forward_proj="gated-gelu",
+        feed_forward_proj="gated-gelu_pytorch_tanh",  # gelu_new, as T5 v1.1 has it, in one fused call
         decoder_start_token_id=0,
         dropout_rate=sizes.pop("dropout"),
         **sizes,

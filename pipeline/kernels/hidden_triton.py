@@ -119,7 +119,8 @@ def _launch_forward(plan: _Plan, mode: Mode) -> tuple[Tensor, Tensor]:
     """(loss_P, scale_P): the losses, and 2 / denominator, which is all that backward needs of the sums; both fp32."""
     num_pairs, device = len(plan.table), plan.table.device
     partials = torch.empty(2, num_pairs, plan.num_blocks, dtype=torch.float32, device=device)
-    loss_P, scale_P = torch.empty(2, num_pairs, dtype=torch.float32, device=device)
+    loss_P = torch.empty(num_pairs, dtype=torch.float32, device=device)
+    scale_P = torch.empty_like(loss_P)
     partials_kernel[(num_pairs * plan.num_blocks,)](
         plan.table, partials, num_pairs, plan.num_blocks, SPAN=mode == "span", num_warps=NUM_WARPS, **plan.compile_time
     )

@@ -58,7 +58,8 @@ def built(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_number_of_ranks_makes_the_same_bytes(recipe: Path, built: Path, tmp_path: Path, ranks: int) -> None:
     result = build(recipe, tmp_path / "data", ranks)
     assert result.returncode == 0, result.stderr
-    assert f"on {ranks} rank(s)" in result.stdout and result.stdout.count("\n") == 1
+    assert f"on {ranks} rank(s)" in result.stdout
+    assert result.stdout.count("\n") == 1
     assert contents(tmp_path / "data") == contents(built)
 
 
@@ -126,12 +127,14 @@ def kill_session(process: subprocess.Popen) -> None:
 def test_other_settings_are_refused_with_the_difference(recipe: Path, built: Path, tmp_path: Path) -> None:
     result = build(recipe, built, 2, "--data.seed", "5")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1 and "seed 0 -> 5" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "seed 0 -> 5" in result.stderr
     half = tmp_path / "half"
     half.mkdir()
     (half / "plan.json").write_bytes((built / "plan.json").read_bytes())
     result = build(recipe, half, 0, "--data.vocab_size", "400")
-    assert result.returncode == 2 and "vocab_size 512 -> 400" in result.stderr
+    assert result.returncode == 2
+    assert "vocab_size 512 -> 400" in result.stderr
     assert [path.name for path in half.iterdir()] == ["plan.json"]
 
 
@@ -145,8 +148,9 @@ def test_a_damaged_shard_is_found_and_made_again(recipe: Path, built: Path, tmp_
     damaged[700] ^= 4
     shard.write_bytes(damaged)
     result = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "000003.tar: size or sha256 differ" in result.stdout
-    (out / "manifest.json").unlink()
+    assert result.returncode == 1
+    assert "000003.tar: size or sha256 differ" in result.stdout
+    shard.unlink()
     assert build(recipe, out, 2).returncode == 0
     assert contents(out) == contents(built)
 
@@ -171,9 +175,13 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
     test = [json.loads(line) for line in (out / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert test[3] == {"id": "test/6", "source": "translate: number 3 is here", "target": "Nummer 3 ist da"}
     train.write_text("\n".join([*lines[:150], '{"q": {"en": "y"}}']), encoding="utf-8")
-    result = build(recipe, tmp_path / "bad", 2)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert f"{train}:151: no field 'a'; present: q.en; set data.target_field" in result.stderr
+    message = f"{train}:151: no field 'a'; present: q.en; set data.target_field"
+    # Found on rank 0 while it trains a tokenizer, and on rank 1 in its unit (lines 129-151) with a given one.
+    for name, options in (("bad", []), ("worse", ["--data.tokenizer", str(out / "tokenizer")])):
+        result = build(recipe, tmp_path / name, 2, *options)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+        assert message in result.stderr
+        assert not (tmp_path / name / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
 )
 def test_mistakes_in_a_recipe_are_one_line(tmp_path: Path, data: dict, options: list[str], message: str) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", {**SMALL, **data})
-    result = build(recipe, tmp_path / "data", 0, *options)
+    result = build(recipe, tmp_path / "data", 2 if options else 0, *options)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert message in result.stderr
 

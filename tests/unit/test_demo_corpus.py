@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
+from data_prep import demo
 from data_prep.demo import HELD_OUT_PAIRS, DemoPair, is_held_out, make_corpus
 
 Corpus = dict[str, list[DemoPair]]
@@ -16,7 +19,7 @@ def corpus() -> Corpus:
 
 def neighbours(pair: DemoPair) -> set[tuple[str, str]]:
     kinds = pair.kind.split("+")
-    return set(zip(kinds, kinds[1:], strict=False))
+    return set(itertools.pairwise(kinds))
 
 
 def test_parts_have_their_sizes_and_share_no_source(corpus: Corpus) -> None:
@@ -61,4 +64,13 @@ def test_some_pairs_read_as_a_person_would_write_them(corpus: Corpus) -> None:
     sample = " / ".join(f"{source} = {target}" for source, target in targets.items())
     for german in (" und ", " Euro", " %", "Kilometer pro Stunde", "hundert", "Freitag, ", " US-Dollar"):
         assert german in sample
-    assert is_held_out(("time", "date", "price")) and not is_held_out(("price", "date"))
+    assert is_held_out(("time", "date", "price"))
+    assert not is_held_out(("price", "date"))
+
+
+def test_a_date_has_one_german_form_also_in_may() -> None:
+    german_of: dict[str, str] = {}
+    for day in range(2 * 366):
+        for form in ("short", "medium", "long", "full", "MMMM y"):
+            english, german = demo._date(day, form)
+            assert german_of.setdefault(english, german) == german

@@ -47,7 +47,8 @@ def test_text_comes_back(texts: list[str], folder: Path) -> None:
     encoded = encoder.encode(texts, texts)
     assert [encoder.decode(ids) for ids in encoded.source_ids] == texts
     assert all(ids[-1] == EOS_ID and ids.dtype == np.uint16 for ids in encoded.target_ids)
-    assert not encoded.dropped and not encoded.num_truncated_sources
+    assert not encoded.dropped
+    assert not encoded.num_truncated_sources
 
 
 def test_hugging_face_reads_the_same_ids(texts: list[str], folder: Path, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ BLOCKS = [block_of([([5, 6, 7], [8, 9]), ([1], [2, 3])]), block_of([([4, 4], [4]
 def test_a_split_comes_back_flat(tmp_path: Path) -> None:
     manifest = write_data(tmp_path, BLOCKS)
     examples = read_split(tmp_path, manifest, "train")
-    assert isinstance(examples, Examples) and len(examples) == 3 == manifest.splits["train"].num_examples
+    assert isinstance(examples, Examples)
+    assert len(examples) == 3 == manifest.splits["train"].num_examples
     assert examples.source_ids.tolist() == [5, 6, 7, 1, 4, 4]
     assert examples.source_offsets.tolist() == [0, 3, 4, 6]
     assert examples.target_ids.tolist() == [8, 9, 2, 3, 4]
@@ -111,9 +112,13 @@ def test_a_damaged_cut_or_missing_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_published_on_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="power cut"), ShardWriter(tmp_path, "000000.tar") as writer:
-        writer.write(BLOCKS[0])
-        raise RuntimeError("power cut")
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, "000000.tar") as writer:
+            writer.write(BLOCKS[0])
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -52,7 +52,7 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
 
 
 def test_bytes_that_are_not_utf8_are_named() -> None:
-    with pytest.raises(ValueError, match="a.jsonl:7: not UTF-8"):
+    with pytest.raises(ValueError, match=r"a.jsonl:7: not UTF-8"):
         parse_line('{"source": "\u00fc"}'.encode("latin-1"), PLAIN, "a.jsonl:7", "")
 
 

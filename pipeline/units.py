@@ -1,19 +1,44 @@
-"""Claim files: how workers that share only a folder divide units of work, whichever of them dies.
+"""Units of work that workers share through a folder, whichever of them dies: sealed results and claims.
 
-A claim is a hint that saves work, never a promise that results depend on: results are published whole and checked when
-they are read, so a unit that is done twice counts once.
+A result is sealed with a checksum and published whole, so a reader trusts it or does the unit again. A claim is only a
+hint that saves work; no result depends on it, and a unit that is done twice counts once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
+
+from pipeline.rundir import read_json, write_atomic
 
 STALE_CLAIM_S = 600.0  # holders touch their claim after every batch; on other hosts silence is the only sign of death
+
+
+def publish_sealed(path: Path, record: dict[str, Any]) -> None:
+    """Publish a JSON object together with its checksum."""
+    write_atomic(path, json.dumps({**record, "checksum": digest_of(record)}, indent=1))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The object that publish_sealed wrote, or None when it is missing or damaged."""
+    try:
+        record = read_json(path)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or record.pop("checksum", None) != digest_of(record):
+        return None
+    return record
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def take_claim(folder: Path, name: str) -> Path | None:

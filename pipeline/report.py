@@ -1,0 +1,172 @@
+"""The report of a run: a table in the terminal, scores.md, quality.png, and report.html, one self-contained file.
+
+A report is only a view of what is published; it is drawn anew whenever it is asked for, in seconds.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import Recipe
+from pipeline.report_data import SERIES, Line, Report, Row, count_text, load_report, series
+from pipeline.report_page import render_page
+from pipeline.rundir import RunDir, write_atomic
+from pipeline.spans import PRESETS
+
+WIDTH_WITHOUT_TERMINAL = 200
+GROUPS = {"named": "by name", "finetuned": "fine-tuned"}
+COLUMNS = {  # name -> justification
+    "asked by": "left",
+    "asked": "right",
+    "true": "right",
+    "enc+dec": "left",
+    "assembly": "left",
+    "BLEU": "right",
+    "\u00b1": "right",
+    "% teacher": "right",
+    "dropped": "right",
+    "exact %": "right",
+    "params": "right",
+    "MB": "right",
+    "ms": "right",
+    "speed-up": "right",
+}
+LEFT_OUT_WHEN_NARROW = ("enc+dec", "\u00b1", "exact %", "params", "MB")
+MARKS = {  # series: (marker, colour)
+    "teacher": ("*", "#111111"),
+    "size-first": ("o", "#0b62a4"),
+    "speed-first": ("^", "#c8500a"),
+    "named": ("s", "#1b7f5c"),
+    "dropped": ("x", "#777777"),
+    "finetuned": ("D", "#97326f"),
+}
+
+
+def report(recipe: Recipe, run: RunDir) -> None:
+    """Print the table and write RUN/report.
+
+    Raises:
+        FileNotFoundError: nothing has been evaluated.
+    """
+    data = load_report(recipe, run)
+    folder = run.stage("report")
+    write_atomic(folder / "scores.md", markdown(data))
+    write_atomic(folder / "quality.png", quality_picture(data))
+    write_atomic(folder / "report.html", render_page(data))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_WITHOUT_TERMINAL)
+    print_table(data, console)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def cells(line: Line) -> list[str]:
+    """The texts of one table line, in the order of COLUMNS; +- is half the 95 % interval."""
+    row = line.row
+    return [
+        GROUPS.get(line.group, line.group),
+        f"{line.asked:g}" if line.asked else "",
+        f"{row.ratio_layers:.2f}",
+        row.layers,
+        row.assembly,
+        f"{row.bleu:.1f}",
+        f"{(row.bleu_high - row.bleu_low) / 2:.1f}",
+        f"{row.percent:.1f}" if row.percent is not None else "",
+        f"{line.dropped.bleu:.1f}" if line.dropped else "",
+        f"{row.exact_match:.1f}",
+        count_text(row.parameters),
+        f"{row.bytes / 1e6:.1f}",
+        f"{row.latency_ms:.1f}",
+        f"{row.speedup:.2f}",
+    ]
+
+
+def print_table(data: Report, console: Console) -> None:
+    """The table for a terminal, one block for each preset; a narrow terminal gets fewer columns."""
+    table = terminal_table(data, without=())
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
+        table = terminal_table(data, without=LEFT_OUT_WHEN_NARROW)
+    console.print(table)
+
+
+def terminal_table(data: Report, without: Sequence[str]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        title=f"{data.name}: {len(data.rows)} systems on {data.teacher.examples} test examples",
+        caption="asked, true: ratio of layers; dropped: BLEU of teacher layers alone, no training;\n"
+        "ms: median at batch 1 for as many tokens as the reference has",
+    )
+    shown = [name not in without for name in COLUMNS]
+    for name, justify in itertools.compress(COLUMNS.items(), shown):
+        table.add_column(name, justify="left" if justify == "left" else "right", no_wrap=True)
+    for line, following in zip(data.lines, [*data.lines[1:], None], strict=True):
+        style = {"teacher": "bold", "finetuned": "magenta"}.get(line.group)
+        texts = [Text(text) for text in itertools.compress(cells(line), shown)]
+        table.add_row(*texts, style=style, end_section=following is None or following.group != line.group)
+    return table
+
+
+def markdown(data: Report) -> str:
+    """The same table in Markdown."""
+    rules = [":--" if justify == "left" else "--:" for justify in COLUMNS.values()]
+    lines = [list(COLUMNS), rules, *(cells(line) for line in data.lines)]
+    return "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
+
+
+def quality_picture(data: Report) -> bytes:
+    """BLEU against size and against latency, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    for axis, quantity, label in (
+        (axes[0], "non_embedding_parameters", "non-embedding parameters"),
+        (axes[1], "latency_ms", "latency at batch 1 (ms)"),
+    ):
+        for name, rows in series(data.rows).items():
+            _draw_series(axis, name, rows, quantity)
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("BLEU")
+    axes[0].xaxis.set_major_formatter(lambda value, _: count_text(value))
+    axes[1].legend(loc="center right", fontsize=9)
+    figure.suptitle(f"{data.name}: quality against size and latency")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _draw_series(axis: Any, name: str, rows: list[Row], quantity: str) -> None:
+    marker, colour = MARKS[name]
+    x = [getattr(row, quantity) for row in rows]
+    y = [row.bleu for row in rows]
+    below = [max(0.0, row.bleu - row.bleu_low) for row in rows]
+    above = [max(0.0, row.bleu_high - row.bleu) for row in rows]
+    line = "-" if name in PRESETS else "none"
+    axis.errorbar(
+        x,
+        y,
+        yerr=(below, above),
+        label=SERIES[name],
+        marker=marker,
+        markersize=13 if name == "teacher" else 7,
+        color=colour,
+        linestyle=line,
+        linewidth=1,
+        elinewidth=1,
+        alpha=0.9,
+    )

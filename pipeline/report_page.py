@@ -1,0 +1,211 @@
+"""report.html: one file that needs no network, drawn with inline SVG, for light and dark screens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pipeline.report_data import SERIES, Report, Row, count_text, series
+from pipeline.spans import PRESETS
+
+TEMPLATE = "report_page.html.j2"
+WIDTH, HEIGHT = 560, 400
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
+SHAPES = {  # series -> outline around (0, 0), about 14 wide
+    "teacher": "M0,-9L2.2,-3L8.6,-2.8L3.5,1.1L5.3,7.3L0,3.6L-5.3,7.3L-3.5,1.1L-8.6,-2.8L-2.2,-3Z",
+    "size-first": "M-6.5,0A6.5,6.5 0 1 0 6.5,0A6.5,6.5 0 1 0 -6.5,0Z",
+    "speed-first": "M0,-5.2L5,3.6L-5,3.6Z",
+    "named": "M-5,-5H5V5H-5Z",
+    "dropped": "M-4.5,-4.5L4.5,4.5M-4.5,4.5L4.5,-4.5",
+    "finetuned": "M0,-7L7,0L0,7L-7,0Z",
+}
+LABEL_GAP = 44  # between the labels of two points, in pixels
+
+
+def render_page(data: Report) -> str:
+    """The whole page; every text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = count_text
+    charts = [
+        (
+            "Quality against size",
+            scatter(data.rows, lambda row: row.non_embedding_parameters, "non-embedding parameters", count_text),
+        ),
+        (
+            "Quality against latency",
+            scatter(data.rows, lambda row: row.latency_ms, "ms for one example at batch 1", "{:g}".format),
+        ),
+    ]
+    return environment.get_template(TEMPLATE).render(
+        data=data,
+        charts=charts,
+        legend=[(name, SERIES[name], mark(name)) for name in series(data.rows)],
+        losses=loss_chart(data.losses) if data.losses else None,
+    )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale that is linear between knots: (value, pixel) pairs in order of value. Two knots are an ordinary axis."""
+
+    knots: Sequence[tuple[float, float]]
+    ticks: Sequence[float]
+
+    def __call__(self, value: float) -> float:
+        for (v0, p0), (v1, p1) in zip(self.knots, self.knots[1:], strict=False):
+            if value <= v1 or (v1, p1) == self.knots[-1]:
+                return p0 + (value - v0) * (p1 - p0) / (v1 - v0)
+        raise AssertionError("an axis has at least two knots")
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """Round values inside low..high, about `count` of them."""
+    rough = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def bleu_axis(rows: Sequence[Row]) -> Axis:
+    """BLEU from 0; where the assemblies all lie high, their part gets two thirds of the height."""
+    bottom, top = HEIGHT - BOTTOM, TOP
+    high = min(100.0, 5 * math.ceil(max(row.bleu_high for row in rows) / 5 + 0.2))
+    low = 5.0 * math.floor(min(row.bleu_low for row in rows if row.kind in ("teacher", "assembly")) / 5 - 0.2)
+    if low < 0.4 * high:
+        return Axis(((0.0, bottom), (high, top)), nice_ticks(0, high, 6))
+    broken = bottom - (bottom - top) / 3
+    upper = [tick for tick in nice_ticks(low, high, 5) if tick > low]
+    return Axis(((0.0, bottom), (low, broken), (high, top)), [0.0, 10.0 * round(low / 20), low, *upper])
+
+
+def scatter(
+    rows: Sequence[Row], quantity: Callable[[Row], float], label: str, text_of: Callable[[float], str]
+) -> Markup:
+    """BLEU against a quantity of the systems, with 95 % intervals and a hover text on each point."""
+    y = bleu_axis(rows)
+    most = max(quantity(row) for row in rows) * 1.04
+    x = Axis(((0.0, LEFT), (most, WIDTH - RIGHT)), nice_ticks(0, most, 6))
+    parts = [_frame(x, y, label, text_of)]
+    if len(y.knots) > 2:
+        level = y(y.knots[1][0])
+        parts.append(
+            Markup('<rect class="broken" x="{}" y="{}" width="{}" height="{}"/>').format(
+                LEFT, _n(level), WIDTH - RIGHT - LEFT, _n(HEIGHT - BOTTOM - level)
+            )
+        )
+    groups = series(rows)
+    labelled: list[tuple[float, float]] = []
+    for name in [each for each in ("dropped", "finetuned", "named", *PRESETS, "teacher") if each in groups]:
+        points = sorted((quantity(row), row.bleu, row) for row in groups[name])
+        if name in PRESETS:
+            path = " ".join(f"{_n(x(across))},{_n(y(bleu))}" for across, bleu, _ in points)
+            parts.append(Markup('<polyline class="{}" points="{}"/>').format(name, path))
+        for across, bleu, row in points:
+            place = (x(across), y(bleu))
+            parts.append(_point(name, row, place, y))
+            if name in PRESETS and all(math.dist(place, other) > LABEL_GAP for other in labelled):
+                labelled.append(place)
+                aside, down, anchor = (9, 14, "start") if name == "speed-first" else (-9, -7, "end")
+                ratio = f"{row.ratio_layers:.3g}\u00d7"
+                parts.append(_text(place[0] + aside, place[1] + down, ratio, f"{name} {anchor}"))
+    return _svg(f"BLEU against {label} of {len(rows)} systems; the table below holds the numbers", parts)
+
+
+def _point(name: str, row: Row, place: tuple[float, float], y: Axis) -> Markup:
+    share = f", {row.percent:.1f} % of the teacher" if row.percent is not None else ""
+    title = (
+        f"{row.name} ({SERIES[name]}): {row.bleu:.1f} BLEU ({row.bleu_low:.1f} to {row.bleu_high:.1f}){share}; "
+        f"{row.layers} layers, {row.ratio_layers:.2f}\u00d7 fewer; {count_text(row.non_embedding_parameters)} "
+        f"non-embedding parameters; {row.latency_ms:.1f} ms, {row.speedup:.2f}\u00d7 faster"
+    )
+    return Markup(
+        '<g class="{} point"><title>{}</title><line x1="{x}" x2="{x}" y1="{}" y2="{}"/>'
+        '<path transform="translate({x} {})" d="{}"/></g>'
+    ).format(name, title, _n(y(row.bleu_low)), _n(y(row.bleu_high)), _n(place[1]), SHAPES[name], x=_n(place[0]))
+
+
+def mark(name: str) -> Markup:
+    """The shape of a series, for the legend."""
+    return Markup(
+        '<svg class="mark" viewBox="-10 -10 20 20" aria-hidden="true"><g class="{}"><path d="{}"/></g></svg>'
+    ).format(name, SHAPES[name])
+
+
+def loss_chart(losses: Mapping[str, list[tuple[int, float]]]) -> Markup:
+    """Validation losses over the steps of the modular run, one line each, on a logarithmic axis."""
+    values = [max(loss, 1e-6) for points in losses.values() for _, loss in points]
+    low, high = math.log10(min(values)), math.log10(max(values))
+    low, high = (low, high) if high - low > 0.05 else (low - 0.1, high + 0.1)
+    y = Axis(((low, HEIGHT - BOTTOM - 8), (high, TOP + 8)), log_ticks(low, high))
+    most = max(step for points in losses.values() for step, _ in points) or 1
+    right = WIDTH - 110
+    x = Axis(((0.0, LEFT), (float(most), right)), nice_ticks(0, most, 5))
+    parts = [_frame(x, y, "step", "{:g}".format, y_text=lambda power: f"{10**power:.3g}", right=right)]
+    ends = []
+    for i, (name, points) in enumerate(losses.items()):
+        path = " ".join(f"{_n(x(step))},{_n(y(math.log10(max(loss, 1e-6))))}" for step, loss in points)
+        title = f"{name}: {points[-1][1]:.4g} after step {points[-1][0]}"
+        parts.append(
+            Markup('<g class="line-{} loss"><title>{}</title><polyline points="{}"/></g>').format(i % 6, title, path)
+        )
+        ends.append((y(math.log10(max(points[-1][1], 1e-6))), i, name))
+    level = -math.inf
+    for place, i, name in sorted(ends):
+        level = max(place, level + 14)
+        parts.append(_text(right + 6, level + 4, name, f"line-{i % 6} start"))
+    return _svg("Validation losses over the steps of the modular run", parts)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten inside low..high, with their 1, 2 and 5 times, as logarithms."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def _frame(
+    x: Axis,
+    y: Axis,
+    label: str,
+    text_of: Callable[[float], str],
+    y_text: Callable[[float], str] = "{:g}".format,
+    right: float = WIDTH - RIGHT,
+) -> Markup:
+    """Grid lines, tick texts and the name of the horizontal axis."""
+    parts = []
+    for tick in y.ticks:
+        place = _n(y(tick))
+        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(LEFT, _n(right), y=place))
+        parts.append(_text(LEFT - 7, y(tick) + 4, y_text(tick), "end"))
+    for tick in x.ticks:
+        parts.append(_text(x(tick), HEIGHT - BOTTOM + 18, text_of(tick), "tick"))
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 6, label, "axis"))
+    return Markup("").join(parts)
+
+
+def _text(x: float, y: float, text: str, css: str) -> Markup:
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(css, _n(x), _n(y), text)
+
+
+def _svg(label: str, parts: Iterable[Any]) -> Markup:
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, label, Markup("").join(parts)
+    )
+
+
+def _n(value: float) -> str:
+    """A coordinate with as many digits as can be seen."""
+    return f"{value:.1f}"

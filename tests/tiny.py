@@ -1,0 +1,55 @@
+"""Tiny models and batches that tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from pipeline.data import MicroBatch
+
+SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
+
+
+def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0):
+    """A random model: "v1.0" (tied, scaled head), "v1.1" (untied head, not scaled) or "mt5"."""
+    torch.manual_seed(seed)
+    depth = {"num_layers": num_layers, "num_decoder_layers": num_decoder_layers, "dropout_rate": 0.0}
+    if kind == "mt5":
+        model = MT5ForConditionalGeneration(MT5Config(**SIZES, **depth))
+    elif kind == "v1.0":
+        model = T5ForConditionalGeneration(T5Config(**SIZES, **depth))
+    else:
+        config = T5Config(**SIZES, **depth, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        model = T5ForConditionalGeneration(config)
+    if kind != "v1.0":
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 32) * 0.1)
+    for parameter in model.parameters():  # norms and biases away from their constant start
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def random_batch(seed: int, index: int = 0, num_examples: int = 5, longest: int = 9) -> MicroBatch:
+    """Examples of different lengths; id 0 is padding, id 1 ends a text."""
+    generator = np.random.default_rng((seed, index))
+    source = torch.zeros(num_examples, longest, dtype=torch.long)
+    labels = torch.full((num_examples, longest - 2), -100, dtype=torch.long)
+    for row in range(num_examples):
+        lengths = generator.integers(2, longest + 1), generator.integers(2, longest - 1)
+        source[row, : lengths[0]] = torch.from_numpy(generator.integers(2, 64, lengths[0]))
+        labels[row, : lengths[1]] = torch.from_numpy(generator.integers(2, 64, lengths[1]))
+    source[0, :] = source[0, :].clamp(min=2)  # one example fills the width
+    return MicroBatch(
+        index=index,
+        example_ids=np.arange(num_examples),
+        source_BS=source,
+        source_mask_BS=source != 0,
+        labels_BT=labels,
+    )
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    tensors = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    return dataclasses.replace(batch, **tensors)
