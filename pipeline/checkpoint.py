@@ -176,7 +176,9 @@ def _load(checkpoint: Path, engine: Engine) -> TrainState:
         for key, target in part.tensors.items():
             target[start - part.offset : stop - part.offset] = stored.read(key, start, stop).to(target.device)
         missing[part.name] -= stop - start
-    assert not any(missing.values()), f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
+    assert not any(missing.values()), (
+        f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
+    )
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     engine.restored(manifest["step"])
     return TrainState(manifest["step"], Cursor(**manifest["cursor"]))

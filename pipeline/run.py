@@ -55,7 +55,7 @@ def stage_command(name: str, recipe: Recipe, run: RunDir) -> list[str]:
     launch = recipe.launch
     if name == "data":
         build = [sys.executable, "-m", "data_prep", "build", "--config", str(run.recipe), "--out", str(run.data)]
-        return [_mpiexec(), "-n", str(launch.num_mpi_ranks), *build] if launch.num_mpi_ranks > 1 else build
+        return [mpiexec(), "-n", str(launch.num_mpi_ranks), *build] if launch.num_mpi_ranks > 1 else build
     program = ["-m", "pipeline", name, "--config", str(run.recipe)]
     if name in (*TRAINING, "evaluate") and launch.num_ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch.num_ranks)]
@@ -78,7 +78,7 @@ def _run_stage(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
         raise SystemExit(result.returncode if result.returncode > 0 else 1)
 
 
-def _mpiexec() -> str:
+def mpiexec() -> str:
     """The mpiexec beside this Python (pip's MPI), else the one on the path."""
     beside = Path(sys.executable).with_name("mpiexec")
     found = str(beside) if beside.is_file() else shutil.which("mpiexec")

@@ -36,7 +36,9 @@ def run_ranks(num_ranks: int, function: str, timeout_s: float = 240, **kwargs: A
             command = [sys.executable, "-m", "tests.ranks", function, json.dumps(kwargs), str(output)]
             each = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                subprocess.Popen(
+                    command, cwd=ROOT, env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
             )
         try:
             texts = [process.communicate(timeout=timeout_s)[0] for process in processes]

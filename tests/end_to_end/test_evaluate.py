@@ -166,9 +166,13 @@ def when_published(root: Path) -> dict[str, int]:
 
 
 def kill_when(worker: subprocess.Popen[bytes], root: Path, num_scores: int) -> None:
-    """SIGKILL a worker's process group as soon as so many systems are scored."""
+    """SIGKILL a worker's process group when so many systems are scored and, if any is left, the next one is begun."""
     deadline_s = time.monotonic() + 60
-    while len(list((root / "evaluate/scores").glob("*.json"))) < num_scores:
+    while True:
+        scored = set(when_published(root))
+        claimed = {path.name.rpartition(".")[0] for path in (root / "evaluate/claims").glob("[!.]*")}
+        if len(scored) >= num_scores and (claimed - scored or len(scored) == len(SYSTEMS)):
+            break
         assert worker.poll() is None, "the worker ended before it could be killed"
         assert time.monotonic() < deadline_s
         time.sleep(0.002)

@@ -1,0 +1,54 @@
+# Every target sets itself up in .venv. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+SUITE ?= data
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint test-faults bench bench-gpu doctor clean help
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: .venv/installed  ## the main job on the built-in corpus: data, teacher, modular layers, every ratio, report
+	$(BIN)/python -m pipeline run --config demo
+
+test: .venv/installed slurm-here  ## all tests (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-faults: .venv/installed slurm-here  ## one long fault suite: SUITE=data|training|evaluation|slurm
+	$(BIN)/python -m pytest tests/faults/test_$(SUITE).py -m faults --timeout 2400 -s
+
+bench: .venv/installed  ## benchmarks that run on a CPU
+	$(BIN)/python -m pipeline.bench kernels --device cpu
+
+bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pipeline.bench kernels --device cuda --write pipeline/bench/results
+
+doctor: .venv/installed  ## check this machine: packages, ranks, MPI, kernels
+	$(BIN)/python -m pipeline doctor
+
+clean:  ## remove the virtual environment and the runs
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first: DeepSpeed's set-up imports it; DS_BUILD_OPS=0: its C++ and CUDA ops are not needed
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $$(grep -oE '^torch==[0-9.]+' requirements.txt) numpy setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation $$(grep -oE '^deepspeed==[0-9.]+' requirements.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# the SLURM tests run a real controller; without root they skip (and fail in CI)
+.PHONY: slurm-here
+slurm-here:
+	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } \
+		|| echo "no SLURM here: its tests are skipped (Debian: apt-get install slurm-wlm munge)"

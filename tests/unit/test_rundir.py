@@ -1,0 +1,107 @@
+"""Stamps: when a stage is done, when it must be made again, and when it is refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import Recipe, fields_of_kind
+from pipeline.rundir import RunDir, Stage, StageConflict, publish_folder, write_atomic
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDir(tmp_path)
+    write_atomic(run.data / "manifest.json", "{}")
+    return run
+
+
+def with_optim(recipe, **changes):
+    teacher = replace(recipe.teacher, optim=replace(recipe.teacher.optim, **changes))
+    return replace(recipe, teacher=teacher)
+
+
+def finish(recipe, run):
+    stage = Stage.of(recipe, run, "teacher")
+    stage.begin()
+    write_atomic(stage.folder / "model" / "weights", "x")
+    stage.publish([stage.folder / "model"], started_s=time.time())
+    return stage
+
+
+def test_a_published_stage_is_done_until_its_inputs_change(run):
+    recipe = Recipe()
+    assert Stage.of(recipe, run, "teacher").stamp() is None
+    finish(recipe, run)
+    assert Stage.of(recipe, run, "teacher").stamp() is not None
+    operational = replace(
+        recipe, teacher=replace(recipe.teacher, loop=replace(recipe.teacher.loop, save_every_steps=7))
+    )
+    assert Stage.of(operational, run, "teacher").stamp() is not None
+    assert Stage.of(with_optim(recipe, weight_decay=0.5), run, "teacher").stamp() is None
+    assert Stage.of(with_optim(recipe, num_steps=7), run, "teacher").stamp() is None
+    assert Stage.of(replace(recipe, seed=1), run, "teacher").stamp() is None
+    write_atomic(run.data / "manifest.json", '{"other": 1}')
+    assert Stage.of(recipe, run, "teacher").stamp() is None
+
+
+def test_a_stage_whose_output_is_gone_or_cut_is_not_done(run):
+    stage = finish(Recipe(), run)
+    (stage.folder / "model" / "weights").write_text("longer")
+    assert stage.stamp() is None
+    (stage.folder / "model" / "weights").unlink()
+    assert stage.stamp() is None
+
+
+def test_a_half_finished_stage_refuses_another_identity_and_says_what_differs(run):
+    recipe = Recipe()
+    Stage.of(recipe, run, "teacher").begin()
+    Stage.of(recipe, run, "teacher").begin()
+    with pytest.raises(StageConflict, match=r"teacher\.optim\.weight_decay: 0\.0 -> 0\.5"):
+        Stage.of(with_optim(recipe, weight_decay=0.5), run, "teacher").begin()
+
+
+def test_a_finished_stage_of_another_identity_is_set_aside(run):
+    stage = finish(Recipe(), run)
+    Stage.of(with_optim(Recipe(), weight_decay=0.5), run, "teacher").begin()
+    assert not (stage.folder / "model").exists()
+    (aside,) = run.root.glob("teacher~*")
+    assert (aside / "model" / "weights").read_text() == "x"
+
+
+def test_another_schedule_continues_only_when_asked(run):
+    stage = finish(Recipe(), run)
+    longer = Stage.of(with_optim(Recipe(), num_steps=2000), run, "teacher")
+    with pytest.raises(StageConflict, match="--extend"):
+        longer.begin()
+    longer.begin(extend=True)
+    assert (stage.folder / "model").exists()
+
+
+def test_a_stage_before_it_must_be_done(tmp_path):
+    with pytest.raises(FileNotFoundError, match="needs the output of stage data"):
+        Stage.of(Recipe(), RunDir(tmp_path), "teacher")
+
+
+def test_every_field_says_what_changing_it_means():
+    recipe = Recipe()
+    kinds = [fields_of_kind(recipe, kind) for kind in ("identity", "schedule", "operational")]
+    names = [name for kind in kinds for name in kind]
+    assert len(names) == len(set(names))
+
+    def leaves(value, prefix=""):
+        for name, each in vars(value).items():
+            yield from leaves(each, f"{prefix}{name}.") if hasattr(each, "__dataclass_fields__") else [prefix + name]
+
+    assert sorted(names) == sorted(leaves(recipe))
+
+
+def test_publishing_a_folder_replaces_the_old_one(tmp_path):
+    for text in ("old", "new"):
+        temporary = tmp_path / ".out.tmp"
+        write_atomic(temporary / "file", text)
+        publish_folder(temporary, tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert not (tmp_path / ".out.tmp").exists()

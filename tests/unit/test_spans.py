@@ -1,0 +1,116 @@
+"""Spans, tilings, assemblies and presets: integer arithmetic, so properties."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.spans import (
+    PRESETS,
+    Assembly,
+    Span,
+    Tiling,
+    coarsest_assembly,
+    kept_layers,
+    modular_spans,
+    preset_assembly,
+    pure_tiling,
+    teacher_assembly,
+    tiling_of_size,
+    tilings,
+)
+
+LAYERS = st.integers(1, 14)
+GRANULARITIES = st.lists(st.integers(2, 7), min_size=1, max_size=3, unique=True)
+RATIOS = (1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+
+
+@given(LAYERS, GRANULARITIES)
+def test_every_tiling_covers_each_layer_once(num_layers, granularities):
+    spans = modular_spans(num_layers, granularities)
+    for tiling in tilings(num_layers, spans):
+        assert [i for s in tiling.spans for i in range(s.first, s.last + 1)] == list(range(num_layers))
+        assert all(span.num_layers == 1 or span in spans for span in tiling.spans)
+
+
+@given(LAYERS, GRANULARITIES)
+def test_spans_start_at_multiples_and_only_the_last_is_shorter(num_layers, granularities):
+    for span in modular_spans(num_layers, granularities):
+        assert any(span.first % g == 0 and (span.num_layers == g or span.last == num_layers - 1) for g in granularities)
+        assert span.num_layers >= 2
+
+
+def test_granularities_2_3_6_are_as_many_modular_layers_as_the_teacher_has():
+    for num_layers in (6, 12, 24):
+        assert len(modular_spans(num_layers, (2, 3, 6))) == num_layers
+
+
+@given(LAYERS, GRANULARITIES, st.integers(1, 14))
+def test_the_gentlest_tiling_of_a_size(num_layers, granularities, size):
+    spans = modular_spans(num_layers, granularities)
+    everything = list(tilings(num_layers, spans))
+    found = tiling_of_size(num_layers, spans, size)
+    assert found in everything
+    nearest = min(abs(t.num_layers - size) for t in everything)
+    assert abs(found.num_layers - size) == nearest
+    rivals = [t for t in everything if t.num_layers == found.num_layers]
+    assert sum(n * n for n in found.lengths) == min(sum(n * n for n in t.lengths) for t in rivals)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.lists(st.integers(1, 12), min_size=1, max_size=20))
+def test_text_form_parses_back_and_is_a_file_name(encoder, decoder):
+    assembly = Assembly(Tiling(tuple(encoder)), Tiling(tuple(decoder)))
+    text = str(assembly)
+    assert Assembly.parse(text) == assembly
+    assert set(text) <= set("0123456789edx.-")
+
+
+@pytest.mark.parametrize("num_layers", [6, 12, 24])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_reach_every_ratio(num_layers, preset):
+    spans = modular_spans(num_layers, (2, 3, 6))
+    for ratio in RATIOS:
+        assembly = preset_assembly(preset, ratio, (num_layers, num_layers), (spans, spans))
+        assert assembly.num_layers == round(2 * num_layers / ratio)
+
+
+def test_speed_first_shortens_the_decoder_first_and_size_first_spreads():
+    spans = modular_spans(12, (2, 3, 6))
+    for ratio in RATIOS:
+        speed = preset_assembly("speed-first", ratio, (12, 12), (spans, spans))
+        size = preset_assembly("size-first", ratio, (12, 12), (spans, spans))
+        assert speed.encoder.num_layers == 12 or speed.decoder.num_layers == 2
+        assert abs(size.encoder.num_layers - size.decoder.num_layers) <= 1
+        assert speed.decoder.num_layers <= size.decoder.num_layers
+
+
+@pytest.mark.parametrize("ratio", [0.5, 8.5, 100])
+def test_what_lies_beyond_the_coarsest_is_refused(ratio):
+    spans = modular_spans(6, (2, 3, 6))
+    with pytest.raises(ValueError, match=f"ratio {ratio:g}"):
+        preset_assembly("size-first", ratio, (6, 6), (spans, spans))
+
+
+def test_the_ends():
+    spans = modular_spans(6, (2, 3, 6))
+    assert str(coarsest_assembly((6, 6), (spans, spans))) == "e6-d6"
+    assert str(teacher_assembly(6, 4)) == "e1x6-d1x4"
+    assert pure_tiling(7, 3).lengths == (3, 3, 1)
+    assert modular_spans(7, (3,)) == (Span(0, 2), Span(3, 5))
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12))
+def test_kept_layers_are_as_many_as_the_tiling_has(lengths):
+    tiling = Tiling(tuple(lengths))
+    kept = kept_layers(tiling)
+    assert len(set(kept)) == tiling.num_layers
+    assert list(kept) == sorted(kept)
+    assert kept[0] == 0
+    assert kept[-1] < tiling.num_teacher_layers
+
+
+@pytest.mark.parametrize("text", ["", "e2", "e2-d", "d2-e2", "e2x-d1", "e0-d1", "e2_d3", "../e1-d1"])
+def test_what_is_not_an_assembly_is_refused(text):
+    with pytest.raises(ValueError, match=r"tiling|assembly"):
+        Assembly.parse(text)
