@@ -12,11 +12,12 @@ doctor     check this machine: packages, ranks, MPI, kernels
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.cli import EXIT_MISTAKE, parse_recipe, recipe_parser, run_program
+from pipeline.cli import EXIT_MISTAKE, die_with_parent, parse_recipe, recipe_parser, run_program
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir
 
@@ -46,6 +47,8 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
 
         doctor()
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun starts workers in sessions of their own, out of a kill's reach
+        die_with_parent()
     parser = recipe_parser(f"python -m pipeline {name}", __doc__ or "")
     if name == "run" or name in TRAINING:
         parser.add_argument("--extend", action="store_true", help="Continue with a schedule other than the one begun.")

@@ -1,7 +1,7 @@
 """The assemble stage: put teacher layers and modular layers together into ordinary Hugging Face checkpoints.
 
-Works on files alone: weights are renamed, the depth in config.json is changed, nothing else. So an assembly differs from
-its teacher in nothing that transformers would need our code for.
+Works on files alone: weights are renamed, the depth in config.json is changed, nothing else. So an assembly differs
+from its teacher in nothing that transformers would need our code for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sharded checkpoints: each rank writes its slices of the trainable parameters; the manifest is published last.
 
-A checkpoint holds no teacher and is never unpickled: safetensors slices (name, offset; fp32 weight and AdamW moments) and
-JSON. Loading puts slices together by name and offset, so another number of ranks is the same code path.
+A checkpoint holds no teacher and is never unpickled: safetensors slices (name, offset; fp32 weight and AdamW moments)
+and JSON. Loading puts slices together by name and offset, so another number of ranks is the same code path.
 """
 
 from __future__ import annotations

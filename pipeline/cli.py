@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import difflib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ EXIT_MISTAKE = 2
 
 
 class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(_one_line(str(ex or message)))
 
 
@@ -59,6 +61,13 @@ def run_program(program: Callable[[], None], *, verbose: bool) -> None:
         raise SystemExit(EXIT_MISTAKE) from None
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies (Linux), so that a launcher that is killed leaves no
+    worker behind to write into a run that is already being continued."""
+    pr_set_pdeathsig = 1  # sys/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by its name in pipeline/recipes/."""
     for candidate in (Path(name), RECIPES / f"{name}.yaml"):
@@ -70,7 +79,7 @@ def recipe_path(name: str) -> Path:
 
 def field_names(config_class: type[Any], prefix: str = "") -> list[str]:
     """Dotted names of all fields of a settings dataclass."""
-    names = []
+    names: list[str] = []
     for name, value in vars(config_class()).items():
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         names += field_names(type(value), f"{prefix}{name}.") if nested else [prefix + name]

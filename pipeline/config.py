@@ -157,8 +157,8 @@ class DistillConfig:
     init: str = identity("last")
     """Teacher layer of the span that a modular layer starts from: first or last."""
     local_fraction: float = identity(0.4)
-    """Share of the steps in the local phase, where each modular layer learns its span from the teacher's own states; the
-    rest is the replacing phase, where draws put modular layers into the teacher and the whole path is trained."""
+    """Share of the steps in the local phase, where each modular layer learns its span from the teacher's own states;
+    the rest is the replacing phase, where draws put modular layers into the teacher and the whole path is trained."""
     coarse_weight: float = identity(0.5)
     """Share of the replacing draws in which a stack takes one granularity throughout, chosen in proportion to its size;
     the rest is uniform over all tilings."""

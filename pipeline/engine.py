@@ -125,7 +125,8 @@ class Engine:
         self.world = world
         self.max_grad_norm = optim.max_grad_norm
         set_z3_leaf_modules(model, list(leaf_classes))
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # Any: DeepSpeed hangs its own attributes (ds_shape, partition_numel, ...) on parameters
+        self._parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._clip_groups: dict[str, list[nn.Parameter]] = {}
         by_factor: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self._parameters.items():

@@ -1,7 +1,7 @@
 """The training loop: one for the teacher, the modular layers and the baselines. It decides order; nothing else.
 
-What is trained is a Task: a module, its losses, and which assembly (if any) each micro-batch takes. The loop owns steps,
-accumulation, the schedule, checkpoints, validation, records, and stopping in good order.
+What is trained is a Task: a module, its losses, and which assembly (if any) each micro-batch takes. The loop owns
+steps, accumulation, the schedule, checkpoints, validation, records, and stopping in good order.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class _Sums:
 
 def _on_device(batch: MicroBatch, world: World) -> MicroBatch:
     tensors = {key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    moved = {key: tensor.to(world.device, non_blocking=True) for key, tensor in tensors.items()}
+    moved: dict[str, Any] = {key: tensor.to(world.device, non_blocking=True) for key, tensor in tensors.items()}
     return replace(batch, **moved)
 
 

@@ -43,7 +43,7 @@ def task_loss(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
 
 
 def logit_loss(student_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) at a temperature, summed over tokens, times temperature^2 (Hinton et al. 2015), in nats."""
+    """KL(teacher || student) at a temperature, summed over tokens, times temperature^2 (Hinton 2015), in nats."""
     student_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
     teacher_NV = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
     return F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True) * temperature**2

@@ -1,13 +1,14 @@
 """Teacher and modular layers as ONE module of leaves.
 
-Every layer, the teacher's or a modular one, is its own leaf and is called once a micro-batch, in one fixed order, whatever
-the draw: the teacher leaf i carries the teacher state through its layer and, where the draw takes that layer, the student
-state too; a modular leaf carries a state through where the draw takes it; what the draw does not use hands the student
-state through. So under ZeRO-3 one gather serves both passes, the order that DeepSpeed prefetches by never changes,
-gradients of unused layers are zeros and not leftovers, and draws may differ between ranks and micro-batches.
+Every layer, the teacher's or a modular one, is its own leaf and is called once a micro-batch, in one fixed order,
+whatever the draw: the teacher leaf i carries the teacher state through its layer and, where the draw takes that layer,
+the student state too; a modular leaf carries a state through where the draw takes it; what the draw does not use hands
+the student state through. So under ZeRO-3 one gather serves both passes, the order that DeepSpeed prefetches by changes
+only between phases, gradients of unused layers are zeros and not leftovers, and draws may differ between ranks and
+micro-batches.
 
-Shapes: B examples, S source tokens, T target tokens, L tokens of a stack (S or T), D model width, N valid target tokens,
-V vocabulary.
+Shapes: B examples, S source tokens, T target tokens, L tokens of a stack (S or T), D model width, N valid target
+tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ class ModularModel(nn.Module):
     def __init__(self, model: nn.Module, family: Family, granularities: Sequence[int], init: str) -> None:
         super().__init__()
         self.shared: Any = family.take_shared(model)
-        self.teacher = nn.ModuleDict()
-        self.modular = nn.ModuleDict()
+        self.teacher: Any = nn.ModuleDict()
+        self.modular: Any = nn.ModuleDict()
         self.spans: dict[str, tuple[Span, ...]] = {}
         for stack in STACKS:
             layers = family.layers(model, stack)

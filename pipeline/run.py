@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import yaml
 
+from pipeline.cli import die_with_parent
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir, Stage, write_atomic
 
@@ -70,7 +71,8 @@ def _run_stage(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
     requeue = run.root / name / "REQUEUE"
     requeue.unlink(missing_ok=True)
     threads = str(recipe.launch.threads_per_rank)
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"})
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(command, env=environment, preexec_fn=die_with_parent)
     if requeue.exists():
         print(f"{name} was asked to stop and saved its state: run the same command again to continue")
         raise SystemExit(85)

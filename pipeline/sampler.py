@@ -1,4 +1,4 @@
-"""Draws: which assembly the student takes for one micro-batch, as a pure function of (seed, step, micro-batch index)."""
+"""Draws: which assembly the student takes for one micro-batch: a pure function of (seed, step, micro-batch index)."""
 
 from __future__ import annotations
 

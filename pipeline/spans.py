@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import groupby
 
 STACKS = ("encoder", "decoder")
@@ -158,7 +158,7 @@ def tiling_of_size(num_layers: int, spans: Sequence[Span], num_spans: int) -> Ti
     """
     lengths_at = _lengths_by_first(num_layers, spans)
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(first: int, count: int) -> tuple[int, tuple[int, ...]] | None:
         if first == num_layers:
             return (0, ()) if count == 0 else None
@@ -218,10 +218,8 @@ def preset_assembly(
             f"ratio {ratio:g} asks for {wanted} of {total} layers: these granularities reach 1 to "
             f"{coarsest.ratio_of_layers:g}"
         )
-    if preset == "speed-first":
-        decoder = fewest[1]
-    else:
-        decoder = round(wanted * num_layers[1] / total - 1e-9)
+    # 1e-9: what cannot be halved goes to the encoder
+    decoder = fewest[1] if preset == "speed-first" else round(wanted * num_layers[1] / total - 1e-9)
     decoder = min(max(decoder, fewest[1], wanted - num_layers[0]), num_layers[1], wanted - fewest[0])
     sizes = (wanted - decoder, decoder)
     encoder_tiling, decoder_tiling = (

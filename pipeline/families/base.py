@@ -6,7 +6,7 @@ Shapes: B examples, S source tokens, T target tokens, L tokens of a stack (S or 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class Shared(Protocol):
 class Family(Protocol):
     """Knowledge of one model family; holds no state."""
 
-    depth_keys: dict[str, str]
+    depth_keys: ClassVar[dict[str, str]]
     """Config key that holds the number of layers, by stack."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:

@@ -1,12 +1,13 @@
 """T5 v1.0, T5 v1.1, Flan-T5 and mT5, on the installed transformers' own layer classes.
 
-Shapes: B examples, S source tokens, T target tokens, L tokens of a stack, D model width, H heads, N tokens, V vocabulary.
+Shapes: B examples, S source tokens, T target tokens, L tokens of a stack, D model width, H heads, N tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -59,8 +60,8 @@ class T5Shared(nn.Module):
         config = model.config
         scaled = getattr(config, "scale_decoder_outputs", False)
         self.head_scale = config.d_model**-0.5 if scaled else 1.0
-        self.pad_id: int = config.pad_token_id
-        self.start_id: int = config.decoder_start_token_id
+        self.pad_id = int(config.pad_token_id or 0)
+        self.start_id = int(config.decoder_start_token_id)
 
     def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_BL)
@@ -90,7 +91,7 @@ class T5Shared(nn.Module):
 class T5Family:
     """See pipeline.families.base.Family."""
 
-    depth_keys = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
+    depth_keys: ClassVar[dict[str, str]] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return getattr(model, stack).block
@@ -102,9 +103,9 @@ class T5Family:
         return name_in_layer == "layer.0.SelfAttention.relative_attention_bias.weight"
 
     def take_shared(self, model: nn.Module) -> T5Shared:
-        shared = T5Shared(model)
+        shared = T5Shared(cast(T5ForConditionalGeneration, model))
         for stack in ("encoder", "decoder"):
-            attention = self.layers(model, stack)[0].layer[0].SelfAttention
+            attention: Any = self.layers(model, stack)[0].get_submodule("layer.0.SelfAttention")
             del attention.relative_attention_bias
             attention.has_relative_attention_bias = False
         return shared
@@ -147,9 +148,7 @@ def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditiona
     config = T5Config(
         vocab_size=vocab_size,
         feed_forward_proj="gated-gelu_pytorch_tanh",  # gelu_new, as T5 v1.1 has it, in one fused call
-        decoder_start_token_id=0,
-        dropout_rate=sizes.pop("dropout"),
-        **sizes,
+        **{"decoder_start_token_id": 0, "dropout_rate": sizes.pop("dropout"), **sizes},
     )
     model = T5ForConditionalGeneration(config)
     for stack in (model.encoder, model.decoder):

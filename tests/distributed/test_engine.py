@@ -1,8 +1,8 @@
 """The engine on real ranks against plain PyTorch: same draws, same losses, same weights; and its checkpoints.
 
-The draws use different layers in every micro-batch and step. So these tests fail if gradients of layers that a step did
-not use are left over from the step before (ZeRO-3 keeps them), if DeepSpeed clips by itself (it does unless told not to),
-or if accumulation or the number of ranks changes the scale of a gradient.
+The draws use different layers in every micro-batch and step. So these tests fail if gradients of layers that a step
+did not use are left over from the step before (ZeRO-3 keeps them), if DeepSpeed clips by itself (it does unless told
+not to), or if accumulation or the number of ranks changes the scale of a gradient.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_the_student_path_equals_an_assembled_model(kind, text):
 
 
 def test_local_phase_pairs_are_the_teachers_own_states():
-    """Each modular layer sees the teacher's hidden state at its span's start and is compared with the one at its end."""
+    """Each modular layer sees the teacher's state at its span's start and is compared with the one at its end."""
     model = tiny_t5()
     batch = random_batch(1)
     with torch.no_grad():
