@@ -70,6 +70,7 @@ class Trainer:
             stage.folder / "checkpoints", world, keep=loop.keep_checkpoints, inputs=stage.inputs
         )
         self.stop = StopSignal(stage.run.root / "STOP", world)
+        task.module.train()
 
     def train(self) -> None:
         """Run to the last step; leaves with exit code 85 when asked to stop before it."""
@@ -117,6 +118,7 @@ class Trainer:
         every rank runs the same number of forwards."""
         losses: dict[str, float] = {}
         num_rounds = math.ceil(len(self.validation) / self.world.size)
+        self.task.module.eval()
         for name, args in self.task.validations.items():
             total = torch.zeros(2, device=self.world.device)
             for round_ in range(num_rounds):
@@ -128,6 +130,7 @@ class Trainer:
                     total[1] += outputs.labels_N.numel()
             loss, count = self.world.sum(total).tolist()
             losses[name] = loss / max(1.0, count)
+        self.task.module.train()
         return losses
 
     def _leave(self, state: TrainState) -> None:

@@ -153,3 +153,8 @@ def test_an_all_padding_micro_batch_gives_finite_zeros():
         assert terms.total.item() == 0
         terms.total.backward()
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in modular.parameters())
+
+
+def test_training_mode_turns_no_dropout_on():
+    modular = modular_of(tiny_t5()).train()
+    assert not any(module.training for module in modular.modules())
