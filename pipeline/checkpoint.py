@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from pipeline.data import Cursor
 from pipeline.engine import Engine
 from pipeline.rundir import read_json, sha256_file, sync_folder, write_atomic
+from pipeline.schedule import phase_start
 from pipeline.world import World, logger_of
 
 
@@ -83,14 +84,18 @@ class Checkpointer:
         for old in checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
 
-    def restore(self, engine: Engine) -> TrainState | None:
-        """Load the newest checkpoint that verifies into the engine; None when there is none. Collective."""
+    def restore(self, engine: Engine, restarts: Sequence[int] = ()) -> TrainState | None:
+        """Load the newest checkpoint that verifies into the engine; None when there is none. Collective.
+
+        Args:
+            restarts: steps at which the optimizer's moments started anew.
+        """
         for folder in reversed(checkpoints(self.folder)):
             broken = damage(folder) if self.world.is_main else None
             if self.world.any(broken is not None):
                 logger_of(self.world).warning("checkpoint %s is damaged (%s): trying the one before", folder, broken)
                 continue
-            return _load(folder, engine)
+            return _load(folder, engine, restarts)
         return None
 
 
@@ -161,7 +166,7 @@ def _stored_slices(checkpoint: Path) -> Iterator[_StoredSlice]:
 
 
 @torch.no_grad()
-def _load(checkpoint: Path, engine: Engine) -> TrainState:
+def _load(checkpoint: Path, engine: Engine, restarts: Sequence[int]) -> TrainState:
     wanted = {part.name: part for part in engine.slices()}
     missing = {name: part.tensors["weight"].numel() for name, part in wanted.items()}
     for stored in _stored_slices(checkpoint):
@@ -180,5 +185,6 @@ def _load(checkpoint: Path, engine: Engine) -> TrainState:
         f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
     )
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    engine.restored(manifest["step"])
-    return TrainState(manifest["step"], Cursor(**manifest["cursor"]))
+    step = manifest["step"]
+    engine.restored(step - phase_start(step, restarts))
+    return TrainState(step, Cursor(**manifest["cursor"]))

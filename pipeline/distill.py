@@ -74,6 +74,7 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         forward_args=forward_args,
         loss_terms=loss_terms,
         validations=validations,
+        restarts=(settings.num_local_steps,) if settings.num_local_steps else (),
     )
 
 

@@ -202,8 +202,14 @@ class Engine:
             tensors = {key: tensor.narrow(0, 0, count) for key, tensor in tensors.items()}
             yield ParameterSlice(name, tuple(parameter.ds_shape), offset, tensors)
 
+    def restart_optimizer(self) -> None:
+        """Forget the moments, as if no step had been made."""
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            for value in self._optimizer.optimizer.state[flat].values():
+                value.zero_()
+
     def restored(self, num_steps: int) -> None:
-        """Make what was written into `slices()` take effect, as the state after `num_steps` optimizer steps."""
+        """Make what was written into `slices()` take effect; the moments have seen `num_steps` optimizer steps."""
         optimizer = self._optimizer
         for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.optimizer.state[flat]["step"].fill_(num_steps)

@@ -42,6 +42,8 @@ class Task:
     """(step, outputs, counts) -> losses."""
     validations: Mapping[str, tuple[Any, ...]]
     """Further arguments of forward for each validation loss, by its name."""
+    restarts: tuple[int, ...] = ()
+    """Steps at which the objective changes: the optimizer's moments and the warm-up start anew."""
 
 
 class Trainer:
@@ -74,7 +76,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step; leaves with exit code 85 when asked to stop before it."""
-        state = self.checkpointer.restore(self.engine) or TrainState(0, Cursor())
+        state = self.checkpointer.restore(self.engine, self.task.restarts) or TrainState(0, Cursor())
         num_steps = self.optim.num_steps
         if state.step:
             logger_of(self.world).info("%s: continuing from step %d of %d", self.stage.name, state.step, num_steps)
@@ -82,6 +84,8 @@ class Trainer:
         cadence = self.cadence
         with _Records(self.stage, self.world, state.step, num_steps) as records:
             while state.step < num_steps:
+                if state.step in self.task.restarts:
+                    self.engine.restart_optimizer()
                 step_batch, cursor = self.batches.step(state.cursor, self.world.rank, self.world.size)
                 self._step(state.step, step_batch, sums)
                 state = TrainState(state.step + 1, cursor)
@@ -98,7 +102,13 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         optim = self.optim
-        return learning_rate(step, peak=optim.learning_rate, warmup_steps=optim.warmup_steps, num_steps=optim.num_steps)
+        return learning_rate(
+            step,
+            peak=optim.learning_rate,
+            warmup_steps=optim.warmup_steps,
+            num_steps=optim.num_steps,
+            restarts=self.task.restarts,
+        )
 
     def _step(self, step: int, batch: StepBatch, sums: _Sums) -> None:
         counts = GlobalCounts(batch.num_target_tokens, batch.num_micro_batches_with_data)

@@ -48,6 +48,8 @@ def reference(num_micro_batches: int) -> tuple[list[float], dict[str, torch.Tens
     optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
     losses = []
     for step in range(NUM_STEPS):
+        if step in task.restarts:
+            optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
         batches = global_batch(step, num_micro_batches)
         total = 0.0
         for parameter in parameters.values():
@@ -84,6 +86,8 @@ class Run:
         )
 
     def step(self, step: int) -> float:
+        if step in self.task.restarts:
+            self.engine.restart_optimizer()
         batches = global_batch(step, self.num_micro_batches)
         counts = counts_of(batches)
         total = torch.zeros((), device=self.world.device)
@@ -104,7 +108,7 @@ def train(num_micro_batches: int, folder: str, first: int = 0, last: int = NUM_S
     """Steps first..last-1, from a checkpoint in `folder` when first > 0, then a checkpoint there."""
     run = Run(num_micro_batches)
     checkpointer = run.checkpointer(folder)
-    state = checkpointer.restore(run.engine)
+    state = checkpointer.restore(run.engine, run.task.restarts)
     assert (state.step if state else 0) == first
     losses = [run.step(step) for step in range(first, last)]
     checkpointer.save(run.engine, TrainState(last, Cursor(epoch=1, window=2, step_in_window=3)))

@@ -1,0 +1,64 @@
+"""The whole road through the program that people run, on the 60-second recipe: once, again, and after kills."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pipeline.metrics import read_records
+from tests.faults.harness import STAGES, Road, scores, seconds_of_stages
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    road = Road(tmp_path_factory.mktemp("road") / "minute run")
+    return road, road.finish()
+
+
+def table_of(output: str) -> list[str]:
+    """The lines of the printed table."""
+    return [line for line in output.splitlines() if "│" in line or "┃" in line]
+
+
+@pytest.mark.timeout(900)
+def test_the_road_ends_with_every_output(finished):
+    road, output = finished
+    assert set(seconds_of_stages(output)) == set(STAGES)
+    assert "report.html" in output
+    rows = scores(road.run_dir)
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("teacher") == 1
+    assert kinds.count("finetuned") == 1
+    assert kinds.count("assembly") == kinds.count("dropped") == 4
+    assert (road.run_dir / "report" / "quality.png").stat().st_size > 1000
+    validations = [
+        record for record in read_records(road.run_dir / "distill" / "metrics.jsonl") if "validation/e6-d6" in record
+    ]
+    assert [record["step"] for record in validations] == [20, 40]
+    # training does something: the last validation of a coarse assembly is better than the first
+    assert validations[-1]["validation/e6-d6"] < validations[0]["validation/e6-d6"]
+
+
+@pytest.mark.timeout(300)
+def test_a_second_run_redoes_nothing_and_shows_the_same(finished):
+    road, output = finished
+    before = {path: path.stat().st_mtime_ns for path in road.run_dir.rglob("*.safetensors")}
+    again = road.finish()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.count("up to date") == len(STAGES) - 1
+    assert table_of(again) == table_of(output) != []
+
+
+@pytest.mark.timeout(900)
+def test_a_kill_in_training_and_one_in_evaluation_change_no_score(finished, tmp_path):
+    road, output = finished
+    broken = Road(tmp_path / "broken run")
+    shutil.copytree(road.run_dir, broken.run_dir)
+    for stage in ("distill", "baseline", "assemble", "evaluate", "report"):
+        shutil.rmtree(broken.run_dir / stage)
+    seconds = seconds_of_stages(output)
+    assert broken.kill_in("distill", 0.7 * seconds["distill"])
+    broken.kill_in("evaluate", 0.6 * seconds["evaluate"])
+    broken.finish()
+    assert scores(broken.run_dir) == scores(road.run_dir)
