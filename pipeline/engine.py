@@ -41,6 +41,7 @@ OURS = (
     "gradient_clipping",
     "optimizer",
     "scheduler",
+    "data_types",
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -141,6 +142,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": num_accumulated,
             "gradient_clipping": 0.0,
+            # with bf16 DeepSpeed would accumulate in bf16 and hand out copies of gradients, which clipping cannot reach
+            "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
         }
         self._engine, self._optimizer, _, _ = deepspeed.initialize(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data_prep.partition import mix
 from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.config import BatchConfig, LoopConfig, OptimConfig
 from pipeline.data import Batches, Cursor, MicroBatch, StepBatch, evaluation_batches
@@ -115,7 +116,7 @@ class Trainer:
         for micro_batch in batch.micro_batches:
             micro_batch = _on_device(micro_batch, self.world)
             # randomness (dropout) is a function of position too, so that a resumed run draws the same
-            torch.manual_seed(hash((self.stage.identity["seed"], step, micro_batch.index)) & 0x7FFFFFFF)
+            torch.manual_seed(mix(self.stage.identity["seed"], step, micro_batch.index) >> 1)
             outputs = self.engine(micro_batch, *self.task.forward_args(step, micro_batch))
             terms = self.task.loss_terms(step, outputs, counts)
             self.engine.backward(terms.total)
