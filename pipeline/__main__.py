@@ -57,7 +57,7 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
     if name == "run":
         from pipeline.run import run_all
 
-        run_all(recipe, run, extend=options["extend"])
+        run_all(recipe, run, extend=options["extend"], verbose=options["verbose"])
     elif name in TRAINING:
         _train(name, recipe, run, extend=options["extend"])
     else:

@@ -60,7 +60,11 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
     """Make RUN/assemble: a checkpoint of every asked assembly, the teacher's, the baselines', and systems.json."""
     started_s = time.time()
     stage = Stage.of(recipe, run, "assemble")
+    if stage.stamp() is not None:
+        print("assemble is up to date")
+        return
     stage.begin()
+    parts = Parts.of(run)
     requests = requested_assemblies(recipe, num_teacher_layers(run))
     systems = []
     for assembly, asked in tqdm(requests.items(), desc="assemble", unit="model", disable=None):
@@ -69,7 +73,7 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
         for kind in kinds:
             name = f"drop-{assembly}" if kind == "dropped" else str(assembly)
             folder = stage.folder / "models" / name
-            write_checkpoint(run, assembly, folder, dropped=kind == "dropped")
+            write_checkpoint(parts, assembly, folder, dropped=kind == "dropped")
             system = describe(run, folder, kind, name, assembly)
             systems.append(replace(system, requests=tuple(asked) if kind != "dropped" else ()))
     if run.baseline_model.is_dir():
@@ -117,31 +121,49 @@ def requested_assemblies(recipe: Recipe, num_layers: tuple[int, int]) -> dict[As
     return requests
 
 
-def write_checkpoint(run: RunDir, assembly: Assembly, folder: Path, *, dropped: bool = False) -> None:
+@dataclass(frozen=True)
+class Parts:
+    """What checkpoints are put together from: the teacher's folder and the module library, each read once."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    teacher: Weights
+    library: Weights
+
+    @staticmethod
+    def of(run: RunDir, *, library: bool = True) -> Parts:
+        config = json.loads((run.teacher_model / "config.json").read_text(encoding="utf-8"))
+        return Parts(
+            folder=run.teacher_model,
+            config=config,
+            family=family_of(config["model_type"]),
+            teacher=load_file(run.teacher_model / "model.safetensors"),
+            library=load_file(run.library / "modular.safetensors") if library else {},
+        )
+
+
+def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped: bool = False) -> None:
     """Publish one assembly as a Hugging Face folder; with `dropped`, teacher layers alone at the same depth."""
-    config = json.loads((run.teacher_model / "config.json").read_text(encoding="utf-8"))
-    family = family_of(config["model_type"])
-    teacher = load_file(run.teacher_model / "model.safetensors")
-    library = {} if dropped else load_file(run.library / "modular.safetensors")
+    config, family, teacher = dict(parts.config), parts.family, parts.teacher
     weights = dict(_outside_layers(teacher, family))
     for stack in STACKS:
         tiling = assembly.tiling(stack)
         sources = [Span(i, i) for i in kept_layers(tiling)] if dropped else tiling.spans
         for index, span in enumerate(sources):
             prefix = f"{family.layer_prefix(stack)}{index}."
-            weights |= {prefix + name: tensor for name, tensor in _layer(stack, span, teacher, library, family).items()}
+            weights |= {prefix + name: tensor for name, tensor in _layer(parts, stack, span).items()}
         config[family.depth_keys[stack]] = tiling.num_layers
-        shared = {name: teacher[name] for name in teacher if _is_shared(name, stack, family)}
-        weights |= shared
+        weights |= {name: teacher[name] for name in teacher if _is_shared(name, stack, family)}
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = run.teacher_model / "generation_config.json"
+    generation = parts.folder / "generation_config.json"
     if generation.is_file():
         shutil.copy2(generation, temporary / generation.name)
-    copy_tokenizer(run.teacher_model, temporary)
+    copy_tokenizer(parts.folder, temporary)
     publish_folder(temporary, folder)
 
 
@@ -155,22 +177,23 @@ def _is_shared(name: str, stack: str, family: Family) -> bool:
     return name.startswith(prefix) and family.is_shared_weight(name.removeprefix(prefix))
 
 
-def _layer(stack: str, span: Span, teacher: Weights, library: Weights, family: Family) -> Weights:
+def _layer(parts: Parts, stack: str, span: Span) -> Weights:
     """Weights of the layer that stands for a span, by their names inside a layer, without what the stack shares."""
     if span.num_layers == 1:
-        source, prefix = teacher, f"{family.layer_prefix(stack)}{span.first}."
+        source, prefix = parts.teacher, f"{parts.family.layer_prefix(stack)}{span.first}."
     else:
-        source, prefix = library, f"{stack}.{span}."
+        source, prefix = parts.library, f"{stack}.{span}."
     layer = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
     assert layer, f"no weights for {stack} {span}"
-    return {name: tensor for name, tensor in layer.items() if not family.is_shared_weight(name)}
+    return {name: tensor for name, tensor in layer.items() if not parts.family.is_shared_weight(name)}
 
 
 def describe(run: RunDir, folder: Path, kind: str, name: str, assembly: Assembly) -> System:
     """Sizes of a published checkpoint."""
     weights = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    embeddings = [tensor.numel() for tensor in weights.values() if tensor.dim() == 2 and _is_vocabulary(tensor, config)]
+    vocabulary = family_of(config["model_type"]).vocabulary_weights
+    embeddings = [tensor.numel() for name, tensor in weights.items() if name in vocabulary]
     total = sum(tensor.numel() for tensor in weights.values())
     return System(
         name=name,
@@ -185,7 +208,3 @@ def describe(run: RunDir, folder: Path, kind: str, name: str, assembly: Assembly
         num_non_embedding_parameters=total - sum(embeddings),
         bytes=(folder / "model.safetensors").stat().st_size,
     )
-
-
-def _is_vocabulary(tensor: torch.Tensor, config: dict[str, Any]) -> bool:
-    return tensor.shape[0] == config["vocab_size"]

@@ -1,19 +1,18 @@
 """Baselines on the same teacher and data.
 
 Layer dropping keeps evenly spaced teacher layers and trains nothing. Shrink and fine-tune (Shleifer & Rush 2020) starts
-from kept layers too, and trains all of that small model directly; it makes one size a run.
+from kept layers too, and trains all of that small model directly on the task loss; it makes one size a run.
 """
 
 from __future__ import annotations
 
 import time
 
-from pipeline.assemble import write_checkpoint
+from pipeline.assemble import Parts, coarsest_of, num_teacher_layers, write_checkpoint
 from pipeline.config import Recipe
-from pipeline.loop import Trainer
+from pipeline.loop import Trainer, begin_stage
 from pipeline.rundir import RunDir, Stage
-from pipeline.spans import coarsest_assembly, modular_spans
-from pipeline.teacher import begin, full_model_task, load_model, save_trained
+from pipeline.teacher import full_model_task, load_model, save_trained
 from pipeline.world import World
 
 
@@ -21,17 +20,16 @@ def train_baseline(recipe: Recipe, run: RunDir, world: World, *, extend: bool = 
     """Make RUN/baseline/model: the teacher shrunk to the depth of the coarsest assembly and fine-tuned. Collective."""
     started_s = time.time()
     stage = Stage.of(recipe, run, "baseline")
-    begin(stage, world, extend=extend)
+    if begin_stage(stage, world, extend=extend):
+        return
     if recipe.baseline.optim.num_steps == 0:
         if world.is_main:
             stage.publish([], started_s=started_s)
         return
     start = stage.folder / "start"
     if world.is_main:
-        config = load_model(run.teacher_model).config
-        num_layers = (config.num_layers, config.num_decoder_layers)
-        encoder, decoder = (modular_spans(n, recipe.distill.granularities) for n in num_layers)
-        write_checkpoint(run, coarsest_assembly(num_layers, (encoder, decoder)), start, dropped=True)
+        coarsest = coarsest_of(recipe, num_teacher_layers(run))
+        write_checkpoint(Parts.of(run, library=False), coarsest, start, dropped=True)
     world.barrier()
     model = load_model(start)
     trainer = Trainer(

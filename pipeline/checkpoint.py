@@ -47,6 +47,8 @@ class Checkpointer:
         self.world = world
         self.keep = keep
         self.inputs = inputs
+        self.restored_inputs = inputs
+        """What the run was started with that the restored checkpoint comes from."""
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for abandoned in folder.glob(".*.tmp"):
@@ -69,12 +71,14 @@ class Checkpointer:
         return final
 
     def _publish(self, temporary: Path, final: Path, state: TrainState) -> None:
-        entries = [read_json(temporary / f"rank_{rank}.json") for rank in range(self.world.size)]
+        entries = [
+            json.loads((temporary / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(self.world.size)
+        ]
         manifest = {
             "step": state.step,
             "cursor": asdict(state.cursor),
             "num_ranks": self.world.size,
-            "files": {entry["file"]: entry for entry in entries if entry},
+            "files": {entry["file"]: entry for entry in entries},
             "inputs": self.inputs,
         }
         write_atomic(temporary / "manifest.json", json.dumps(manifest))
@@ -95,6 +99,7 @@ class Checkpointer:
             if self.world.any(broken is not None):
                 logger_of(self.world).warning("checkpoint %s is damaged (%s): trying the one before", folder, broken)
                 continue
+            self.restored_inputs = (read_json(folder / "manifest.json") or {})["inputs"]
             return _load(folder, engine, restarts)
         return None
 
@@ -106,9 +111,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a published checkpoint, or None when every file has its size and sha256."""
-    manifest = read_json(checkpoint / "manifest.json")
-    if manifest is None:
-        return "no manifest"
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"manifest.json is not JSON: {error}"
     for name, entry in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
@@ -121,9 +127,14 @@ def damage(checkpoint: Path) -> str | None:
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All trained weights of a checkpoint in fp32, put together from every rank's slices."""
     weights: dict[str, torch.Tensor] = {}
+    missing: dict[str, int] = {}
     for stored in _stored_slices(checkpoint):
         flat = weights.setdefault(stored.name, torch.empty(stored.shape, dtype=torch.float32)).view(-1)
         flat[stored.start : stored.stop] = stored.read("weight", stored.start, stored.stop)
+        missing[stored.name] = missing.get(stored.name, flat.numel()) - (stored.stop - stored.start)
+    assert not any(missing.values()), (
+        f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
+    )
     return weights
 
 

@@ -156,9 +156,9 @@ class DistillConfig:
     """Teacher layers that a modular layer stands for; each granularity covers both stacks."""
     init: str = identity("last")
     """Teacher layer of the span that a modular layer starts from: first or last."""
-    local_fraction: float = identity(0.4)
-    """Share of the steps in the local phase, where each modular layer learns its span from the teacher's own states;
-    the rest is the replacing phase, where draws put modular layers into the teacher and the whole path is trained."""
+    local_steps: int = identity(400)
+    """Steps of the local phase, where each modular layer learns its span from the teacher's own states; the steps after
+    it are the replacing phase, where draws put modular layers into the teacher and the whole path is trained."""
     coarse_weight: float = identity(0.5)
     """Share of the replacing draws in which a stack takes one granularity throughout, chosen in proportion to its size;
     the rest is uniform over all tilings."""
@@ -171,12 +171,12 @@ class DistillConfig:
         _require(len(self.granularities) > 0, "granularities must name at least one granularity, such as [2, 3, 6]")
         _require(min(self.granularities) >= 2, f"granularities start at 2, not {min(self.granularities)}")
         _require(self.init in ("first", "last"), f"init must be first or last, not {self.init!r}")
-        _require(0 <= self.local_fraction <= 1, f"local_fraction must lie in 0..1, not {self.local_fraction}")
+        _require(self.optim.num_steps > 0, "distill.optim.num_steps is 0: there would be no modular layers")
+        _require(
+            0 <= self.local_steps <= self.optim.num_steps,
+            f"local_steps must lie in 0..{self.optim.num_steps} (optim.num_steps), not {self.local_steps}",
+        )
         _require(0 <= self.coarse_weight <= 1, f"coarse_weight must lie in 0..1, not {self.coarse_weight}")
-
-    @property
-    def num_local_steps(self) -> int:
-        return round(self.local_fraction * self.optim.num_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +250,12 @@ class Recipe:
     assemble: AssembleConfig = dataclasses.field(default_factory=AssembleConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.teacher.folder or bool(self.data.tokenizer),
+            f"teacher.folder is {self.teacher.folder} but data.tokenizer is empty: give the teacher's folder there too",
+        )
 
     @property
     def resolved_run_dir(self) -> str:

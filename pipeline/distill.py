@@ -14,13 +14,13 @@ from pipeline.checkpoint import checkpoints, full_weights
 from pipeline.config import DistillConfig, Recipe
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
-from pipeline.loop import Task, Trainer
+from pipeline.loop import Task, Trainer, begin_stage
 from pipeline.losses import GlobalCounts, LossTerms, local_terms, replacing_terms
 from pipeline.modular import ModularLeaf, ModularModel, ModularOutputs, TeacherLeaf
 from pipeline.rundir import RunDir, Stage, publish_folder, sha256_file, write_atomic
 from pipeline.sampler import Sampler
 from pipeline.spans import Assembly, pure_tiling, teacher_assembly
-from pipeline.teacher import begin, load_model
+from pipeline.teacher import load_model
 from pipeline.world import World
 
 
@@ -28,7 +28,8 @@ def train_modular(recipe: Recipe, run: RunDir, world: World, *, extend: bool = F
     """Make RUN/distill/library, the modular layers of all granularities. Collective over all ranks."""
     started_s = time.time()
     stage = Stage.of(recipe, run, "distill")
-    begin(stage, world, extend=extend)
+    if begin_stage(stage, world, extend=extend):
+        return
     settings = recipe.distill
     teacher = load_model(run.teacher_model)
     family = family_of(teacher.config.model_type)
@@ -55,10 +56,10 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
     )
 
     def forward_args(step: int, batch: MicroBatch) -> tuple[Assembly | None]:
-        return (None if step < settings.num_local_steps else sampler.draw(step, batch.index),)
+        return (None if step < settings.local_steps else sampler.draw(step, batch.index),)
 
     def loss_terms(step: int, outputs: ModularOutputs, counts: GlobalCounts) -> LossTerms:
-        if step < settings.num_local_steps:
+        if step < settings.local_steps:
             return local_terms(outputs, counts)
         return replacing_terms(outputs, counts, settings.losses)
 
@@ -74,7 +75,7 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         forward_args=forward_args,
         loss_terms=loss_terms,
         validations=validations,
-        restarts=(settings.num_local_steps,) if settings.num_local_steps else (),
+        restarts=(settings.local_steps,) if settings.local_steps else (),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
@@ -49,13 +51,38 @@ def _device() -> str:
 def _mpi() -> str:
     from pipeline.run import mpiexec
 
-    return mpiexec()
+    count = "from mpi4py import MPI; print(MPI.COMM_WORLD.allreduce(1))"
+    output = _output_of([mpiexec(), "-n", "2", sys.executable, "-c", count])
+    if output.split() != ["2", "2"]:
+        raise ValueError(f"two MPI ranks do not see each other: {output!r}; mpiexec and mpi4py must be of one MPI")
+    return f"2 ranks by {mpiexec()}"
+
+
+def _ranks() -> str:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    size = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    code = (
+        "import os, torch, torch.distributed as d; d.init_process_group('gloo'); x = torch.ones(1); "
+        "d.all_reduce(x); assert x.item() == d.get_world_size(); d.destroy_process_group()"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    _output_of([*torchrun, "--no-python", sys.executable, "-c", code])
+    return f"{size} ranks by torchrun; training will use {backend}"
+
+
+def _output_of(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1])
+    return done.stdout
 
 
 def _kernels() -> str:
     from pipeline.kernels import HiddenPair, hidden_loss, reference
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and find_spec("triton") is None:
+        raise ValueError("triton is missing: the fused kernels need it on a GPU")
     states = torch.randn(3, 2, 7, 64, device=device)
     pair = HiddenPair(states[0], states[1], torch.ones(2, 7, dtype=torch.bool, device=device), states[2])
     torch.testing.assert_close(hidden_loss([pair], "span"), reference.hidden_loss([pair], "span"))
@@ -71,6 +98,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "packages": _packages,
     "device": _device,
     "mpi": _mpi,
+    "ranks": _ranks,
     "kernels": _kernels,
     "slurm": _slurm,
 }

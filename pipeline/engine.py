@@ -29,6 +29,7 @@ from deepspeed.utils import (
     set_z3_leaf_modules,
 )
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import OptimConfig
 from pipeline.world import World, free_port
@@ -72,6 +73,9 @@ def read_ds_config(name: str) -> dict[str, Any]:
     taken = [key for key in OURS if key in config]
     if taken:
         raise ValueError(f"{path} sets {', '.join(taken)}: the recipe decides these, remove them there")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3 or "offload_optimizer" in zero or config.get("fp16", {}).get("enabled"):
+        raise ValueError(f"{path}: this engine runs ZeRO stage 3 in bf16 or fp32 without offload_optimizer")
     return config
 
 
@@ -83,6 +87,7 @@ def join_world() -> World:
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed_logger.setLevel(logging.ERROR)
+    disable_progress_bar()  # of loading and saving weights
     # torch renames collectives that DeepSpeed calls by their old names
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     world = World.from_environment()
@@ -148,6 +153,9 @@ class Engine:
         }
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=list(self._parameters.values()), optimizer=optimizer, config=config
+        )
+        assert self._optimizer.grad_partitions_flat_buffer.dtype == torch.float32, (
+            "gradients must be handed out as views"
         )
         for flat in self._optimizer.fp32_partitioned_groups_flat:
             self._optimizer.optimizer.state[flat] = {

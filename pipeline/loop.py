@@ -7,7 +7,9 @@ steps, accumulation, the schedule, checkpoints, validation, records, and stoppin
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +49,17 @@ class Task:
     """Steps at which the objective changes: the optimizer's moments and the warm-up start anew."""
 
 
+def begin_stage(stage: Stage, world: World, *, extend: bool) -> bool:
+    """Make a training stage's folder ready; True when its published output is up to date already. Collective."""
+    done = world.any(world.is_main and stage.stamp() is not None)
+    if done:
+        logger_of(world).info("%s is up to date", stage.name)
+    elif world.is_main:
+        stage.begin(extend=extend)
+    world.barrier()
+    return done
+
+
 class Trainer:
     """One training run of one stage, from its newest checkpoint to its last step."""
 
@@ -57,6 +70,10 @@ class Trainer:
         self.optim, self.cadence = optim, loop
         data = stage.run.data
         seed = stage.identity["seed"]
+        if batch.micro_batches_per_step % world.size:
+            raise ValueError(
+                f"micro_batches_per_step is {batch.micro_batches_per_step}, which {world.size} ranks do not divide"
+            )
         self.batches = Batches(data, "train", seed, batch.tokens_per_micro_batch, batch.micro_batches_per_step)
         self.validation = evaluation_batches(data, "validation", batch.tokens_per_micro_batch, loop.validation_examples)
         self.engine = Engine(
@@ -79,6 +96,12 @@ class Trainer:
         """Run to the last step; leaves with exit code 85 when asked to stop before it."""
         state = self.checkpointer.restore(self.engine, self.task.restarts) or TrainState(0, Cursor())
         num_steps = self.optim.num_steps
+        if state.step > num_steps or (
+            state.step == num_steps and self.checkpointer.restored_inputs != self.stage.inputs
+        ):
+            raise ValueError(
+                f"the newest checkpoint is at step {state.step}: give a num_steps above it to continue, not {num_steps}"
+            )
         if state.step:
             logger_of(self.world).info("%s: continuing from step %d of %d", self.stage.name, state.step, num_steps)
         sums = _Sums(self.engine.clip_groups)
@@ -94,12 +117,12 @@ class Trainer:
                 last = state.step == num_steps
                 if last or state.step % cadence.log_every_steps == 0:
                     records.losses(state.step, sums.take(self.world))
-                    if self.stop.agreed() and not last:
-                        self._leave(state)
                 if last or state.step % cadence.validate_every_steps == 0:
                     records.validation(state.step, self._validate())
                 if last or state.step % cadence.save_every_steps == 0:
                     self.checkpointer.save(self.engine, state)
+                elif state.step % cadence.log_every_steps == 0 and self.stop.agreed():
+                    self._leave(state)
 
     def _learning_rate(self, step: int) -> float:
         optim = self.optim
@@ -163,6 +186,8 @@ class _Sums:
 
     def _restart(self) -> None:
         self._parts: dict[str, torch.Tensor] = {}
+        self._names_in_step: set[str] = set()
+        self._num_steps: Counter[str] = Counter()
         self._norms: list[torch.Tensor] = []
         self._num_tokens = 0
         self._start_s = time.perf_counter()
@@ -170,16 +195,19 @@ class _Sums:
     def add(self, parts: Mapping[str, torch.Tensor]) -> None:
         for name, part in parts.items():
             self._parts[name] = self._parts[name] + part if name in self._parts else part
+        self._names_in_step |= parts.keys()
 
     def add_step(self, norms_G: torch.Tensor, batch: StepBatch) -> None:
+        self._num_steps.update(self._names_in_step)
+        self._names_in_step.clear()
         self._norms.append(norms_G)
         self._num_tokens += batch.num_target_tokens + batch.num_source_tokens
 
     def take(self, world: World) -> dict[str, float]:
         """Mean per step over all ranks, and start anew. Collective: every rank has the same names."""
         names = sorted(self._parts)
-        totals = world.sum(torch.stack([self._parts[name].float() for name in names])) / len(self._norms)
-        values = dict(zip(names, totals.tolist(), strict=True))
+        totals = world.sum(torch.stack([self._parts[name].float() for name in names])).tolist()
+        values = {name: total / self._num_steps[name] for name, total in zip(names, totals, strict=True)}
         norms_G = torch.stack(self._norms).mean(0).tolist()
         values |= {f"grad_norm/{name}": norm for name, norm in zip(self._clip_groups, norms_G, strict=True)}
         values["tokens_per_s"] = self._num_tokens / (time.perf_counter() - self._start_s)
@@ -223,6 +251,7 @@ class _Records:
             self._log.log(step, {f"validation/{name}": value for name, value in values.items()})
             text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
             tqdm.write(f"{self._name} step {step}: validation loss  {text}")
+            sys.stdout.flush()
 
     def __enter__(self) -> _Records:
         return self

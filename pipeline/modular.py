@@ -148,13 +148,15 @@ class ModularModel(nn.Module):
         pairs: dict[str, HiddenPair] = {}
         inputs = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
         source_BSD = shared.embed("encoder", batch.source_BS)
+        target_mask_BT = batch.labels_BT != -100
+        # an example without targets only fills a micro-batch up: it counts nowhere
+        counted_BS = batch.source_mask_BS & target_mask_BT.any(1, keepdim=True)
         teacher_BSD, student_BSD, same = self._run_stack(
-            "encoder", draw, source_BSD, None, None, True, inputs, batch.source_mask_BS, pairs
+            "encoder", draw, source_BSD, None, None, True, inputs, counted_BS, pairs
         )
         teacher_BSD = shared.finish("encoder", teacher_BSD)
         student_BSD = teacher_BSD if draw is None else shared.finish("encoder", student_BSD)
 
-        target_mask_BT = batch.labels_BT != -100
         # padding needs no mask: it stands behind every target token, where the causal mask hides it
         bias = shared.self_bias("decoder", torch.ones_like(target_mask_BT[:1]))
         inputs = StackInputs(bias, shared.cross_bias(batch.source_mask_BS))

@@ -22,7 +22,7 @@ TRAINING = ("teacher", "distill", "baseline")
 ORDER = ("data", *TRAINING, "assemble", "evaluate", "report")
 
 
-def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
+def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, verbose: bool = False) -> None:
     """Run every stage that is not done yet.
 
     Raises:
@@ -37,7 +37,8 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
         stage_started_s = time.monotonic()
         done = name in ORDER[1:-1] and Stage.of(recipe, run, name).stamp() is not None
         if not done:
-            _run_stage(name, recipe, run, extend=extend)
+            options = ["--extend"] * (extend and name in TRAINING) + ["--verbose"] * (verbose and name != "data")
+            _run_stage(name, recipe, run, options)
         seconds = time.monotonic() - stage_started_s
         print(f"{name:<9} {'up to date' if done else f'{seconds:6.1f} s'}", flush=True)
     lock.close()
@@ -46,8 +47,8 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
         f"Look at {run.stage('report') / 'report.html'}; every checkpoint lies in {run.stage('assemble') / 'models'}."
     )
     print(
-        f"Next: AutoModelForSeq2SeqLM.from_pretrained(...) on one of them, or your own model and data: "
-        f"python -m pipeline run --config {run.recipe} --teacher.folder ... --data.corpus files --data.train ..."
+        "Next: AutoModelForSeq2SeqLM.from_pretrained(...) on one of them, or `python -m pipeline run --config my.yaml` "
+        "with your own model and data (README.md)."
     )
 
 
@@ -64,12 +65,11 @@ def stage_command(name: str, recipe: Recipe, run: RunDir) -> list[str]:
     return [sys.executable, *program]
 
 
-def _run_stage(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
-    command = stage_command(name, recipe, run)
-    if extend and name in TRAINING:
-        command.append("--extend")
+def _run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> None:
+    command = stage_command(name, recipe, run) + options
     requeue = run.root / name / "REQUEUE"
     requeue.unlink(missing_ok=True)
+    (run.root / "STOP").unlink(missing_ok=True)
     threads = str(recipe.launch.threads_per_rank)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(command, env=environment, preexec_fn=die_with_parent)
@@ -90,7 +90,7 @@ def mpiexec() -> str:
 
 
 def _lock(run: RunDir) -> IO[str]:
-    """Hold the run directory; the lock goes when this process and its children are gone, however they go."""
+    """Hold the run directory against a second `run`; the lock goes with this process, and its children do too."""
     file = open(run.root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 held while the run lasts
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,13 +23,13 @@ from pipeline.config import Recipe, fields_of_kind
 
 FORMAT_VERSION = 1
 
-# stage -> (sections of the recipe that describe it, stages whose outputs it reads)
+# stage -> (what of the recipe describes it, by prefix; stages whose outputs it reads)
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "teacher": (("teacher",), ("data",)),
-    "distill": (("distill",), ("data", "teacher")),
-    "baseline": (("baseline", "distill"), ("data", "teacher")),
-    "assemble": (("assemble",), ("teacher", "distill", "baseline")),
-    "evaluate": (("evaluate",), ("data", "assemble")),
+    "teacher": (("teacher.",), ("data",)),
+    "distill": (("distill.",), ("data", "teacher")),
+    "baseline": (("baseline.", "distill.granularities", "distill.batch."), ("data", "teacher")),
+    "assemble": (("assemble.",), ("teacher", "distill", "baseline")),
+    "evaluate": (("evaluate.",), ("data", "assemble", "baseline")),
     "report": ((), ("evaluate",)),
 }
 
@@ -147,12 +147,14 @@ class Stage:
         Raises:
             FileNotFoundError: a stage before this one has not published its output.
         """
-        sections, upstream = STAGES[name]
-        identity: dict[str, Any] = {"format": FORMAT_VERSION, "seed": recipe.seed}
-        schedule: dict[str, Any] = {}
-        for section in sections:
-            identity |= fields_of_kind(getattr(recipe, section), "identity", f"{section}.")
-            schedule |= fields_of_kind(getattr(recipe, section), "schedule", f"{section}.")
+        prefixes, upstream = STAGES[name]
+        identity, schedule = (
+            {field: value for field, value in fields_of_kind(recipe, kind).items() if field.startswith(prefixes)}
+            for kind in ("identity", "schedule")
+        )
+        identity |= {"format": FORMAT_VERSION, "seed": recipe.seed}
+        if name == "teacher" and recipe.teacher.folder:
+            identity["teacher files"] = _files_of(Path(recipe.teacher.folder))
         for other in upstream:
             output_hash = run.output_hash(other)
             if output_hash is None:
@@ -205,7 +207,7 @@ class Stage:
         write_atomic(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
 
     def _set_aside(self) -> None:
-        """Move a finished output that another recipe made out of the way; nothing is deleted."""
+        """Move a finished output that another recipe made out of the way."""
         digest = hashlib.sha256((self.folder / "inputs.json").read_bytes()).hexdigest()[:8]
         aside = self.folder.with_name(f"{self.name}~{digest}")
         if aside.exists():
@@ -237,6 +239,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """What tells a model folder from another of the same name without reading gigabytes: sizes, small files' hashes.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: sha256_file(path) if path.stat().st_size < 2**20 else path.stat().st_size for path in files}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

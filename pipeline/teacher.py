@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.checkpoint import checkpoints, full_weights
 from pipeline.config import Recipe
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.families.t5 import new_t5
-from pipeline.loop import Task, Trainer
+from pipeline.loop import Task, Trainer, begin_stage
 from pipeline.losses import GlobalCounts, LossTerms, task_loss
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.tokenizer import save_tokenizer, vocabulary_size
@@ -76,11 +75,12 @@ def train_teacher(recipe: Recipe, run: RunDir, world: World, *, extend: bool = F
     """Make RUN/teacher/model, a Hugging Face folder. Collective over all ranks."""
     started_s = time.time()
     stage = Stage.of(recipe, run, "teacher")
-    begin(stage, world, extend=extend)
+    if begin_stage(stage, world, extend=extend):
+        return
     settings = recipe.teacher
     if settings.optim.num_steps == 0:
         if world.is_main:
-            publish_copy(Path(settings.folder), run.teacher_model)
+            save_model(_starting_model(recipe, run), run.teacher_model, run.tokenizer)
     else:
         trainer = Trainer(
             full_model_task(_starting_model(recipe, run)),
@@ -108,7 +108,6 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    disable_progress_bar()
     family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
     return AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
 
@@ -116,25 +115,16 @@ def load_model(folder: Path) -> PreTrainedModel:
 def save_trained(model: PreTrainedModel, stage: Stage, target: Path, tokenizer: Path) -> None:
     """Write the weights of the stage's newest checkpoint as an ordinary Hugging Face folder."""
     weights = full_weights(checkpoints(stage.folder / "checkpoints")[-1])
-    model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()}, strict=False)
-    model.tie_weights()
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    # not strict: a tied weight has several names in the model and one in the checkpoint
+    result = model.load_state_dict({n.removeprefix("model."): weight for n, weight in weights.items()}, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    save_model(model, target, tokenizer)
+
+
+def save_model(model: PreTrainedModel, target: Path, tokenizer: Path) -> None:
+    """Publish a model and its tokenizer as a Hugging Face folder with one file of weights."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, max_shard_size="100TB")
     save_tokenizer(tokenizer, temporary)
     publish_folder(temporary, target)
-
-
-def publish_copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    publish_folder(temporary, target)
-
-
-def begin(stage: Stage, world: World, *, extend: bool) -> None:
-    """Rank 0 prepares the stage's folder; the others wait for it."""
-    if world.is_main:
-        stage.begin(extend=extend)
-    world.barrier()

@@ -49,6 +49,8 @@ class Family(Protocol):
 
     depth_keys: ClassVar[dict[str, str]]
     """Config key that holds the number of layers, by stack."""
+    vocabulary_weights: ClassVar[tuple[str, ...]]
+    """Names of the weights with one row for each token of the vocabulary."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pipeline.families.base import StackInputs
@@ -92,6 +92,12 @@ class T5Family:
     """See pipeline.families.base.Family."""
 
     depth_keys: ClassVar[dict[str, str]] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
+    vocabulary_weights: ClassVar[tuple[str, ...]] = (
+        "shared.weight",
+        "lm_head.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+    )
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return getattr(model, stack).block
@@ -154,6 +160,7 @@ def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditiona
     for stack in (model.encoder, model.decoder):
         attention = stack.block[0].layer[0].SelfAttention
         _structure_position_bias(attention)
+    model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 

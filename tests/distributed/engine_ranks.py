@@ -20,7 +20,7 @@ from tests.tiny import on_device, random_batch, tiny_t5
 
 NUM_STEPS, NUM_LOCAL = 7, 3
 SETTINGS = DistillConfig(
-    local_fraction=NUM_LOCAL / NUM_STEPS,
+    local_steps=NUM_LOCAL,
     optim=OptimConfig(num_steps=NUM_STEPS, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.05),
 )
 
@@ -70,7 +70,7 @@ def reference(num_micro_batches: int) -> tuple[list[float], dict[str, torch.Tens
 class Run:
     """The task under the engine on this rank."""
 
-    def __init__(self, num_micro_batches: int, ds_config: str = "zero3_cpu") -> None:
+    def __init__(self, num_micro_batches: int, ds_config: str) -> None:
         self.world: World = join_world()
         self.task = new_task()
         self.num_micro_batches = num_micro_batches
@@ -104,9 +104,11 @@ class Run:
         return Checkpointer(Path(folder), self.world, keep=3, inputs={})
 
 
-def train(num_micro_batches: int, folder: str, first: int = 0, last: int = NUM_STEPS) -> list[float]:
+def train(
+    num_micro_batches: int, folder: str, first: int = 0, last: int = NUM_STEPS, ds_config: str = "zero3_cpu"
+) -> list[float]:
     """Steps first..last-1, from a checkpoint in `folder` when first > 0, then a checkpoint there."""
-    run = Run(num_micro_batches)
+    run = Run(num_micro_batches, ds_config)
     checkpointer = run.checkpointer(folder)
     state = checkpointer.restore(run.engine, run.task.restarts)
     assert (state.step if state else 0) == first
@@ -116,17 +118,31 @@ def train(num_micro_batches: int, folder: str, first: int = 0, last: int = NUM_S
     return losses
 
 
-def largest_error(folder: str, expected: dict[str, torch.Tensor]) -> float:
-    """Largest difference between the weights of the newest checkpoint and these."""
+def errors(folder: str, expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """(mean, largest) difference between the weights of the newest checkpoint and these."""
     weights = full_weights(sorted(Path(folder).glob("step_*"))[-1])
     assert weights.keys() == expected.keys()
-    return max((weights[name] - expected[name]).abs().max().item() for name in expected)
+    differences = torch.cat([(weights[name] - expected[name]).abs().flatten() for name in expected])
+    return differences.mean().item(), differences.max().item()
+
+
+def norms_around_clipping(ds_config: str) -> tuple[list[float], list[float]]:
+    """Gradient norm of each modular layer before and after clipping."""
+    run_size = World.from_environment().size
+    run = Run(run_size, ds_config)
+    batches = global_batch(0, run_size)
+    outputs = run.engine(batches[run.world.rank], None)
+    run.engine.backward(run.task.loss_terms(0, outputs, counts_of(batches)).total)
+    before = run.engine._clip().tolist()
+    after = run.engine._clip().tolist()
+    run.world.close()
+    return before, after
 
 
 def non_finite() -> str:
     """What happens to the weights and moments when one rank has a NaN loss."""
-    run = Run(run_size := int(World.from_environment().size))
-    assert run_size
+    run_size = World.from_environment().size
+    run = Run(run_size, "zero3_cpu")
     before = {part.name: part.tensors["weight"].clone() for part in run.engine.slices()}
     batch = global_batch(0, run_size)[run.world.rank]
     outputs = run.engine(batch, *run.task.forward_args(0, batch))

@@ -59,13 +59,12 @@ class Road:
         deadline = time.monotonic() + TIMEOUT_S
         try:
             while not set(before) <= seen:
-                words = lines.get(timeout=deadline - time.monotonic()).split()
-                seen |= set(words[:1]) & set(STAGES)
+                seen |= finished_stage(lines.get(timeout=deadline - time.monotonic()))
             end = time.monotonic() + after_s
             while time.monotonic() < end and process.poll() is None:
                 time.sleep(0.02)
             while not lines.empty():
-                seen |= set(lines.get().split()[:1]) & set(STAGES)
+                seen |= finished_stage(lines.get())
             return stage not in seen
         finally:
             kill_group(process)
@@ -76,6 +75,13 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def finished_stage(line: str) -> set[str]:
+    """The stage that a line reports as done: `teacher 12.3 s` or `teacher up to date`."""
+    words = line.split()
+    done = words[1:] == ["up", "to", "date"] or (len(words) == 3 and words[2] == "s")
+    return set(words[:1]) & set(STAGES) if done else set()
 
 
 def seconds_of_stages(output: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
-from pipeline.assemble import describe, requested_assemblies, write_checkpoint
+from pipeline.assemble import Parts, describe, requested_assemblies, write_checkpoint
 from pipeline.config import AssembleConfig, Recipe
 from pipeline.rundir import RunDir
 from pipeline.spans import Assembly
@@ -43,7 +43,7 @@ def make_run(tmp_path, kind):
 def test_plain_transformers_computes_what_training_computed(tmp_path, kind, text):
     run, modular = make_run(tmp_path, kind)
     assembly = Assembly.parse(text)
-    write_checkpoint(run, assembly, tmp_path / "out")
+    write_checkpoint(Parts.of(run), assembly, tmp_path / "out")
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     batch = random_batch(4)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_plain_transformers_computes_what_training_computed(tmp_path, kind, text
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_teachers_own_assembly_has_the_teachers_weights(tmp_path, kind):
     run, _ = make_run(tmp_path, kind)
-    write_checkpoint(run, Assembly.parse("e1x6-d1x6"), tmp_path / "out")
+    write_checkpoint(Parts.of(run), Assembly.parse("e1x6-d1x6"), tmp_path / "out")
     ours, teacher = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run.teacher_model))
     assert ours.keys() == teacher.keys()
     assert all(torch.equal(ours[name], teacher[name]) for name in ours)
@@ -66,7 +66,7 @@ def test_the_teachers_own_assembly_has_the_teachers_weights(tmp_path, kind):
 def test_dropping_layers_keeps_teacher_layers_and_needs_no_library(tmp_path):
     run, _ = make_run(tmp_path, "v1.0")
     (run.library / "modular.safetensors").unlink()
-    write_checkpoint(run, Assembly.parse("e2x3-d6"), tmp_path / "out", dropped=True)
+    write_checkpoint(Parts.of(run, library=False), Assembly.parse("e2x3-d6"), tmp_path / "out", dropped=True)
     ours, teacher = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run.teacher_model))
     for ours_layer, teacher_layer in ((0, 0), (1, 2), (2, 5)):
         name = "encoder.block.{}.layer.1.DenseReluDense.wo.weight"
@@ -76,7 +76,7 @@ def test_dropping_layers_keeps_teacher_layers_and_needs_no_library(tmp_path):
 
 def test_sizes_count_the_vocabulary_apart(tmp_path):
     run, _ = make_run(tmp_path, "v1.1")
-    write_checkpoint(run, Assembly.parse("e6-d6"), tmp_path / "out")
+    write_checkpoint(Parts.of(run), Assembly.parse("e6-d6"), tmp_path / "out")
     system = describe(run, tmp_path / "out", "assembly", "e6-d6", Assembly.parse("e6-d6"))
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     assert system.num_parameters == sum(parameter.numel() for parameter in model.parameters())
