@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Checkpointer:
         ]
         manifest = {
             "step": state.step,
-            "cursor": asdict(state.cursor),
+            "cursor": state.cursor.to_dict(),
             "num_ranks": self.world.size,
             "files": {entry["file"]: entry for entry in entries},
             "inputs": self.inputs,
@@ -198,4 +198,4 @@ def _load(checkpoint: Path, engine: Engine, restarts: Sequence[int]) -> TrainSta
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     step = manifest["step"]
     engine.restored(step - phase_start(step, restarts))
-    return TrainState(step, Cursor(**manifest["cursor"]))
+    return TrainState(step, Cursor.from_dict(manifest["cursor"]))

@@ -32,7 +32,7 @@ class _Parser(ArgumentParser):
 def recipe_parser(program: str, description: str) -> ArgumentParser:
     """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=program, description=description)
+    parser = _Parser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="Recipe: a YAML file or a name in pipeline/recipes/.")
     parser.add_argument("--verbose", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(Recipe, as_group=False)
@@ -100,9 +100,11 @@ def _with_recipe_paths(arguments: Sequence[str]) -> list[str]:
 def _one_line(message: str) -> str:
     """A parser's message in one line, with the nearest field where a key is unknown."""
     line = " ".join(message.split())
-    unknown = re.search(r"(?:[Kk]ey|Option) [\"']?-*([\w.]+)[\"']? is not (?:expected|accepted)", line)
-    unknown = unknown or re.search(r"(?:[Uu]nrecognized arguments:|does not accept option) '?-*([\w.]+)", line)
+    unknown = re.search(r"(?:[Kk]ey|Option) [\"']?-*(?P<key>[\w.]+)[\"']? is not (?:expected|accepted)", line)
+    unknown = unknown or re.search(r"[Uu]nrecognized arguments: -*(?P<key>[\w.]+)", line)
+    unknown = unknown or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", line)
     if unknown:
-        near = difflib.get_close_matches(unknown[1], [*field_names(Recipe), "config", "extend", "verbose"], n=1)
-        line = f"unknown field {unknown[1]!r}" + (f": did you mean {near[0]}?" if near else ": see --help")
+        key = ".".join(filter(None, (unknown.groupdict().get("group"), unknown["key"])))
+        near = difflib.get_close_matches(key, [*field_names(Recipe), "config", "extend", "verbose"], n=1)
+        line = f"unknown field {key!r}" + (f": did you mean {near[0]}?" if near else ": see --help")
     return line

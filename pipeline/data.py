@@ -90,7 +90,6 @@ class Batches:
             if value < 1:
                 raise ValueError(f"{name} is {value}: choose at least 1")
         manifest = read_manifest(Path(data_dir))
-        self.plan_hash = manifest.plan_hash
         self.micro_batches_per_step = micro_batches_per_step
         self._collator = _Collator(read_split(Path(data_dir), manifest, split), manifest.pad_id)
         self._collator.check_budget(tokens_per_micro_batch)

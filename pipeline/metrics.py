@@ -37,11 +37,6 @@ class MetricLog:
         self._writer.close()
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _step_of(line: str) -> float:
     """Step of a record; infinity for a line that a killed process left half written."""
     try:

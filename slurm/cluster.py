@@ -73,7 +73,8 @@ class Cluster:
     local_scratch: str
     """Folder on a disk of each node, for compiler caches; shell variables of the job may be used in it."""
     signal_lead_s: int
-    """Seconds before the time limit at which a job is told to save and requeue: at least two steps and a save."""
+    """Seconds before the time limit at which a job is told to save and requeue: at least
+    `log_every_steps` steps, a validation and a save."""
     max_requeues: int
     """Starts of one job after which it is no longer requeued."""
     environment: dict[str, str]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from pipeline.metrics import read_records
+from pipeline.report_data import read_jsonl
 from tests.faults.harness import STAGES, Road, scores, seconds_of_stages
 
 
@@ -33,7 +33,7 @@ def test_the_road_ends_with_every_output(finished):
     assert kinds.count("assembly") == kinds.count("dropped") == 4
     assert (road.run_dir / "report" / "quality.png").stat().st_size > 1000
     validations = [
-        record for record in read_records(road.run_dir / "distill" / "metrics.jsonl") if "validation/e6-d6" in record
+        record for record in read_jsonl(road.run_dir / "distill" / "metrics.jsonl") if "validation/e6-d6" in record
     ]
     assert [record["step"] for record in validations] == [20, 40]
     # training does something: the last validation of a coarse assembly is better than the first

@@ -1,0 +1,75 @@
+"""The command line: every field documented and overridable, every mistake one line and exit code 2."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from pipeline.__main__ import main
+from pipeline.cli import RECIPES, field_names, parse_recipe, recipe_parser
+from pipeline.config import Recipe
+
+
+def parse(*arguments):
+    return parse_recipe(recipe_parser("test", ""), arguments)[0]
+
+
+def test_help_documents_every_field():
+    text = re.sub(r"\s+", " ", recipe_parser("test", "").format_help().split("options:")[1])
+    for name in field_names(Recipe):
+        match = re.search(rf"--{re.escape(name)} (?:\S+ )?(.*?)\(type:", text)
+        assert match, name
+        assert len(match[1].split()) >= 2, f"{name} has no description"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_parse_and_print_as_what_they_are(name, capsys):
+    recipe = parse("--config", name)
+    assert recipe.name == name
+    with pytest.raises(SystemExit):
+        parse("--config", name, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    printed.pop("verbose", None)
+    assert printed["distill"]["granularities"] == [2, 3, 6]
+
+
+def test_the_command_line_overrides_the_recipe():
+    recipe = parse("--config", "demo", "--distill.optim.num_steps", "5000", "--assemble.ratios", "[2, 3]")
+    assert recipe.distill.optim.num_steps == 5000
+    assert recipe.assemble.ratios == (2.0, 3.0)
+    assert recipe.distill.batch.tokens_per_micro_batch == 1200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distil"], "unknown stage 'distil'"),
+        (["distill", "--config", "nosuch"], "no recipe 'nosuch'"),
+        (["distill", "--distill.lossses.hidden", "3"], "did you mean distill.losses.hidden?"),
+        (["distill", "--distill.optim.num_step", "3"], "did you mean distill.optim.num_steps?"),
+        (["distill", "--distill.init", "middle"], "init must be first or last"),
+        (["distill", "--distill.optim.num_steps", "many"], "num_steps"),
+        (["distill", "--distill.granularities", "[1, 2]"], "granularities start at 2"),
+        (["distill", "--distill.local_steps", "5000"], "local_steps must lie in 0..1000"),
+        (["distill", "--assemble.presets", "[fast]"], "unknown preset 'fast'"),
+        (["distill", "--teacher.folder", "models/t5"], "data.tokenizer is empty"),
+        (["assemble", "--run_dir", "/nonexistent/run"], "needs the output of stage teacher"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert raised.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_an_unknown_key_in_a_recipe_names_the_nearest(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("name: x\ndistill:\n  optim:\n    num_step: 1\n")
+    with pytest.raises(SystemExit):
+        main(["report", "--config", str(tmp_path / "recipe.yaml")])
+    assert "did you mean distill.optim.num_steps?" in capsys.readouterr().err
