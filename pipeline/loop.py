@@ -115,13 +115,15 @@ class Trainer:
                 state = TrainState(state.step + 1, cursor)
                 records.advance()
                 last = state.step == num_steps
+                stopping = False
                 if last or state.step % cadence.log_every_steps == 0:
                     records.losses(state.step, sums.take(self.world))
+                    stopping = self.stop.agreed() and not last
                 if last or state.step % cadence.validate_every_steps == 0:
                     records.validation(state.step, self._validate())
-                if last or state.step % cadence.save_every_steps == 0:
+                if last or stopping or state.step % cadence.save_every_steps == 0:
                     self.checkpointer.save(self.engine, state)
-                elif state.step % cadence.log_every_steps == 0 and self.stop.agreed():
+                if stopping:
                     self._leave(state)
 
     def _learning_rate(self, step: int) -> float:
@@ -168,8 +170,7 @@ class Trainer:
         return losses
 
     def _leave(self, state: TrainState) -> None:
-        """Save, say that this run wants to be queued again, and go."""
-        self.checkpointer.save(self.engine, state)
+        """Say that this run, whose state is saved, wants to be queued again, and go."""
         if self.world.is_main:
             write_atomic(self.stage.folder / "REQUEUE", f"step {state.step}\n")
         logger_of(self.world).info("%s: asked to stop: saved at step %d", self.stage.name, state.step)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pytest
 
 from pipeline.report_data import read_jsonl
-from tests.faults.harness import STAGES, Road, scores, seconds_of_stages
+from tests.faults.harness import STAGES, Road, kill_group, scores, seconds_of_stages
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,29 @@ def test_a_kill_in_training_and_one_in_evaluation_change_no_score(finished, tmp_
     broken.kill_in("evaluate", 0.6 * seconds["evaluate"])
     broken.finish()
     assert scores(broken.run_dir) == scores(road.run_dir)
+
+
+@pytest.mark.timeout(600)
+def test_a_stop_file_saves_and_the_same_command_goes_on(finished, tmp_path):
+    """Asked to stop in the middle, where saving and logging fall on the same step too, then run again."""
+    road, _ = finished
+    stopped = Road(
+        tmp_path / "stopped run", ("--teacher.loop.log_every_steps", "5", "--teacher.loop.save_every_steps", "5")
+    )
+    shutil.copytree(road.run_dir / "data", stopped.run_dir / "data")
+    process = stopped.start()
+    while not (stopped.run_dir / "teacher" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    (stopped.run_dir / "STOP").touch()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 85, output[-2000:]
+    assert (stopped.run_dir / "teacher" / "REQUEUE").read_text().startswith("step ")
+    assert not (stopped.run_dir / "teacher" / "stage.json").exists()
+    process = stopped.start()
+    while not (stopped.run_dir / "teacher" / "stage.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    kill_group(process)
+    weights = "teacher/model/model.safetensors"
+    assert (stopped.run_dir / weights).read_bytes() == (road.run_dir / weights).read_bytes()
