@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "distill": (("distill.",), ("data", "teacher")),
     "baseline": (("baseline.", "distill.granularities", "distill.batch."), ("data", "teacher")),
     "assemble": (("assemble.",), ("teacher", "distill", "baseline")),
-    "evaluate": (("evaluate.",), ("data", "assemble", "baseline")),
+    "evaluate": (("evaluate.",), ("data", "assemble")),
     "report": ((), ("evaluate",)),
 }
 
@@ -226,7 +226,8 @@ class Stage:
             "stage": self.name,
             "inputs": self.inputs,
             "outputs": files,
-            "outputs_hash": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            # of the inputs too: what a stage only refers to, as a list of models does, is not among its files
+            "outputs_hash": hashlib.sha256(json.dumps([self.inputs, files], sort_keys=True).encode()).hexdigest(),
             "seconds": round(time.time() - started_s, 1),
             **(extra or {}),
         }

@@ -105,3 +105,21 @@ def test_publishing_a_folder_replaces_the_old_one(tmp_path):
         publish_folder(temporary, tmp_path / "out")
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert not (tmp_path / ".out.tmp").exists()
+
+
+def test_a_retrained_baseline_makes_what_comes_after_it_stale(run):
+    """systems.json only names the baseline's folder, so its weights are not among the files of assemble."""
+
+    def make(name, text="same"):
+        stage = Stage.of(Recipe(), run, name)
+        stage.begin()
+        write_atomic(stage.folder / "out", text)
+        stage.publish([stage.folder / "out"], started_s=time.time())
+
+    for name in ("teacher", "distill", "baseline", "assemble", "evaluate"):
+        make(name)
+    assert Stage.of(Recipe(), run, "evaluate").stamp() is not None
+    make("baseline", "other weights")
+    assert Stage.of(Recipe(), run, "assemble").stamp() is None
+    make("assemble")
+    assert Stage.of(Recipe(), run, "evaluate").stamp() is None
