@@ -7,6 +7,7 @@ import csv
 import os
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,11 @@ class Road:
             kill_group(process)
         assert process.returncode == 0, output[-3000:]
         return output
+
+    def forget(self, stage: str) -> None:
+        """Remove what a stage and those after it have made."""
+        for name in STAGES[STAGES.index(stage) :]:
+            shutil.rmtree(self.run_dir / name, ignore_errors=True)
 
     def kill_in(self, stage: str, after_s: float) -> bool:
         """Start, wait until `stage` works, wait `after_s`, SIGKILL the whole group; False when the stage was faster."""
