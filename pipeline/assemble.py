@@ -178,14 +178,14 @@ def _is_shared(name: str, stack: str, family: Family) -> bool:
 
 
 def _layer(parts: Parts, stack: str, span: Span) -> Weights:
-    """Weights of the layer that stands for a span, by their names inside a layer, without what the stack shares."""
+    """Weights of the layer that stands for a span, by their names inside a layer."""
     if span.num_layers == 1:
         source, prefix = parts.teacher, f"{parts.family.layer_prefix(stack)}{span.first}."
     else:
         source, prefix = parts.library, f"{stack}.{span}."
     layer = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
     assert layer, f"no weights for {stack} {span}"
-    return {name: tensor for name, tensor in layer.items() if not parts.family.is_shared_weight(name)}
+    return layer
 
 
 def describe(run: RunDir, folder: Path, kind: str, name: str, assembly: Assembly) -> System:

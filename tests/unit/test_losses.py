@@ -46,6 +46,8 @@ def test_terms_add_up_to_means_over_the_global_batch():
     terms = [replacing_terms(part, GlobalCounts(13, 2), LossConfig(logit=0.5)) for part in parts]
     tokens = sum(task_loss(part.student_logits_NV, part.labels_N) for part in parts) / 13
     assert sum(term.parts["task"] for term in terms).item() == pytest.approx(tokens.item())
+    divergences = sum(logit_loss(part.student_logits_NV, part.teacher_logits_NV, 1.0) for part in parts) / 13
+    assert sum(term.parts["logit"] for term in terms).item() == pytest.approx(divergences.item())
     for term in terms:
         weighted = term.parts["hidden"] + 0.5 * term.parts["logit"] + term.parts["task"]
         assert term.total.item() == pytest.approx(weighted.item())
