@@ -1,4 +1,4 @@
-"""python -m data_prep build | verify | stats | cat
+"""python -m data_prep plan | build | verify | repair | stats | cat
 
 mpiexec -n 8 python -m data_prep build --config RECIPE.yaml --out DIR [--data.FIELD VALUE ...]
 """
@@ -9,15 +9,26 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from data_prep.config import DataConfig
+
+COMMANDS = {
+    "plan": "Fix inputs, tokenizer and units, and make nothing else.",
+    "build": "Make a data directory; run it again to finish a killed build.",
+    "verify": "Check every sha256 and CRC; the exit code is the verdict.",
+    "repair": "Make damaged or missing shards again, to the recorded sha256.",
+    "stats": "Lengths, unknown tokens, duplicates, leakage between splits, padding.",
+    "cat": "Decode examples, and say where they came from.",
+}
+WITH_RECIPE = ("plan", "build")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -46,25 +57,23 @@ def make_parser() -> ArgumentParser:
     """The command line of all commands."""
     parser = ArgumentParser(prog="python -m data_prep", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands()
-    build = ArgumentParser(
-        description="Make a data directory; run it again to finish a killed build.", exit_on_error=False
-    )
-    build.add_argument("--config", type=Path, required=True, help="Recipe; only its data: section is read.")
-    build.add_argument("--out", type=Path, required=True, help="The data directory.")
-    build.add_argument("--data", type=DataConfig, default=DataConfig())
-    commands.add_subcommand("build", build)
-    verify = ArgumentParser(
-        description="Check every sha256 and CRC; the exit code is the verdict.", exit_on_error=False
-    )
-    stats = ArgumentParser(description="Counts, lengths, tokens.", exit_on_error=False)
-    cat = ArgumentParser(description="Decode a few examples.", exit_on_error=False)
-    for name, command in (("verify", verify), ("stats", stats), ("cat", cat)):
-        command.add_argument("folder", type=Path, help="A finished data directory.")
-        commands.add_subcommand(name, command)
-    cat.add_argument("--split", default="train", help="train, validation or test.")
-    cat.add_argument("--num", type=PositiveInt, default=5, help="How many examples.")
-    for command in (build, verify, stats, cat):
+    parsers = {name: ArgumentParser(description=text, exit_on_error=False) for name, text in COMMANDS.items()}
+    for name, command in parsers.items():
+        if name in WITH_RECIPE:
+            command.add_argument("--config", type=Path, required=True, help="Recipe; only its data: section is read.")
+            command.add_argument("--data", type=DataConfig, default=DataConfig())
+        else:
+            command.add_argument("folder", type=Path, help="A finished data directory.")
+        if name in ("plan", "build"):
+            command.add_argument("--out", type=Path, required=True, help="The data directory.")
         command.add_argument("--verbose", action="store_true", help="Show the traceback of an error.")
+        commands.add_subcommand(name, command)
+    parsers["verify"].add_argument("--workers", type=PositiveInt, default=os.cpu_count() or 1, help="Threads.")
+    parsers["stats"].add_argument("--micro_batch", type=PositiveInt, default=32, help="Examples of a micro-batch.")
+    parsers["stats"].add_argument("--window", type=PositiveInt, default=25_600, help="Examples bucketed together.")
+    parsers["cat"].add_argument("--split", default="train", help="train, validation or test.")
+    parsers["cat"].add_argument("--first", type=NonNegativeInt, default=0, help="Place of the first example.")
+    parsers["cat"].add_argument("--num", type=PositiveInt, default=5, help="How many examples.")
     return parser
 
 
@@ -76,29 +85,38 @@ def with_recipe(arguments: list[str]) -> list[str]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     recipe = finder.parse_known_args(arguments)[0].config
-    if recipe is None or arguments[0] != "build":
+    if recipe is None or arguments[0] not in WITH_RECIPE:
         return arguments
     texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in data_section(recipe).items()}
-    return ["build", *(f"--data.{name}={text}" for name, text in texts.items()), *arguments[1:]]
+    return [arguments[0], *(f"--data.{name}={text}" for name, text in texts.items()), *arguments[1:]]
 
 
 def _run(options: Namespace, parser: ArgumentParser) -> int:
-    if options.subcommand == "build":
+    name = options.subcommand
+    own = parser.instantiate(options)[name]
+    if name in ("plan", "build"):
         from data_prep.build import build  # starts MPI, which the other commands do without
 
-        return 0 if build(options.build.out, parser.instantiate(options).build.data) else 2
-    from data_prep import verify
+        return 0 if build(own.out, own.data, plan_only=name == "plan") else 2
+    if name == "verify":
+        from data_prep.verify import find_damage
 
-    folder = options[options.subcommand].folder
-    if options.subcommand == "stats":
-        print(verify.stats_table(folder))
-    elif options.subcommand == "cat":
-        for source, target in verify.decoded_examples(folder, options.cat.split, options.cat.num):
-            print(f"{source}\n    {target}")
-    else:
-        problems = verify.find_damage(folder)
-        print("\n".join(problems) if problems else f"{folder}: whole")
+        problems = find_damage(own.folder, own.workers)
+        print("\n".join(problems) if problems else f"{own.folder}: whole")
         return 1 if problems else 0
+    elif name == "repair":
+        from data_prep.verify import repair
+
+        print("\n".join(repair(own.folder)) or f"{own.folder}: whole, nothing to repair")
+    elif name == "stats":
+        from data_prep.stats import stats_report
+
+        print(stats_report(own.folder, own.micro_batch, own.window))
+    else:
+        from data_prep.stats import decoded_examples
+
+        for place, source, target in decoded_examples(own.folder, own.split, own.first, own.num):
+            print(f"{place}\n    {source}\n    {target}")
     return 0
 
 
@@ -114,11 +132,12 @@ def main(arguments: list[str]) -> int:
     try:
         parser = make_parser()
         return _run(parser.parse_args(with_recipe(arguments)), parser)
-    except (ValueError, FileNotFoundError, argparse.ArgumentError) as err:
+    except (ValueError, OSError, argparse.ArgumentError) as err:
         if verbose:
             raise
-        if arguments[:1] != ["build"] or _is_first_rank():
-            print(f"data_prep: {' '.join(str(err).split())}", file=sys.stderr)
+        if arguments[0] not in ("plan", "build") or _is_first_rank() or isinstance(err, OSError):
+            text = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
+            print(f"data_prep: {' '.join(text.split())}", file=sys.stderr)
         return 2
 
 

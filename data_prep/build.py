@@ -1,19 +1,20 @@
 """Runs a build on MPI ranks: mpiexec -n N, srun, or one plain process, which is a world of one.
 
-Rank 0 makes the plan; each rank encodes and publishes its own units without talking to the others; at the end one
-gather collects failures and rank 0 publishes the manifest. The bytes depend on the plan only, so a killed build is
-finished by running it again, with any number of ranks.
+Rank 0 makes the plan and tells it to the others; that is all that MPI is used for, and it is finalized before any unit
+is made, so that a rank that dies cannot hold up the others. Each rank makes and publishes its units; rank 0 sees in the
+folder when all stand and publishes the manifest. The bytes depend on the plan only, so a killed build is finished by
+running it again, with any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,26 +22,27 @@ from mpi4py import MPI
 from tqdm import tqdm
 
 from data_prep.config import DataConfig, identity_settings
-from data_prep.encode import Encoder
-from data_prep.partition import Unit, units_of_rank
-from data_prep.plan import SPLITS, Line, Plan, make_plan, refuse_difference
+from data_prep.hub import names_data
+from data_prep.partition import Unit, share_of_rank
+from data_prep.plan import PLAN, SPLITS, Plan, RecordReader, make_plan, read_plan, refuse_difference, unit_name
+from data_prep.publish import make_folder, publish_bytes, temporary_name
 from data_prep.shards import (
     FORMAT_VERSION,
     MANIFEST,
-    Block,
     Ledger,
     Manifest,
     ShardEntry,
-    ShardWriter,
     Split,
-    publish_bytes,
-    publish_json,
+    publish_index,
     read_manifest,
-    sha256_of,
 )
+from data_prep.units import UnitMaker, published, sidecar_path
 
 TEST_TEXT = "test.jsonl"
-BLANK = "blank line"
+_FAILURE = "failure.tmp-"  # begins the names of notes of failed ranks
+_POLL_S = 0.02
+_WARN_TRUNCATED = 0.05  # share of the records of a split
+_RANK, _WORLD = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 T = TypeVar("T")
 
 
@@ -50,42 +52,37 @@ class _OtherRankFailedError(Exception):
 
 def is_first_rank() -> bool:
     """Whether this process speaks for all."""
-    return MPI.COMM_WORLD.rank == 0
+    return _RANK == 0
 
 
-def build(out: Path, config: DataConfig) -> bool:
-    """Make the data directory `out`; collective over all ranks. A finished one is left as it is.
+def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
+    """Make the data directory `out`, or its plan only; every rank calls it once. A finished one is left as it is.
 
-    Raises ValueError and FileNotFoundError for users' mistakes on rank 0; the other ranks then return False.
+    Raises ValueError, FileNotFoundError and OSError for users' mistakes on rank 0; the other ranks then return False.
     """
+    begin = time.monotonic()
     try:
-        _build(MPI.COMM_WORLD, out, config)
+        done = _on_first_rank(lambda: _is_finished(out, config))
+        plan, missing = (None, []) if done else _on_first_rank(lambda: _plan_and_missing(out, config))
+        MPI.Finalize()
+        if plan is None or plan_only:
+            if is_first_rank():
+                print(f"data: {_plan_summary(out) if plan_only else _nothing_to_do(out)}")
+            return True
+        _make_share(out, plan, missing)
+        if is_first_rank():
+            _wait_for_others(out, plan, missing, config.patience_s)
+            manifest = _finish(out, plan)
+            seconds = time.monotonic() - begin
+            print(f"data: {_summary(manifest)}; {seconds:.1f} s on {_WORLD} rank(s), in {out}")
     except _OtherRankFailedError:
         return False
     return True
 
 
-def _build(comm: MPI.Comm, out: Path, config: DataConfig) -> None:
-    begin = time.monotonic()
-    if _on_first_rank(comm, lambda: _is_finished(out, config)):
-        if comm.rank == 0:
-            print(f"data: nothing to do, {out} is complete: {_summary(read_manifest(out))}")
-        return
-    plan = _on_first_rank(comm, lambda: make_plan(out, config))
-    failure: Exception | None = None
-    try:
-        _make_units(out, plan, comm.rank, comm.size)
-    except Exception as err:  # carried to rank 0, so that no rank is left waiting in the gather
-        failure = _portable(err)
-    _wait_for_all(comm)
-    failures = [err for err in comm.gather(failure) or [] if err is not None]
-    manifest = _on_first_rank(comm, lambda: _finish(out, plan, failures))
-    if comm.rank == 0:
-        print(f"data: {_summary(manifest)}; {time.monotonic() - begin:.1f} s on {comm.size} rank(s), in {out}")
-
-
-def _on_first_rank(comm: MPI.Comm, work: Callable[[], T]) -> T:
+def _on_first_rank(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 and give its result to every rank; an exception there ends all ranks."""
+    comm = MPI.COMM_WORLD
     result: T | None = None
     failure: Exception | None = None
     if comm.rank == 0:
@@ -93,27 +90,15 @@ def _on_first_rank(comm: MPI.Comm, work: Callable[[], T]) -> T:
             result = work()
         except Exception as err:
             failure = err
-    _wait_for_all(comm)
-    result, failed = comm.bcast((result, failure is not None))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise _OtherRankFailedError
-    return result
-
-
-def _portable(err: Exception) -> Exception:
-    # What crosses ranks must pickle. A full disk is told in one line like a user's mistake; a bug with its traceback.
-    if isinstance(err, (ValueError, OSError)):
-        return ValueError(str(err))
-    return RuntimeError("".join(traceback.format_exception(err)))
-
-
-def _wait_for_all(comm: MPI.Comm) -> None:
-    # A blocking collective spins at full load; the cores are better left to the ranks that still work.
+    # A blocking collective spins at full load; the cores are better left to the rank that works.
     request = comm.Ibarrier()
     while not request.Test():
-        time.sleep(0.005)
+        time.sleep(_POLL_S / 4)
+    result, failed = comm.bcast((result, failure is not None))
+    if failed:
+        MPI.Finalize()
+        raise failure or _OtherRankFailedError
+    return result
 
 
 def _is_finished(out: Path, config: DataConfig) -> bool:
@@ -121,104 +106,99 @@ def _is_finished(out: Path, config: DataConfig) -> bool:
         return False
     manifest = read_manifest(out)
     refuse_difference(out, manifest.settings, identity_settings(config))
-    if config.corpus == "files":
-        for item in manifest.inputs:
-            path = Path(item["path"])
-            if path.is_file() and path.stat().st_size != item["bytes"]:
-                raise ValueError(f"{path}: changed since {out} was built from it; choose another --out")
-    texts = [manifest.tokenizer["file"], *([TEST_TEXT] if "test" in manifest.splits else [])]
+    for item in manifest.inputs:
+        path = Path(item["path"])
+        is_local_text = config.corpus == "files" and not names_data(item["path"]) and path.is_file()
+        if is_local_text and path.stat().st_size != item["bytes"]:
+            raise ValueError(f"{path}: changed since {out} was built from it; choose another --out")
+    names = [manifest.tokenizer["file"], PLAN, *([TEST_TEXT] if "test" in manifest.splits else [])]
+    names += [split.index["path"] for split in manifest.splits.values()]
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     sizes_right = all((out / s.path).is_file() and (out / s.path).stat().st_size == s.bytes for s in shards)
-    return sizes_right and all((out / name).is_file() for name in texts)
+    return sizes_right and all((out / name).is_file() for name in names)
+
+
+def _plan_and_missing(out: Path, config: DataConfig) -> tuple[Plan, list[Unit]]:
+    plan = make_plan(out, config)
+    missing = [unit for unit in plan.units if published(out, plan, unit) is None]
+    if missing:
+        (out / MANIFEST).unlink(missing_ok=True)  # readers refuse a directory that is being repaired
+    for unit in missing:
+        sidecar_path(out, unit).unlink(missing_ok=True)  # of a shard that is gone: it would be taken for made
+    for split in {unit.split for unit in plan.units}:
+        make_folder(out / split)
+    return plan, missing
 
 
 # ---- units
 
 
-def _make_units(out: Path, plan: Plan, rank: int, world: int) -> None:
-    units = plan.units()
-    mine = [units[number] for number in units_of_rank(len(units), rank, world)]
-    missing = [unit for unit in mine if _published(out, plan, unit) is None]
-    if not missing:
-        return
-    encoder = plan.encoder(out)
-    with tqdm(
-        total=len(mine), initial=len(mine) - len(missing), unit="shard", disable=None if rank == 0 else True
-    ) as bar:
-        for split in SPLITS:
-            wanted = [unit for unit in missing if unit.split == split]
-            if wanted:
-                (out / split).mkdir(exist_ok=True)
-            for unit, lines in _lines_of_units(out, plan, split, wanted):
-                _make_unit(out, plan, encoder, unit, lines)
-                bar.update()
-
-
-def _lines_of_units(out: Path, plan: Plan, split: str, units: list[Unit]) -> Iterator[tuple[Unit, list[Line]]]:
-    lines = plan.lines(out, split)
-    position = 0
-    for unit in units:
-        wanted = list(islice(lines, unit.start - position, unit.stop - position))
-        position = unit.stop
-        if len(wanted) != unit.stop - unit.start:
-            raise ValueError(f"{split}: fewer lines than the plan counted; an input changed while it was read")
-        yield unit, wanted
-
-
-def _make_unit(out: Path, plan: Plan, encoder: Encoder, unit: Unit, lines: list[Line]) -> None:
-    """Encode the records of a unit and publish its shard, then the sidecar, which says that the shard is good."""
-    records = [line.record(plan.fields) for line in lines]
-    kept = [number for number, record in enumerate(records) if record is not None]
-    texts = [record for record in records if record is not None]
-    prefix = plan.settings["prefix"]
-    # An empty source stays empty, so that a prefix alone is dropped too.
-    sources = [prefix + record.source if record.source.strip() else "" for record in texts]
-    encoded = encoder.encode(sources, [record.target for record in texts])
-    dropped = {reason: [kept[position] for position in positions] for reason, positions in encoded.dropped.items()}
-    if len(kept) < len(lines):
-        dropped[BLANK] = [number for number, record in enumerate(records) if record is None]
-    block_size = plan.settings["examples_per_block"]
-    with ShardWriter(out / unit.split, f"{unit.index:06d}.tar") as writer:
-        for start in range(0, len(encoded.source_ids), block_size):
-            stop = start + block_size
-            writer.write(Block.of(encoded.source_ids[start:stop], encoded.target_ids[start:stop]))
-    assert writer.entry is not None
-    truncated = {"source": encoded.num_truncated_sources, "target": encoded.num_truncated_targets}
-    sidecar = {"plan_hash": plan.hash, "shard": asdict(writer.entry), "read": len(lines)}
-    publish_json(_sidecar_path(out, unit), {**sidecar, "dropped": dropped, "truncated": truncated})
-
-
-def _sidecar_path(out: Path, unit: Unit) -> Path:
-    return out / unit.split / f"{unit.index:06d}.json"
-
-
-def _published(out: Path, plan: Plan, unit: Unit) -> dict[str, Any] | None:
-    """The sidecar of a unit if its shard stands, belongs to this plan and has the recorded sha256; else None."""
+def _make_share(out: Path, plan: Plan, missing: Sequence[Unit]) -> None:
+    """Make this rank's share of the missing units. A failure of a later rank is left as a note for rank 0."""
+    mine = [missing[number] for number in share_of_rank(len(missing), _RANK, _WORLD)]
     try:
-        sidecar = json.loads(_sidecar_path(out, unit).read_text(encoding="utf-8"))
-        shard = ShardEntry(**sidecar["shard"])
-        good = sidecar["plan_hash"] == plan.hash and sha256_of(out / shard.path) == shard.sha256
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return sidecar if good else None
+        if mine:
+            maker = UnitMaker(out, plan)
+            with tqdm(total=len(mine), unit="shard", disable=None if is_first_rank() else True) as bar:
+                begin, tokens = time.monotonic(), 0
+                for unit in mine:
+                    shard = maker.publish(unit)
+                    tokens += shard.source_tokens + shard.target_tokens
+                    rate = tokens / (time.monotonic() - begin)
+                    bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s on each of {_WORLD} rank(s)", refresh=False)
+                    bar.update()
+    except Exception as err:
+        if is_first_rank():
+            raise
+        known = isinstance(err, (ValueError, OSError))
+        publish_bytes(_failure_note(out), (str(err) if known else traceback.format_exc()).encode())
+        raise _OtherRankFailedError from err
+
+
+def _failure_note(out: Path) -> Path:
+    return temporary_name(out / "failure")  # a temporary name, so that the next run removes it
+
+
+def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s: float) -> None:
+    """Until every missing unit stands; ValueError where a rank failed, or where nothing new came for `patience_s`."""
+    pending = list(missing)
+    last_news = time.monotonic()
+    while True:
+        still = [unit for unit in pending if not sidecar_path(out, unit).is_file()]
+        if not still:
+            return
+        for note in out.glob(_FAILURE + "*"):
+            if note.name.count(_FAILURE[-5:]) == 1:  # published whole
+                raise ValueError(note.read_text(encoding="utf-8"))
+        if len(still) < len(pending):
+            last_news = time.monotonic()
+        pending = still
+        if time.monotonic() - last_news > patience_s:
+            raise ValueError(
+                f"{out}: {len(pending)} of {len(plan.units)} shards are missing (first {unit_name(pending[0])}) and "
+                f"none was added for {patience_s} s: a rank has died; run the same command again"
+            )
+        time.sleep(_POLL_S)
 
 
 # ---- the end
 
 
-def _finish(out: Path, plan: Plan, failures: list[Exception]) -> Manifest:
-    """On rank 0: check that every record is accounted for, then publish the test texts and last the manifest."""
-    if failures:
-        raise failures[0]
+def _finish(out: Path, plan: Plan) -> Manifest:
+    """On rank 0: check that every record is accounted for, then publish test texts, indices and last the manifest."""
     sidecars: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    units = plan.units()
-    for unit in units:
-        sidecars[unit.split].append(json.loads(_sidecar_path(out, unit).read_text(encoding="utf-8")))
-    splits = {split: _split_of_sidecars(rows) for split, rows in sidecars.items() if rows}
+    for unit in plan.units:
+        sidecar = published(out, plan, unit)
+        if sidecar is None:
+            raise ValueError(f"{out / unit_name(unit)}.tar: gone or of another plan; run the same command again")
+        sidecars[unit.split].append(sidecar)
+    splits = {name: _split_of_sidecars(out, plan, name, rows) for name, rows in sidecars.items() if rows}
     for name, split in splits.items():
         split.ledger.check(name)
-        planned = sum(item.lines for item in plan.inputs if item.split == name)
-        assert split.ledger.read == planned, f"{name}: {planned} lines planned, {split.ledger.read} read"
+        planned = sum(item.records for item in plan.inputs if item.split == name)
+        if split.ledger.read != planned:
+            raise ValueError(f"{name}: {planned} records planned, {split.ledger.read} read; build into another --out")
+        _warn_of_truncation(name, split)
     if splits["train"].num_examples == 0:
         raise ValueError(
             f"{out}: every training record was dropped ({splits['train'].ledger.dropped}); check the inputs"
@@ -231,42 +211,72 @@ def _finish(out: Path, plan: Plan, failures: list[Exception]) -> Manifest:
         settings=plan.settings,
         inputs=tuple(asdict(item) for item in plan.inputs),
         tokenizer=plan.tokenizer,
+        sets=tuple(
+            {"name": each.name, "weight": each.weight, "licence": each.licence} for each in plan.config.all_sets
+        ),
         splits=splits,
     )
     manifest.publish(out)
     return manifest
 
 
-def _split_of_sidecars(sidecars: list[dict[str, Any]]) -> Split:
-    shards = tuple(ShardEntry(**sidecar["shard"]) for sidecar in sidecars)
+def _split_of_sidecars(out: Path, plan: Plan, name: str, sidecars: list[dict[str, Any]]) -> Split:
     dropped: Counter[str] = Counter()
     truncated: Counter[str] = Counter({"source": 0, "target": 0})
     for sidecar in sidecars:
         dropped.update({reason: len(numbers) for reason, numbers in sidecar["dropped"].items()})
         for side, count in sidecar["truncated"].items():
             truncated[side] += count
-    read = sum(sidecar["read"] for sidecar in sidecars)
-    written = sum(shard.examples for shard in shards)
-    return Split(shards, Ledger(read=read, written=written, dropped=dict(dropped), truncated=dict(truncated)))
+    read, written = (sum(sidecar[key] for sidecar in sidecars) for key in ("read", "written"))
+    sets = Counter(plan.inputs[unit.input].set for unit in plan.units if unit.split == name)
+    return Split(
+        shards=tuple(ShardEntry(**sidecar["shard"]) for sidecar in sidecars),
+        shards_of_sets=tuple(sets[each.name] for each in plan.config.all_sets),
+        index=publish_index(out, name, [sidecar["blocks"] for sidecar in sidecars]),
+        ledger=Ledger(read=read, written=written, dropped=dict(dropped), truncated=dict(truncated)),
+    )
+
+
+def _warn_of_truncation(name: str, split: Split) -> None:
+    for side, count in split.ledger.truncated.items():
+        if count > _WARN_TRUNCATED * split.num_examples:
+            share = count / split.num_examples
+            print(
+                f"data_prep: warning: {share:.1%} of the {side}s of {name} were cut; raise data.max_{side}_tokens",
+                file=sys.stderr,
+            )
 
 
 def _publish_test_text(out: Path, plan: Plan, sidecars: list[dict[str, Any]]) -> None:
     """test.jsonl: line k is the text of example k of the test shards, the source exactly as it was encoded."""
-    lines = plan.lines(out, "test")
+    reader = RecordReader(out, plan)
     rows = []
-    for sidecar in sidecars:
+    for unit, sidecar in zip((unit for unit in plan.units if unit.split == "test"), sidecars, strict=True):
         dropped = {number for numbers in sidecar["dropped"].values() for number in numbers}
-        for number, line in enumerate(islice(lines, sidecar["read"])):
-            record = None if number in dropped else line.record(plan.fields)
-            if record is not None:
-                source = plan.settings["prefix"] + record.source
-                rows.append({"id": record.id, "source": source, "target": record.target})
+        for number, record in enumerate(reader.records(unit)):
+            if number not in dropped and record is not None:
+                rows.append({"id": record.id, "source": record.source, "target": record.target})
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     publish_bytes(out / TEST_TEXT, text.encode())
 
 
 def _summary(manifest: Manifest) -> str:
-    parts = ", ".join(f"{name} {split.num_examples:,}" for name, split in manifest.splits.items())
+    splits = sorted(manifest.splits.items(), key=lambda item: SPLITS.index(item[0]))
+    parts = ", ".join(f"{name} {split.num_examples:,}" for name, split in splits)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     tokens = sum(shard.source_tokens + shard.target_tokens for shard in shards)
     return f"{parts} examples, {tokens:,} tokens of {manifest.tokenizer['vocab_size']:,}, {len(shards)} shards"
+
+
+def _nothing_to_do(out: Path) -> str:
+    return f"nothing to do, {out} is complete: {_summary(read_manifest(out))}"
+
+
+def _plan_summary(out: Path) -> str:
+    plan = read_plan(out)
+    assert plan is not None
+    counts = Counter[str]()
+    for item in plan.inputs:
+        counts[item.split] += item.records
+    records = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    return f"planned {records} records of {len(plan.inputs)} file(s), {len(plan.units)} units, in {out / PLAN}"

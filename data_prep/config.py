@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 
 MAX_LENGTH = 65_535  # shards.py stores lengths as uint16
 
+MAX_SUM_OF_WEIGHTS = 10_000
+
 T = TypeVar("T")
 
 
@@ -31,16 +33,62 @@ def _field(default: T, kind: str) -> T:
 
 def identity_settings(config: Any) -> dict[str, Any]:
     """The identity fields of a settings dataclass as a JSON-able dict (tuples become lists)."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["kind"] == "identity"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    names = [field.name for field in dataclasses.fields(config) if field.metadata["kind"] == "identity"]
+    values = dataclasses.asdict(config)
+    return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in names}
+
+
+TASKS = ("pairs", "span_corruption")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """One set of a mixture. Its files are of the same kinds as data.train."""
+
+    name: str = identity("data")
+    """Name of the set in messages and statistics."""
+
+    train: tuple[str, ...] = identity(())
+    """Files of the training part, in order."""
+
+    validation: tuple[str, ...] = identity(())
+    """Files of the validation part."""
+
+    test: tuple[str, ...] = identity(())
+    """Files of the test part."""
+
+    task: str = identity("pairs")
+    """"pairs" reads a source and a target; "span_corruption" makes T5's denoising task of the texts in source_field."""
+
+    source_field: str = identity("source")
+    """Field with the input text; a dotted path reads nested objects (translation.en)."""
+
+    target_field: str = identity("target")
+    """Field with the output text; a dotted path reads nested objects (translation.de)."""
+
+    prefix: str = identity("")
+    """Text put before every source. Fields of the record in braces are filled in, which makes a language tag:
+    "translate {src_lang} to {tgt_lang}: "."""
+
+    licence: str = identity("")
+    """Where the files come from and under what terms; kept in the manifest."""
+
+    weight: int = identity(0)
+    """Share in the mixture: of every sum-of-weights examples, this many are of this set, exactly. 0 in all sets: by
+    size."""
+
+    def __post_init__(self) -> None:
+        _check_set(self, "data.sets: ")
+        if not self.train:
+            raise ValueError(f"data.sets: set {self.name!r} has no train files; name at least one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The `data:` section of a recipe."""
+    """The `data:` section of a recipe. Files of a single set are named here; those of a mixture in `sets`."""
 
     corpus: str = identity("demo")
-    """"demo" generates the built-in English-German corpus; "files" reads the JSONL files named below."""
+    """"demo" generates the built-in English-German corpus; "files" reads the files named below."""
 
     num_demo_pairs: int = identity(34_000)
     """Distinct pairs of the built-in corpus, all parts together."""
@@ -52,16 +100,21 @@ class DataConfig:
     """Pairs of the built-in corpus kept for the test; 40 % of them combine kinds that training never combines."""
 
     seed: int = identity(0)
-    """Seed of the built-in corpus."""
+    """Seed of the built-in corpus and of span corruption."""
 
     train: tuple[str, ...] = identity(())
-    """JSONL files (plain or .gz) of the training part, in order."""
+    """Files of the training part, in order: JSONL, CSV, TSV or plain text (each also .gz or .zst), Parquet, folders
+    that Hugging Face `datasets` saved, or files of a hub data set at a commit:
+    hub:datasets/OWNER/NAME@COMMIT/data/*.parquet."""
 
     validation: tuple[str, ...] = identity(())
-    """JSONL files of the validation part."""
+    """Files of the validation part."""
 
     test: tuple[str, ...] = identity(())
-    """JSONL files of the test part."""
+    """Files of the test part."""
+
+    task: str = identity("pairs")
+    """"pairs" reads a source and a target; "span_corruption" makes T5's denoising task of the texts in source_field."""
 
     source_field: str = identity("source")
     """Field with the input text; a dotted path reads nested objects (translation.en)."""
@@ -70,10 +123,27 @@ class DataConfig:
     """Field with the output text; a dotted path reads nested objects (translation.de)."""
 
     prefix: str = identity("")
-    """Text put before every source, for example "summarize: "."""
+    """Text put before every source, for example "summarize: ". Fields of the record in braces are filled in, which
+    makes a language tag: "translate {src_lang} to {tgt_lang}: "."""
+
+    licence: str = identity("")
+    """Where the files come from and under what terms; kept in the manifest."""
+
+    sets: tuple[SetConfig, ...] = identity(())
+    """The sets of a mixture, each with its own files, fields, prefix and weight, instead of the ones above."""
+
+    drop_empty: bool = identity(False)
+    """Leave out records with an empty source or target and count them; otherwise they are refused."""
+
+    drop_duplicates: bool = identity(False)
+    """Leave out records whose source and target have occurred in the same part before, and count them."""
+
+    max_line_bytes: int = identity(1_000_000)
+    """Longest line of a text file; a longer one is refused, because it is rarely what it should be."""
 
     tokenizer: str = identity("")
-    """Folder with spiece.model or tokenizer.json; empty trains SentencePiece on the training part."""
+    """Folder with spiece.model or tokenizer.json, or hub:owner/name[@revision]; empty trains SentencePiece on the
+    training part."""
 
     vocab_size: int = identity(512)
     """Pieces of a trained SentencePiece model (an upper limit: a small corpus may give fewer)."""
@@ -82,10 +152,17 @@ class DataConfig:
     """Whether a trained SentencePiece model makes every digit its own piece."""
 
     max_source_tokens: int = identity(512)
-    """Longer sources are truncated to this many tokens, end-of-sequence included, and counted."""
+    """Longer sources are truncated to this many tokens, end-of-sequence included, and counted. Span corruption makes
+    every source this long."""
 
     max_target_tokens: int = identity(128)
     """Longer targets are truncated to this many tokens, end-of-sequence included, and counted."""
+
+    noise_density: float = identity(0.15)
+    """Span corruption: share of the tokens that are masked."""
+
+    mean_span_tokens: float = identity(3.0)
+    """Span corruption: mean length of a masked span."""
 
     examples_per_block: int = identity(256)
     """Examples in one block (one tar member)."""
@@ -93,32 +170,77 @@ class DataConfig:
     blocks_per_shard: int = identity(16)
     """Blocks in one shard (one tar file, the unit of work of a rank)."""
 
+    compress: bool = identity(False)
+    """Compress blocks with zstd: smaller files, slower reading."""
+
+    patience_s: float = operational(300.0)
+    """Seconds without a new shard after which rank 0 takes the missing ranks for dead."""
+
     def __post_init__(self) -> None:
         """Check every range, so that a bad recipe fails before any work."""
         if self.corpus not in ("demo", "files"):
             raise ValueError(f'data.corpus is {self.corpus!r}: choose "demo" or "files"')
-        if self.corpus == "files" and not self.train:
-            raise ValueError('data.train is empty: name at least one JSONL file, or set data.corpus to "demo"')
+        if self.corpus == "files" and not self.train and not self.sets:
+            raise ValueError('data.train is empty: name at least one file, or set data.corpus to "demo"')
+        if self.sets and (self.train or self.validation or self.test):
+            raise ValueError("data.sets and data.train are both given: move all files into data.sets")
+        if self.sets and self.corpus == "demo":
+            raise ValueError('data.sets is given but data.corpus is "demo": set data.corpus to "files"')
         for name, low, high in (
             ("num_demo_pairs", 1, 10_000_000),
             ("num_validation", 1, 1_000_000),
             ("num_test", 1, 1_000_000),
             ("seed", 0, 2**63 - 1),
             ("vocab_size", 64, 1_000_000),
+            ("max_line_bytes", 1, 2**40),
             ("max_source_tokens", 2, MAX_LENGTH),
             ("max_target_tokens", 2, MAX_LENGTH),
+            ("noise_density", 0.001, 0.999),
+            ("mean_span_tokens", 1, 1000),
             ("examples_per_block", 1, 65_536),
             ("blocks_per_shard", 1, 65_536),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"data.{name} is {value}: choose a value from {low} to {high}")
-        for name in ("source_field", "target_field"):
-            if not all(getattr(self, name).split(".")):
-                raise ValueError(f"data.{name} is {getattr(self, name)!r}: give a field name such as translation.en")
+        _check_set(self, "data.")
+        self._check_mixture()
         num_held_back = self.num_validation + self.num_test
         if self.corpus == "demo" and self.num_demo_pairs <= num_held_back:
             raise ValueError(
                 f"data.num_demo_pairs is {self.num_demo_pairs}, but validation and test take {num_held_back}: "
                 f"raise it above {num_held_back}"
             )
+
+    def _check_mixture(self) -> None:
+        names = [each.name for each in self.sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sets has two sets of one name ({', '.join(names)}): name each differently")
+        weights = [each.weight for each in self.sets]
+        if any(weights) and not all(weights):
+            raise ValueError(f"data.sets has weights {weights}: give every set a weight of 1 or more, or none a weight")
+        if sum(weights) > MAX_SUM_OF_WEIGHTS:
+            raise ValueError(f"data.sets has weights {weights}: their sum may be {MAX_SUM_OF_WEIGHTS} at most")
+
+    @property
+    def all_sets(self) -> tuple[SetConfig, ...]:
+        """The sets of the mixture; one set where the files are named directly."""
+        if self.sets:
+            return self.sets
+        files = {split: getattr(self, split) for split in ("train", "validation", "test")}
+        if self.corpus == "demo":
+            files = {split: (f"corpus/{split}.jsonl",) for split in files}
+        names = ("task", "source_field", "target_field", "prefix", "licence")
+        return (SetConfig(**files, **{name: getattr(self, name) for name in names}),)
+
+
+def _check_set(config: SetConfig | DataConfig, place: str) -> None:
+    if config.task not in TASKS:
+        raise ValueError(f"{place}task is {config.task!r}: choose {' or '.join(TASKS)}")
+    for name in ("source_field", "target_field"):
+        if not all(getattr(config, name).split(".")):
+            raise ValueError(f"{place}{name} is {getattr(config, name)!r}: give a field name such as translation.en")
+    if config.task == "span_corruption" and (config.test or config.prefix):
+        raise ValueError(f"{place}task is span_corruption, which has no test texts and no prefix: leave them empty")
+    if isinstance(config, SetConfig) and config.weight < 0:
+        raise ValueError(f"{place}weight is {config.weight}: choose 0 or more")

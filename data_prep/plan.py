@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import DataConfig, identity_settings
+from data_prep.config import DataConfig, SetConfig, identity_settings
+from data_prep.corruption import segment_tokens, span_counts
 from data_prep.demo import make_corpus
 from data_prep.encode import SPIECE, TOKENIZER_FILES, TOKENIZER_JSON, Encoder, train_sentencepiece
-from data_prep.partition import Unit, units_of_split
-from data_prep.shards import fsync_folder, is_temporary, publish_json, sha256_of
-from data_prep.sources import Fields, Record, count_lines, parse_line, read_lines
+from data_prep.hub import data_files, local_folder, names_data
+from data_prep.partition import Unit
+from data_prep.publish import make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
+from data_prep.shards import FORMAT_VERSION
+from data_prep.sources import Fields, Piece, Record, open_input
 
 PLAN = "plan.json"
 CORPUS, TOKENIZER = "corpus", "tokenizer"
@@ -29,26 +32,14 @@ _MADE_FROM = "made_from.json"
 
 @dataclass(frozen=True)
 class Input:
-    """One file of a split; `path` as the recipe names it, or relative to the output for the built-in corpus."""
+    """One file of a set and split; `path` as the recipe names it, or relative to the output for the built-in corpus."""
 
+    set: str
     split: str
     path: str
     bytes: int
     sha256: str
-    lines: int
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of an input, not yet parsed; `place` is file:line for messages."""
-
-    content: bytes
-    place: str
-    default_id: str
-
-    def record(self, fields: Fields) -> Record | None:
-        """Parse the line; None if it is blank."""
-        return parse_line(self.content, fields, self.place, self.default_id)
+    records: int
 
 
 @dataclass(frozen=True)
@@ -58,49 +49,84 @@ class Plan:
     settings: dict[str, Any]
     inputs: tuple[Input, ...]
     tokenizer: dict[str, Any]
+    units: tuple[Unit, ...]
+    duplicates: dict[str, list[int]]
+    """Records to leave out, by unit name, as places within the unit."""
+    format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Identity of the plan: the sha256 of its canonical JSON."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    @property
-    def fields(self) -> Fields:
-        """Where the texts are in a line."""
-        return Fields(self.settings["source_field"], self.settings["target_field"])
+    @cached_property
+    def config(self) -> DataConfig:
+        """The settings as they were given."""
+        return config_of(self.settings)
 
-    def units(self) -> list[Unit]:
-        """All units of all splits in order."""
-        records_per_unit = self.settings["examples_per_block"] * self.settings["blocks_per_shard"]
-        return [
-            unit
-            for split in SPLITS
-            for unit in units_of_split(split, sum(i.lines for i in self.inputs if i.split == split), records_per_unit)
-        ]
-
-    def lines(self, out: Path, split: str) -> Iterator[Line]:
-        """All lines of a split, in the order of its inputs."""
-        index = 0
-        for item in self.inputs:
-            if item.split != split:
-                continue
-            for number, content in enumerate(read_lines(_location(out, self.settings["corpus"], item.path)), start=1):
-                yield Line(content, f"{item.path}:{number}", f"{split}/{index}")
-                index += 1
+    def set_of(self, unit: Unit) -> SetConfig:
+        """The set that a unit belongs to."""
+        name = self.inputs[unit.input].set
+        return next(each for each in self.config.all_sets if each.name == name)
 
     def encoder(self, out: Path) -> Encoder:
         """The encoder of this plan."""
-        settings = self.settings
-        return Encoder(out / TOKENIZER, settings["max_source_tokens"], settings["max_target_tokens"])
+        return Encoder(out / TOKENIZER, self.config.max_source_tokens, self.config.max_target_tokens)
+
+
+def config_of(settings: dict[str, Any]) -> DataConfig:
+    """Identity settings as read from JSON, as a config again."""
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in settings.items()}
+    values["sets"] = tuple(_set_of(each) for each in settings["sets"])
+    return DataConfig(**values)
+
+
+def _set_of(settings: dict[str, Any]) -> SetConfig:
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in settings.items()}
+    return SetConfig(**values)
+
+
+def unit_name(unit: Unit) -> str:
+    """Name of a unit in the plan and on disk, without extension."""
+    return f"{unit.split}/{unit.index:06d}"
+
+
+class RecordReader:
+    """Reads the records of units; one input stays open, so that neighbouring units go forward through a file."""
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        self._out, self._plan = out, plan
+        self._open: tuple[int, Any] = (-1, None)
+
+    def records(self, unit: Unit) -> Iterator[Record | None]:
+        """The records of a unit in order; None for a blank line."""
+        config = self._plan.set_of(unit)
+        fields = _fields(config)
+        if self._open[0] != unit.input:
+            name = self._plan.inputs[unit.input].path
+            self._open = (unit.input, open_input(_location(self._out, self._plan.config, name), name))
+        piece = Piece(unit.start, unit.stop, unit.offset, unit.bytes, unit.sha256)
+        before = f"{config.name}/{unit.split}" if len(self._plan.config.all_sets) > 1 else unit.split
+        count = 0
+        for place, row in self._open[1].rows(piece):
+            default_id = f"{before}/{unit.first + count}"
+            yield None if row is None else fields.record(row, place, default_id)
+            count += 1
+        if count != unit.stop - unit.start:
+            raise ValueError(f"{self._plan.inputs[unit.input].path}: changed since the plan was made")
 
 
 def read_plan(out: Path) -> Plan | None:
-    """The published plan, or None."""
+    """The published plan, or None. ValueError if another version of this code made it."""
     path = out / PLAN
     if not path.is_file():
         return None
     raw = json.loads(path.read_text(encoding="utf-8"))
-    return Plan(raw["settings"], tuple(Input(**item) for item in raw["inputs"]), raw["tokenizer"])
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: planned by another version of this program; choose another --out, or remove {out}")
+    inputs = tuple(Input(**item) for item in raw.pop("inputs"))
+    units = tuple(Unit(**item) for item in raw.pop("units"))
+    return Plan(**raw, inputs=inputs, units=units)
 
 
 def refuse_difference(out: Path, planned: dict[str, Any], wanted: dict[str, Any], what: str = "data settings") -> None:
@@ -116,48 +142,85 @@ def make_plan(out: Path, config: DataConfig) -> Plan:
 
     Raises ValueError where `out` was begun with other settings or inputs, naming the difference.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     settings = identity_settings(config)
     published = read_plan(out)
     if published is not None:
         refuse_difference(out, published.settings, settings)
-    _remove_temporaries(out)
+    remove_temporaries(out)
     if config.corpus == "demo":
         _make_corpus_folder(out, config)
-    inputs = _scan_inputs(out, config)
     if published is not None:
-        before, now = ({i.path: i.sha256 for i in some} for some in (published.inputs, inputs))
-        refuse_difference(out, before, now, "inputs (sha256)")
-    tokenizer = _make_tokenizer_folder(out, config, inputs)
-    plan = Plan(settings, inputs, tokenizer)
-    if published is None:
-        publish_json(out / PLAN, asdict(plan))
-    else:
-        refuse_difference(out, published.tokenizer, tokenizer, "tokenizer")
+        _refuse_changed_inputs(out, published)
+        made_anew = make_tokenizer_folder(out, published)
+        refuse_difference(out, published.tokenizer, made_anew, "tokenizer")
+        return published
+    plan = _scan(out, config, settings)
+    if config.drop_duplicates:
+        plan = Plan(settings, plan.inputs, {}, plan.units, _find_duplicates(out, plan))
+    plan = Plan(settings, plan.inputs, make_tokenizer_folder(out, plan), plan.units, plan.duplicates)
+    _check_sentinels(out, plan)
+    publish_json(out / PLAN, asdict(plan))
     return plan
 
 
-def _remove_temporaries(out: Path) -> None:
-    for path in [path for path in out.rglob("*.tmp-*") if is_temporary(path)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _location(out: Path, config: DataConfig, name: str) -> Path:
+    if names_data(name):
+        return data_files(name)[0][1]
+    return out / name if config.corpus == "demo" else Path(name)
 
 
-def _location(out: Path, corpus: str, name: str) -> Path:
-    return out / name if corpus == "demo" else Path(name)
+def _fields(config: SetConfig) -> Fields:
+    return Fields(config.source_field, config.target_field if config.task == "pairs" else None, config.prefix)
 
 
-def _scan_inputs(out: Path, config: DataConfig) -> tuple[Input, ...]:
-    fields = Fields(config.source_field, config.target_field)
-    inputs = []
+def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
+    """Inputs and units. The first record of every file is parsed, so that a wrong field is told before any work."""
+    inputs: list[Input] = []
+    units: list[Unit] = []
     for split in SPLITS:
-        names = (f"{CORPUS}/{split}.jsonl",) if config.corpus == "demo" else getattr(config, split)
-        for name in names:
-            path = _location(out, config.corpus, name)
-            num_lines = count_lines(path)
-            first = next(pair for pair in enumerate(read_lines(path), start=1) if not pair[1].isspace())
-            parse_line(first[1], fields, f"{name}:{first[0]}", "")  # a wrong field fails before the tokenizer is made
-            inputs.append(Input(split, name, path.stat().st_size, sha256_of(path), num_lines))
-    return tuple(inputs)
+        index = 0
+        for each in config.all_sets:
+            first = 0
+            names = []
+            for name in getattr(each, split):
+                names += [found for found, _ in data_files(name)] if names_data(name) else [name]
+            for name in names:
+                source = open_input(_location(out, config, name), name)
+                pieces = source.scan(config.examples_per_block * config.blocks_per_shard, config.max_line_bytes)
+                place, row = next(
+                    (place, row) for piece in pieces for place, row in source.rows(piece) if row is not None
+                )
+                _fields(each).record(row, place, "")
+                for piece in pieces:
+                    units.append(Unit(split, index, len(inputs), first=first + piece.start, **asdict(piece)))
+                    index += 1
+                inputs.append(Input(each.name, split, name, *source.identity(), pieces[-1].stop))
+                first += pieces[-1].stop
+    return Plan(settings, tuple(inputs), {}, tuple(units), {})
+
+
+def _refuse_changed_inputs(out: Path, plan: Plan) -> None:
+    """Compare the inputs with the plan: text files by size (their units carry a sha256), the others whole."""
+    for item in plan.inputs:
+        source = open_input(_location(out, plan.config, item.path), item.path)
+        if source.has_changed(item.bytes, item.sha256):
+            raise ValueError(f"{item.path}: changed since {out} was planned; choose another --out")
+
+
+def _find_duplicates(out: Path, plan: Plan) -> dict[str, list[int]]:
+    seen: dict[str, set[bytes]] = {split: set() for split in SPLITS}
+    found: dict[str, list[int]] = {}
+    reader = RecordReader(out, plan)
+    for unit in plan.units:
+        for position, record in enumerate(reader.records(unit)):
+            if record is None:
+                continue
+            digest = hashlib.blake2b(f"{record.source}\0{record.target}".encode(), digest_size=16).digest()
+            if digest in seen[unit.split]:
+                found.setdefault(unit_name(unit), []).append(position)
+            seen[unit.split].add(digest)
+    return found
 
 
 def _publish_folder(folder: Path, made_from: dict[str, Any], fill: Callable[[Path], None]) -> None:
@@ -165,18 +228,9 @@ def _publish_folder(folder: Path, made_from: dict[str, Any], fill: Callable[[Pat
     stamp = folder / _MADE_FROM
     if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made_from:
         return
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    fill(temporary)
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    publish_json(temporary / _MADE_FROM, made_from)
-    if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.tmp-old-{os.getpid()}"))
-    temporary.rename(folder)
-    fsync_folder(folder.parent)
-    _remove_temporaries(folder.parent)
+    with publishing_folder(folder) as temporary:
+        fill(temporary)
+        publish_json(temporary / _MADE_FROM, made_from)
 
 
 def _make_corpus_folder(out: Path, config: DataConfig) -> None:
@@ -192,10 +246,11 @@ def _make_corpus_folder(out: Path, config: DataConfig) -> None:
     _publish_folder(out / CORPUS, {"seed_and_sizes": list(sizes)}, fill)
 
 
-def _make_tokenizer_folder(out: Path, config: DataConfig, inputs: tuple[Input, ...]) -> dict[str, Any]:
-    """Train or copy the tokenizer; returns what plan and manifest say of it."""
+def make_tokenizer_folder(out: Path, plan: Plan, anew: bool = False) -> dict[str, Any]:
+    """Train or copy the tokenizer unless it stands; returns what plan and manifest say of it."""
+    config = plan.config
     if config.tokenizer:
-        given = Path(config.tokenizer)
+        given = local_folder(config.tokenizer)
         names = [name for name in TOKENIZER_FILES if (given / name).is_file()]
         if not {SPIECE, TOKENIZER_JSON} & set(names):
             raise FileNotFoundError(f"{given}: neither {SPIECE} nor {TOKENIZER_JSON} here; check data.tokenizer")
@@ -205,28 +260,47 @@ def _make_tokenizer_folder(out: Path, config: DataConfig, inputs: tuple[Input, .
             for name in names:
                 shutil.copyfile(given / name, folder / name)
     else:
+        num_sentinels = _num_sentinels(config)
         made_from = {
-            "trained_on": [item.sha256 for item in inputs if item.split == "train"],
-            **{name: getattr(config, name) for name in ("source_field", "target_field", "prefix", "vocab_size")},
-            "split_digits": config.split_digits,
+            "trained_on": [item.sha256 for item in plan.inputs if item.split == "train"],
+            "texts": [[each.task, each.source_field, each.target_field, each.prefix] for each in config.all_sets],
+            **{name: getattr(config, name) for name in ("vocab_size", "split_digits")},
+            "num_sentinels": num_sentinels,
         }
 
         def fill(folder: Path) -> None:
-            train_sentencepiece(
-                _training_texts(out, config, inputs), config.vocab_size, config.split_digits, folder / SPIECE
-            )
+            texts = _training_texts(out, plan)
+            train_sentencepiece(texts, config.vocab_size, config.split_digits, folder / SPIECE, num_sentinels)
 
     folder = out / TOKENIZER
+    if anew:
+        (folder / _MADE_FROM).unlink(missing_ok=True)
     _publish_folder(folder, made_from, fill)
     encoder = Encoder(folder, config.max_source_tokens, config.max_target_tokens)
     used = SPIECE if encoder.info.kind == "sentencepiece" else TOKENIZER_JSON
     return {**asdict(encoder.info), "file": f"{TOKENIZER}/{used}", "sha256": sha256_of(folder / used)}
 
 
-def _training_texts(out: Path, config: DataConfig, inputs: tuple[Input, ...]) -> Iterator[str]:
-    plan = Plan(identity_settings(config), inputs, {})
-    for line in plan.lines(out, "train"):
-        record = line.record(plan.fields)
-        if record is not None:
-            yield config.prefix + record.source
-            yield record.target
+def _num_sentinels(config: DataConfig) -> int:
+    """Sentinels that span corruption needs; 0 where no set asks for it."""
+    if all(each.task == "pairs" for each in config.all_sets):
+        return 0
+    shape = (config.noise_density, config.mean_span_tokens)
+    return span_counts(segment_tokens(config.max_source_tokens, *shape), *shape)[1]
+
+
+def _check_sentinels(out: Path, plan: Plan) -> None:
+    if count := _num_sentinels(plan.config):
+        plan.encoder(out).sentinels(count)
+
+
+def _training_texts(out: Path, plan: Plan) -> Iterator[str]:
+    reader = RecordReader(out, plan)
+    for unit in plan.units:
+        if unit.split != "train":
+            continue
+        for record in reader.records(unit):
+            if record is not None:
+                yield record.source
+                if record.target:
+                    yield record.target

@@ -1,4 +1,4 @@
-"""THE FORMAT: blocks of token ids in standard tar files, a sidecar beside each, and a manifest published last.
+"""THE FORMAT: blocks of token ids in standard tar files, an index, and a manifest published last (see FORMAT.md).
 
 Block (little endian), one tar member, readable with tar and with a stock webdataset reader:
 
@@ -13,63 +13,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import struct
+import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+from backports import zstd
 
-FORMAT_VERSION = 1
+from data_prep.publish import publish_bytes, publish_json
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-BLOCK_EXTENSION = "block"
+BLOCK, BLOCK_ZSTD = "block", "block.zst"  # extensions of the members of a shard
 _MAGIC = b"MTB1"
 _HEADER = struct.Struct("<4s4I")
 _CRC = struct.Struct("<I")
-
-
-# ---- publishing: a reader sees all of a file or nothing of it
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish_bytes(path: Path, payload: bytes) -> None:
-    """Write a file at once: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync_folder(path.parent)
-
-
-def publish_json(path: Path, value: dict[str, Any]) -> None:
-    """Publish a dict as JSON; the same dict gives the same bytes."""
-    publish_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a name is that of a file or folder that was never published."""
-    return ".tmp-" in path.name
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- blocks
@@ -84,6 +48,11 @@ class Block:
     source_ids: np.ndarray
     target_ids: np.ndarray
 
+    @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths of the sources and of the targets."""
+        return self.source_lengths, self.target_lengths
+
     @classmethod
     def of(cls, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Block:
         """Pack examples; needs at least one, and as many targets as sources."""
@@ -91,11 +60,20 @@ class Block:
         lengths = [np.array([len(ids) for ids in side], dtype=np.uint16) for side in (sources, targets)]
         return cls(lengths[0], lengths[1], np.concatenate(sources), np.concatenate(targets))
 
+    @classmethod
+    def joined(cls, blocks: Sequence[Block]) -> Block:
+        """Several blocks of one id type as one; none gives a block without examples."""
+        if not blocks:
+            none = np.empty(0, dtype=np.uint16)
+            return cls(none, none, none, none)
+        names = ("source_lengths", "target_lengths", "source_ids", "target_ids")
+        return cls(*(np.concatenate([getattr(block, name) for block in blocks]) for name in names))
+
 
 def encode_block(block: Block) -> bytes:
     """A block as bytes, see the top of the file."""
     ids = (block.source_ids, block.target_ids)
-    lengths = (block.source_lengths, block.target_lengths)
+    lengths = block.lengths
     width = ids[0].dtype.itemsize
     assert ids[0].dtype in (np.uint16, np.uint32), "ids are uint16 or uint32"
     assert ids[0].dtype == ids[1].dtype, "both sides have the same type"
@@ -110,12 +88,10 @@ def decode_block(payload: bytes, place: str = "block") -> Block:
     """The inverse of encode_block. Any damage (cut, flipped bit, foreign bytes) raises ValueError naming `place`."""
     body, crc = payload[: -_CRC.size], payload[-_CRC.size :]
     if len(body) < _HEADER.size or zlib.crc32(body) != _CRC.unpack(crc)[0]:
-        raise ValueError(
-            f"{place}: the checksum does not match, the block is damaged; delete the shard and build again"
-        )
+        raise ValueError(f"{place}: the checksum does not match, the block is damaged; run python -m data_prep repair")
     magic, width, num_examples, num_source, num_target = _HEADER.unpack_from(body)
     if magic != _MAGIC or width not in (2, 4):
-        raise ValueError(f"{place}: not a block of format {FORMAT_VERSION} (magic {magic!r}, {width} bytes per id)")
+        raise ValueError(f"{place}: not a block (magic {magic!r}, {width} bytes per id)")
     offset, arrays = _HEADER.size, []
     for dtype, count in (("<u2", num_examples), ("<u2", num_examples), (f"<u{width}", num_source)):
         arrays.append(np.frombuffer(body, dtype, count, offset))
@@ -125,6 +101,13 @@ def decode_block(payload: bytes, place: str = "block") -> Block:
 
 
 # ---- shards
+
+INDEX_COLUMNS = (
+    "shard", "offset", "bytes", "crc32", "examples", "source_tokens", "target_tokens", "longest_source",
+    "longest_target", "longest_pair",
+)  # fmt: skip
+"""One row of int64 a block: the number of its shard in the split, where its bytes lie in that file, the CRC32 of those
+bytes, how much it holds, and its longest source, target and sum of both in tokens."""
 
 
 @dataclass(frozen=True)
@@ -139,69 +122,100 @@ class ShardEntry:
     sha256: str
 
 
-class ShardWriter:
-    """Collects blocks into one tar file, published at the end of the `with` block and not at all on an exception."""
+@dataclass(frozen=True)
+class Shard:
+    """A shard ready to publish: the bytes of the file and, by block, the columns of INDEX_COLUMNS after the first."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        # webdataset imports torch, which takes a second that only a rank that writes should pay.
-        from webdataset import TarWriter
+    entry: ShardEntry
+    payload: bytes
+    blocks: list[list[int]]
 
-        self._path = folder / name
-        self._key = self._path.stem
-        self._buffer = io.BytesIO()  # a shard is a few MiB: whole in memory, so nothing half-written meets the disk
-        self._tar = TarWriter(self._buffer, user="", group="", encoder=False, mtime=0)
-        self._num_blocks = self._examples = self._source_tokens = self._target_tokens = 0
-        self.entry: ShardEntry | None = None
 
-    def write(self, block: Block) -> None:
-        """Append one block."""
-        self._tar.write({"__key__": f"{self._key}-{self._num_blocks:05d}", BLOCK_EXTENSION: encode_block(block)})
-        self._num_blocks += 1
-        self._examples += len(block.source_lengths)
-        self._source_tokens += len(block.source_ids)
-        self._target_tokens += len(block.target_ids)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tar.close()
-        if kind is not None:
-            return
-        payload = self._buffer.getvalue()
-        publish_bytes(self._path, payload)
-        self.entry = ShardEntry(
-            path=f"{self._path.parent.name}/{self._path.name}",
-            examples=self._examples,
-            source_tokens=self._source_tokens,
-            target_tokens=self._target_tokens,
-            bytes=len(payload),
-            sha256=hashlib.sha256(payload).hexdigest(),
+def cut_block(block: Block, examples_per_block: int) -> Iterator[Block]:
+    """A large block as blocks of at most `examples_per_block`, in order."""
+    source, target = (np.concatenate(([0], np.cumsum(n, dtype=np.int64))) for n in block.lengths)
+    for start in range(0, len(block.source_lengths), examples_per_block):
+        stop = min(start + examples_per_block, len(block.source_lengths))
+        yield Block(
+            block.source_lengths[start:stop],
+            block.target_lengths[start:stop],
+            block.source_ids[source[start] : source[stop]],
+            block.target_ids[target[start] : target[stop]],
         )
 
 
-def read_shard(folder: Path, shard: ShardEntry) -> bytes:
-    """The bytes of a shard, equal to what was published; ValueError if size or sha256 differ or it is missing."""
-    path = folder / shard.path
-    if not path.is_file():
-        raise ValueError(f"{path}: the manifest names this shard but it is missing; build the data again")
-    payload = path.read_bytes()
-    if len(payload) != shard.bytes or hashlib.sha256(payload).hexdigest() != shard.sha256:
-        raise ValueError(f"{path}: size or sha256 differ from the manifest; remove it and build the data again")
-    return payload
+@cache
+def _tar_writer() -> Any:
+    """webdataset.TarWriter. Where torch is not loaded already, webdataset is imported as if torch were not installed,
+    which it allows: nothing here needs torch, and importing it takes longer than writing some shards."""
+    has_torch = "torch" in sys.modules
+    if not has_torch:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from webdataset import TarWriter
+    finally:
+        if not has_torch:
+            del sys.modules["torch"]
+    return TarWriter
+
+
+def make_shard(path: str, blocks: Iterable[Block], compress: bool = False) -> Shard:
+    """Blocks as one tar file in memory (a shard is some MiB), `path` relative to the manifest."""
+    buffer = io.BytesIO()
+    tar = _tar_writer()(buffer, user="", group="", encoder=False, mtime=0)
+    extension = BLOCK_ZSTD if compress else BLOCK
+    rows: list[list[int]] = []
+    for number, block in enumerate(blocks):
+        member = encode_block(block)
+        if compress:
+            member = zstd.compress(member, level=3)
+        tar.write({"__key__": f"{Path(path).stem}-{number:05d}", extension: member})
+        source, target = (lengths.astype(np.int64) for lengths in block.lengths)
+        sums = [len(source), int(source.sum()), int(target.sum())]
+        longest = [int(source.max()), int(target.max()), int((source + target).max())]
+        rows.append([len(member), zlib.crc32(member), *sums, *longest])
+    tar.close()
+    payload = buffer.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(payload)) as made:
+        rows = [[member.offset_data, *row] for member, row in zip(made, rows, strict=True)]
+    examples, source_tokens, target_tokens = (sum(row[column] for row in rows) for column in (3, 4, 5))
+    entry = ShardEntry(path, examples, source_tokens, target_tokens, len(payload), hashlib.sha256(payload).hexdigest())
+    return Shard(entry, payload, rows)
 
 
 def blocks_of_shard(payload: bytes, place: str) -> Iterator[Block]:
-    """The blocks of a shard's bytes, each checked against its CRC."""
+    """The blocks of a shard's bytes without its index, each checked; ValueError names shard and block."""
     try:
         with tarfile.open(fileobj=io.BytesIO(payload)) as tar:
             for member in tar:
                 block = payload[member.offset_data : member.offset_data + member.size]
-                yield decode_block(block, f"{place}:{member.name}")
+                yield decode_member(block, member.name.endswith(BLOCK_ZSTD), f"{place}:{member.name}")
     except tarfile.TarError as err:
-        raise ValueError(f"{place}: not a tar file ({err}); remove it and build again") from err
+        raise ValueError(f"{place}: not a tar file ({err}); run python -m data_prep repair") from err
+
+
+def decode_member(member: bytes, compressed: bool, place: str) -> Block:
+    """A tar member as a block. ValueError names `place` on any damage."""
+    if compressed:
+        try:
+            member = zstd.decompress(member)
+        except zstd.ZstdError as err:
+            raise ValueError(f"{place}: damaged zstd data ({err}); run python -m data_prep repair") from err
+    return decode_block(member, place)
+
+
+def unpack_blocks(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Examples of the samples of a stock reader: wds.WebDataset(urls, shardshuffle=False).compose(unpack_blocks).
+
+    Yields {"__key__", "source_ids", "target_ids"}, ids as uint16 or uint32 [length], in the order of the shards.
+    """
+    for sample in samples:
+        compressed = BLOCK_ZSTD in sample
+        block = decode_member(sample[BLOCK_ZSTD if compressed else BLOCK], compressed, sample["__key__"])
+        sources, targets = (np.cumsum(lengths, dtype=np.int64)[:-1] for lengths in block.lengths)
+        rows = zip(np.split(block.source_ids, sources), np.split(block.target_ids, targets), strict=True)
+        for number, (source, target) in enumerate(rows):
+            yield {"__key__": f"{sample['__key__']}/{number}", "source_ids": source, "target_ids": target}
 
 
 # ---- manifest
@@ -209,7 +223,7 @@ def blocks_of_shard(payload: bytes, place: str) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Conservation: read = written + the sum of dropped. `dropped` is by reason, `truncated` by side."""
+    """Conservation: read = written + the sum of dropped, in records. `dropped` is by reason, `truncated` by side."""
 
     read: int
     written: int
@@ -217,7 +231,7 @@ class Ledger:
     truncated: dict[str, int]
 
     def check(self, split: str) -> None:
-        """Refuse a split that lost or invented an example."""
+        """Refuse a split that lost or invented a record."""
         if self.read != self.written + sum(self.dropped.values()):
             raise ValueError(
                 f"{split}: {self.read} records read, but {self.written} written and {self.dropped} dropped"
@@ -226,9 +240,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Split:
-    """One part of the data: its shards in order and its ledger."""
+    """One part of the data: its shards in order, how many shards each set of the mixture has, its index, its ledger."""
 
     shards: tuple[ShardEntry, ...]
+    shards_of_sets: tuple[int, ...]
+    index: dict[str, Any]
+    """path, bytes and sha256 of the index file: int64 [num_blocks, columns], a NumPy file."""
     ledger: Ledger
 
     @property
@@ -246,6 +263,8 @@ class Manifest:
     settings: dict[str, Any]
     inputs: tuple[dict[str, Any], ...]
     tokenizer: dict[str, Any]
+    sets: tuple[dict[str, Any], ...]
+    """name, weight and licence of each set of the mixture, in the order of the shards; all weights 0: by size."""
     splits: dict[str, Split]
 
     @property
@@ -258,6 +277,26 @@ class Manifest:
         publish_json(folder / MANIFEST, asdict(self))
 
 
+def publish_index(folder: Path, split: str, blocks_of_shards: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """Publish the index of a split from the rows of its shards; returns what the manifest says of it."""
+    rows = [[shard, *row] for shard, blocks in enumerate(blocks_of_shards) for row in blocks]
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows, dtype="<i8").reshape(len(rows), len(INDEX_COLUMNS)))
+    payload = buffer.getvalue()
+    path = f"{split}/index.npy"
+    publish_bytes(folder / path, payload)
+    return {"path": path, "bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+
+
+def read_index(folder: Path, split: Split) -> np.ndarray:
+    """The index of a split, int64 [num_blocks, columns]; ValueError if the file is not as published."""
+    path = folder / split.index["path"]
+    payload = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(payload).hexdigest() != split.index["sha256"]:
+        raise ValueError(f"{path}: missing or damaged; run python -m data_prep repair {folder}")
+    return np.load(io.BytesIO(payload))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished build. FileNotFoundError if the build is not finished, ValueError if it is foreign."""
     path = Path(folder) / MANIFEST
@@ -265,57 +304,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(
             f"{folder}: no {MANIFEST}, so the data build is not finished; run python -m data_prep build"
         )
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise ValueError(f"{path}: damaged ({err}); remove it and run python -m data_prep build") from err
     if raw.get("format_version") != FORMAT_VERSION:
         version = raw.get("format_version")
         raise ValueError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; build the data again")
     splits = {
-        name: Split(tuple(ShardEntry(**shard) for shard in split["shards"]), Ledger(**split["ledger"]))
+        name: Split(
+            tuple(ShardEntry(**shard) for shard in split["shards"]),
+            tuple(split["shards_of_sets"]),
+            split["index"],
+            Ledger(**split["ledger"]),
+        )
         for name, split in raw.pop("splits").items()
     }
-    return Manifest(**{**raw, "inputs": tuple(raw["inputs"])}, splits=splits)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All examples of a split: example i is ids[offsets[i] : offsets[i + 1]]; offsets int64 [num_examples + 1]."""
-
-    source_ids: np.ndarray
-    source_offsets: np.ndarray
-    target_ids: np.ndarray
-    target_offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.source_offsets) - 1
-
-    @property
-    def source_lengths(self) -> np.ndarray:
-        """Tokens of every source, int64 [num_examples]."""
-        return np.diff(self.source_offsets)
-
-    @property
-    def target_lengths(self) -> np.ndarray:
-        """Tokens of every target, int64 [num_examples]."""
-        return np.diff(self.target_offsets)
-
-
-def read_split(folder: Path, manifest: Manifest, split: str) -> Examples:
-    """Load one split, checking every shard's sha256 and every block's CRC. ValueError on damage or an unknown split."""
-    if split not in manifest.splits:
-        raise ValueError(f"{folder}: no split {split!r}; the build made {', '.join(manifest.splits)}")
-    blocks = [
-        block
-        for shard in manifest.splits[split].shards
-        for block in blocks_of_shard(read_shard(Path(folder), shard), shard.path)
-    ]
-    if not blocks:
-        raise ValueError(f"{folder}: split {split!r} holds no example")
-    arrays = [
-        np.concatenate([getattr(block, name) for block in blocks])
-        for name in ("source_ids", "source_lengths", "target_ids", "target_lengths")
-    ]
-    return Examples(arrays[0], _offsets(arrays[1]), arrays[2], _offsets(arrays[3]))
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    return Manifest(**{**raw, "inputs": tuple(raw["inputs"]), "sets": tuple(raw["sets"])}, splits=splits)

@@ -1,85 +1,131 @@
-"""Looks at a finished data directory: verify (is it whole?), stats (what is in it?), cat (what does it say?)."""
+"""Looks at a finished data directory bit by bit: verify (is it whole?) and repair (make it whole again)."""
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from data_prep.encode import Encoder
-from data_prep.shards import Manifest, ShardEntry, blocks_of_shard, read_manifest, read_shard, read_split, sha256_of
+from data_prep.plan import Plan, make_tokenizer_folder, read_plan, unit_name
+from data_prep.publish import publish_bytes, publish_json, sha256_of
+from data_prep.shards import (
+    Manifest,
+    ShardEntry,
+    Split,
+    blocks_of_shard,
+    publish_index,
+    read_index,
+    read_manifest,
+)
+from data_prep.units import UnitMaker, published, sidecar_path
 
-_QUANTILES = (50, 95, 100)
 
-
-def find_damage(folder: Path) -> list[str]:
-    """One line for everything that is not as the manifest says: shards (sha256, every CRC, counts) and tokenizer."""
+def find_damage(folder: Path, workers: int = 1) -> list[str]:
+    """One line for everything that is not as the manifest says: shards (sha256, CRCs, counts), index, tokenizer."""
     manifest = read_manifest(folder)
-    problems = [
-        problem
-        for split in manifest.splits.values()
-        for shard in split.shards
-        if (problem := _damage_of_shard(folder, shard)) is not None
-    ]
-    tokenizer = folder / manifest.tokenizer["file"]
-    if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer["sha256"]:
-        problems.append(f"{tokenizer}: missing or its sha256 differs from the manifest; build the data again")
+    damage = _damaged_shards(folder, manifest, workers)
+    problems = [problem for problem in damage.values() if problem is not None]
+    for split in manifest.splits.values():
+        try:
+            read_index(folder, split)
+        except ValueError as err:
+            problems.append(str(err))
+    if not _tokenizer_is_whole(folder, manifest):
+        problems.append(
+            f"{folder / manifest.tokenizer['file']}: missing or its sha256 differs from the manifest; repair it"
+        )
     return problems
 
 
+def _damaged_shards(folder: Path, manifest: Manifest, workers: int) -> dict[ShardEntry, str | None]:
+    # Threads: reading, sha256 and CRC32 all leave the interpreter's lock.
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda shard: _damage_of_shard(folder, shard), shards)
+        return dict(zip(shards, tqdm(results, total=len(shards), unit="shard", disable=None), strict=True))
+
+
 def _damage_of_shard(folder: Path, shard: ShardEntry) -> str | None:
+    path = folder / shard.path
+    if not path.is_file():
+        return f"{path}: the manifest names this shard but it is missing; run python -m data_prep repair {folder}"
+    payload = path.read_bytes()
     try:
-        blocks = list(blocks_of_shard(read_shard(folder, shard), shard.path))
+        blocks = list(blocks_of_shard(payload, str(path)))
     except ValueError as err:
         return str(err)
     counts = tuple(
         sum(len(getattr(block, name)) for block in blocks) for name in ("source_lengths", "source_ids", "target_ids")
     )
     if counts != (shard.examples, shard.source_tokens, shard.target_tokens):
-        return f"{folder / shard.path}: holds {counts} examples, source and target tokens, not what the manifest says"
+        return f"{path}: holds {counts} examples, source and target tokens, not what the manifest says; repair it"
+    if len(payload) != shard.bytes or hashlib.sha256(payload).hexdigest() != shard.sha256:
+        return f"{path}: size or sha256 differ from the manifest, outside of blocks; repair it"
     return None
 
 
-def stats_table(folder: Path) -> str:
-    """Counts, token lengths and what was dropped or truncated, one line a split."""
-    manifest = read_manifest(folder)
-    head = (
-        "split",
-        "shards",
-        "examples",
-        "source tokens",
-        "p50/p95/max",
-        "target tokens",
-        "p50/p95/max",
-        "dropped",
-        "cut",
-    )
-    rows = [head, *(_stats_row(folder, manifest, name) for name in manifest.splits)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+def _tokenizer_is_whole(folder: Path, manifest: Manifest) -> bool:
+    path = folder / manifest.tokenizer["file"]
+    return path.is_file() and sha256_of(path) == manifest.tokenizer["sha256"]
 
 
-def _stats_row(folder: Path, manifest: Manifest, name: str) -> tuple[str, ...]:
-    split = manifest.splits[name]
-    examples = read_split(folder, manifest, name)
-    cells = [name, f"{len(split.shards)}", f"{len(examples):,}"]
-    for lengths in (examples.source_lengths, examples.target_lengths):
-        cells.append(f"{lengths.sum():,}")
-        cells.append("/".join(f"{q:.0f}" for q in np.percentile(lengths, _QUANTILES)))
-    cells.append(f"{sum(split.ledger.dropped.values()):,}")
-    cells.append(f"{sum(split.ledger.truncated.values()):,}")
-    return tuple(cells)
+def repair(folder: Path) -> list[str]:
+    """Make what is damaged or missing again; one line for each thing repaired.
 
-
-def decoded_examples(folder: Path, split: str, num_examples: int) -> list[tuple[str, str]]:
-    """The first examples of a split as text, decoded from the shards."""
-    manifest = read_manifest(folder)
-    examples = read_split(folder, manifest, split)
-    encoder = Encoder((folder / manifest.tokenizer["file"]).parent, 2, 2)
-    return [
-        (
-            encoder.decode(examples.source_ids[examples.source_offsets[i] : examples.source_offsets[i + 1]]),
-            encoder.decode(examples.target_ids[examples.target_offsets[i] : examples.target_offsets[i + 1]]),
+    Raises ValueError, and leaves things as they are, where the recorded sha256 does not come out.
+    """
+    manifest, plan = read_manifest(folder), read_plan(folder)
+    if plan is None or plan.hash != manifest.plan_hash:
+        raise ValueError(f"{folder}: plan.json is missing or of another build; build the data again elsewhere")
+    done = []
+    if not _tokenizer_is_whole(folder, manifest):
+        _refuse_other(
+            folder / manifest.tokenizer["file"], make_tokenizer_folder(folder, plan, anew=True), plan.tokenizer
         )
-        for i in range(min(num_examples, len(examples)))
-    ]
+        done.append(f"{folder / manifest.tokenizer['file']}: made again")
+    wanted = {entry.path: problem for entry, problem in _damaged_shards(folder, manifest, 1).items() if problem}
+    done += _repair_shards(folder, manifest, plan, wanted)
+    for name, split in manifest.splits.items():
+        done += _repair_index(folder, plan, name, split)
+    return done
+
+
+def _refuse_other(path: Path, found: Any, recorded: Any) -> None:
+    if found != recorded:
+        raise ValueError(f"{path}: cannot be made again as it was ({found} instead of {recorded}); an input changed")
+
+
+def _repair_shards(folder: Path, manifest: Manifest, plan: Plan, damaged: dict[str, str]) -> list[str]:
+    entries = {entry.path: entry for split in manifest.splits.values() for entry in split.shards}
+    maker = UnitMaker(folder, plan) if damaged else None
+    done = []
+    for unit in plan.units:
+        path = f"{unit_name(unit)}.tar"
+        if path in damaged and maker is not None:
+            shard, sidecar = maker.make(unit)
+            _refuse_other(folder / path, shard.entry.sha256, entries[path].sha256)
+            publish_bytes(folder / path, shard.payload)
+            publish_json(sidecar_path(folder, unit), sidecar)
+            done.append(f"{folder / path}: made again, sha256 {shard.entry.sha256} as recorded")
+    return done
+
+
+def _repair_index(folder: Path, plan: Plan, name: str, split: Split) -> list[str]:
+    try:
+        read_index(folder, split)
+    except ValueError:
+        units = [unit for unit in plan.units if unit.split == name]
+        maker: UnitMaker | None = None
+        rows = []
+        for unit in units:
+            sidecar = published(folder, plan, unit)
+            if sidecar is None:
+                maker = maker or UnitMaker(folder, plan)
+                sidecar = maker.make(unit)[1]
+            rows.append(sidecar["blocks"])
+        _refuse_other(folder / split.index["path"], publish_index(folder, name, rows), split.index)
+        return [f"{folder / split.index['path']}: made again"]
+    return []

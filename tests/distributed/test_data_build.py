@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
-from data_prep.shards import read_manifest, read_split
+from data_prep.encode import Encoder
+from data_prep.reader import SplitReader
+from data_prep.shards import read_manifest, unpack_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -54,7 +60,7 @@ def built(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_any_number_of_ranks_makes_the_same_bytes(recipe: Path, built: Path, tmp_path: Path, ranks: int) -> None:
     result = build(recipe, tmp_path / "data", ranks)
     assert result.returncode == 0, result.stderr
@@ -68,7 +74,7 @@ def test_every_record_is_written_once_and_comes_back(built: Path) -> None:
     for name, split in manifest.splits.items():
         rows = (built / f"corpus/{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert split.ledger.read == split.ledger.written == split.num_examples == len(rows)
-        assert len(read_split(built, manifest, name)) == len(rows)
+        assert len(SplitReader(built, manifest, name)) == len(rows)
     corpus = [json.loads(line) for line in (built / "corpus/test.jsonl").read_text(encoding="utf-8").splitlines()]
     test = [json.loads(line) for line in (built / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert test == [{name: row[name] for name in ("id", "source", "target")} for row in corpus]
@@ -108,15 +114,19 @@ def test_a_killed_build_is_finished_by_another_world(recipe: Path, built: Path, 
     assert not redone, "what was published is not made again"
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    """SIGKILL for the process and everything it started, also ranks that moved to their own process group."""
-    listing = subprocess.run(["ps", "-eo", "pid=,sid="], capture_output=True, text=True, check=True).stdout
-    parents = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    family = {process.pid} | {int(row.split()[0]) for row in listing.splitlines() if int(row.split()[1]) == process.pid}
-    children = [(int(pid), int(parent)) for pid, parent in (row.split() for row in parents.splitlines())]
-    while more := {pid for pid, parent in children if parent in family} - family:
+def family_of(process: subprocess.Popen) -> set[int]:
+    """The process and everything it started, also ranks that moved to their own process group or session."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,sid="], capture_output=True, text=True, check=True).stdout
+    rows = [tuple(map(int, row.split())) for row in listing.splitlines()]
+    family = {process.pid} | {pid for pid, _, session in rows if session == process.pid}
+    while more := {pid for pid, parent, _ in rows if parent in family} - family:
         family |= more
-    for pid in family:
+    return family
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """SIGKILL for the process and everything it started."""
+    for pid in family_of(process):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -149,8 +159,19 @@ def test_a_damaged_shard_is_found_and_made_again(recipe: Path, built: Path, tmp_
     shard.write_bytes(damaged)
     result = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "000003.tar: size or sha256 differ" in result.stdout
-    shard.unlink()
+    assert "train/000003.tar:000003-00000.block: the checksum does not match" in result.stdout
+    (out / "train/000005.tar").unlink()
+    (out / "train/index.npy").write_bytes(b"")
+    (out / "tokenizer/spiece.model").write_bytes(b"")
+    result = subprocess.run([*verify[:3], "repair", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.count("made again")) == (0, 4), result.stderr
+    assert contents(out) == contents(built)
+    (out / "train/000005.tar").unlink()
+    (out / "corpus/train.jsonl").write_text("{}")
+    result = subprocess.run([*verify[:3], "repair", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "changed since the plan was made" in result.stderr
+    shutil.copyfile(built / "corpus/train.jsonl", out / "corpus/train.jsonl")
     assert build(recipe, out, 2).returncode == 0
     assert contents(out) == contents(built)
 
@@ -158,6 +179,7 @@ def test_a_damaged_shard_is_found_and_made_again(recipe: Path, built: Path, tmp_
 def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
     row = '{"q": {"en": "number %d is here"}, "a": "Nummer %d ist da"}'
     lines = [row % (n, n) for n in range(200)]
+    lines += [lines[7], lines[150]]
     lines[3:3] = ["", '{"q": {"en": " "}, "a": "x"}', '{"q": {"en": "y"}, "a": ""}']
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(lines), encoding="utf-8")
@@ -166,12 +188,18 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", data)
     out = tmp_path / "data"
     result = build(recipe, out, 2)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"{train}: record 5 (id train/4): empty source; remove it, or set data.drop_empty" in result.stderr
+    assert not (out / "manifest.json").exists()
+    out = tmp_path / "dropped"
+    recipe = write_recipe(tmp_path / "recipe.yaml", data | {"drop_empty": True, "drop_duplicates": True})
+    result = build(recipe, out, 2)
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(out)
     assert set(manifest.splits) == {"train", "test"}
     ledger = manifest.splits["train"].ledger
-    assert (ledger.read, ledger.written) == (203, 200)
-    assert ledger.dropped == {"blank line": 1, "empty source": 1, "empty target": 1}
+    assert (ledger.read, ledger.written) == (205, 200)
+    assert ledger.dropped == {"blank line": 1, "empty source": 1, "empty target": 1, "duplicate": 2}
     test = [json.loads(line) for line in (out / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert test[3] == {"id": "test/6", "source": "translate: number 3 is here", "target": "Nummer 3 ist da"}
     train.write_text("\n".join([*lines[:150], '{"q": {"en": "y"}}']), encoding="utf-8")
@@ -194,6 +222,9 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
         ({"seed": "x"}, [], "seed"),
         ({}, ["--data.sed", "3"], "--data.sed"),
         ({"tokenizer": "nowhere"}, [], "nowhere: neither spiece.model nor tokenizer.json"),
+        ({"corpus": "files", "train": ["hub:datasets/a/b/train.jsonl"]}, [], "all 40 digits of a commit"),
+        ({"corpus": "files", "sets": [{"train": ["a"], "weight": 2}, {"train": ["b"]}]}, [], "two sets of one name"),
+        ({"task": "spans"}, [], "data.task is 'spans': choose pairs or span_corruption"),
     ],
 )
 def test_mistakes_in_a_recipe_are_one_line(tmp_path: Path, data: dict, options: list[str], message: str) -> None:
@@ -201,6 +232,124 @@ def test_mistakes_in_a_recipe_are_one_line(tmp_path: Path, data: dict, options: 
     result = build(recipe, tmp_path / "data", 2 if options else 0, *options)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert message in result.stderr
+
+
+def verify_and_read(out: Path) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """Ids of every example by split, from a directory that verifies."""
+    verify = [sys.executable, "-m", "data_prep", "verify", str(out)]
+    result = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    manifest, found = read_manifest(out), {}
+    for name in manifest.splits:
+        reader = SplitReader(out, manifest, name)
+        found[name] = [
+            (row["source_ids"].tolist(), row["target_ids"].tolist())
+            for path in sorted((out / name).glob("*.tar"))
+            for row in unpack_blocks({"__key__": "", "block": member} for member in members(path))
+        ]
+        assert len(found[name]) == len(reader)
+    return found
+
+
+def members(path: Path) -> list[bytes]:
+    with tarfile.open(path) as tar:
+        return [tar.extractfile(member).read() for member in tar]
+
+
+def test_a_mixture_with_span_corruption(built: Path, tmp_path: Path) -> None:
+    """Raw text beside pairs: every token of the text once, T5's lengths, the same masks from any world."""
+    rows = [json.loads(line) for line in (built / "corpus/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "raw.txt").write_text("".join(row["source"] + "\n" for row in rows), encoding="utf-8")
+    pairs = {"name": "pairs", "train": [str(built / "corpus/train.jsonl")], "prefix": "to {kind}: ", "weight": 1}
+    pairs["licence"] = "ours"
+    raw = {"name": "raw", "train": [str(tmp_path / "raw.txt")], "source_field": "text", "task": "span_corruption"}
+    data = {"corpus": "files", "sets": [pairs, raw | {"weight": 3}], "vocab_size": 400, "max_source_tokens": 60}
+    data |= {"examples_per_block": 32, "blocks_per_shard": 8}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data)
+    for name, ranks in (("a", 0), ("b", 3)):
+        result = build(recipe, tmp_path / name, ranks)
+        assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest.sets == (
+        {"name": "pairs", "weight": 1, "licence": "ours"},
+        {"name": "raw", "weight": 3, "licence": ""},
+    )
+    first_shards = manifest.splits["train"].shards_of_sets[0]
+    num_pairs = sum(shard.examples for shard in manifest.splits["train"].shards[:first_shards])
+    assert num_pairs == len(rows)
+    encoder = Encoder(tmp_path / "a/tokenizer", 9, 9)
+    sentinels = encoder.sentinels(3).tolist()
+    examples = verify_and_read(tmp_path / "a")["train"][num_pairs:]
+    plain = encoder.tokens([row["source"] for row in rows])
+    restored: list[int] = []
+    for source, target in examples:
+        assert source[-1] == target[-1] == encoder.info.eos_id
+        parts = iter(split_at(target[:-1], sentinels))
+        assert next(parts) == []
+        masked = dict(zip([i for i in target if i in sentinels], parts, strict=True))
+        restored += [token for i in source[:-1] for token in masked.get(i, [i])]
+    assert {len(source) for source, _ in examples[:5]} == {60}
+    eos = encoder.info.eos_id  # may end a unit whose last segment would be a single token
+    assert [i for i in restored if i != eos] == plain.tolist()
+
+
+def split_at(ids: list[int], marks: list[int]) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for each in ids:
+        if each in marks:
+            parts.append([])
+        else:
+            parts[-1].append(each)
+    return parts
+
+
+def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path) -> None:
+    """1,000 pairs as JSONL, gzip, zstd, CSV, TSV, Parquet and a folder saved by `datasets`."""
+    import datasets
+
+    rows = [json.loads(line) for line in (built / "corpus/train.jsonl").read_text(encoding="utf-8").splitlines()][:1000]
+    table = datasets.Dataset.from_list(
+        [{"id": row["id"], "source": row["source"], "target": row["target"]} for row in rows]
+    )
+    table.to_json(tmp_path / "a.jsonl")
+    table.to_csv(tmp_path / "a.csv")
+    table.to_csv(tmp_path / "a.tsv", sep="\t")
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved", num_shards=2)
+    text = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(text))
+    hashes = {}
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "saved"):
+        data = {"corpus": "files", "train": [str(tmp_path / name)], "tokenizer": str(built / "tokenizer")}
+        out = tmp_path / f"data-{name}"
+        result = build(write_recipe(tmp_path / "recipe.yaml", data), out)
+        assert result.returncode == 0, result.stderr
+        hashes[name] = [shard.sha256 for shard in read_manifest(out).splits["train"].shards]
+    assert len(set(map(tuple, hashes.values()))) == 1, hashes
+
+
+def test_a_full_disk_and_a_folder_without_permission_are_one_line(recipe: Path, built: Path, tmp_path: Path) -> None:
+    """A file system of 300 KiB, and one that is read-only: nothing is published, and more space finishes the build."""
+    out = tmp_path / "small"
+    out.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", out]).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        result = build(recipe, out / "data")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "No space left on device; free some space and run again" in result.stderr
+        assert not (out / "data/manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,ro", out], check=True)
+        result = build(recipe, out / "other")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "Read-only file system; give write permission" in result.stderr
+        subprocess.run(["mount", "-o", "remount,rw,size=50m", out], check=True)
+        assert build(recipe, out / "data", 2).returncode == 0
+        assert contents(out / "data") == contents(built)
+    finally:
+        subprocess.run(["umount", out], check=True)
 
 
 def test_importing_the_programs_is_light() -> None:

@@ -1,4 +1,4 @@
-"""Units, ranks and keyed permutations: every record once, whatever the world."""
+"""Ranks, mixtures and keyed permutations: every item once, whatever the world."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.partition import mix, permutation, units_of_rank, units_of_split
-
-
-@given(st.integers(0, 5000), st.integers(1, 700))
-def test_units_cover_every_record_once_in_order(num_records: int, records_per_unit: int) -> None:
-    units = units_of_split("train", num_records, records_per_unit)
-    assert [record for unit in units for record in range(unit.start, unit.stop)] == list(range(num_records))
-    assert [unit.index for unit in units] == list(range(len(units)))
-    assert all(unit.stop - unit.start == records_per_unit for unit in units[:-1])
+from data_prep.partition import Mixture, mix, permutation, share_of_rank
 
 
 @given(st.integers(0, 500), st.integers(1, 64))
-def test_ranks_share_the_units_out(num_units: int, world: int) -> None:
-    shares = [list(units_of_rank(num_units, rank, world)) for rank in range(world)]
-    assert sorted(unit for share in shares for unit in share) == list(range(num_units))
+def test_ranks_share_the_items_out_in_runs(num_items: int, world: int) -> None:
+    shares = [list(share_of_rank(num_items, rank, world)) for rank in range(world)]
+    assert [item for share in shares for item in share] == list(range(num_items))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match="outside a world of 2"):
-        units_of_rank(4, rank, 2)
+        share_of_rank(4, rank, 2)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 5000))
+def test_a_mixture_keeps_its_weights_exactly(weights: list[int], start: int) -> None:
+    mixture = Mixture(weights)
+    counts = np.array([mixture.taken(start + position) for position in range(mixture.cycle + 2)])
+    steps = np.diff(counts, axis=0)
+    assert (steps.sum(axis=1) == 1).all()
+    assert (steps >= 0).all()
+    assert (counts[mixture.cycle] - counts[0]).tolist() == weights
+    shares = counts - np.outer(np.arange(start, start + mixture.cycle + 2), np.array(weights) / sum(weights))
+    assert np.abs(shares).max() < len(weights)  # at no point far from the exact share
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**63 - 1), st.integers(0, 50))

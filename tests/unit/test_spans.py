@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from pipeline.spans import (
     Span,
     Tiling,
     coarsest_assembly,
+    count_tilings,
     kept_layers,
     modular_spans,
     preset_assembly,
@@ -32,6 +35,29 @@ def test_every_tiling_covers_each_layer_once(num_layers, granularities):
     for tiling in tilings(num_layers, spans):
         assert [i for s in tiling.spans for i in range(s.first, s.last + 1)] == list(range(num_layers))
         assert all(span.num_layers == 1 or span in spans for span in tiling.spans)
+
+
+@given(LAYERS, GRANULARITIES)
+def test_there_are_as_many_tilings_as_the_recurrence_says(num_layers, granularities):
+    """c(i) = sum of c(i + length) over the spans that start at i: counted here from the definition of spans."""
+    everything = list(tilings(num_layers, modular_spans(num_layers, granularities)))
+    assert len(set(everything)) == len(everything)
+
+    def count(first: int) -> int:
+        if first == num_layers:
+            return 1
+        lengths = {1} | {min(g, num_layers - first) for g in granularities if first % g == 0}
+        return sum(count(first + length) for length in lengths)
+
+    assert len(everything) == count(0) == count_tilings(num_layers, modular_spans(num_layers, granularities))[0]
+
+
+@pytest.mark.parametrize(("granularities", "block", "each"), [((2,), 2, 2), ((3,), 3, 2), ((2, 3, 6), 6, 14)])
+def test_counts_in_closed_form(granularities, block, each):
+    """Where all granularities divide a block, blocks are independent: 14 tilings of six layers, 14^4 of 24."""
+    for num_layers in (6, 12, 24):
+        count = count_tilings(num_layers, modular_spans(num_layers, granularities))[0]
+        assert count == each ** (num_layers // block)
 
 
 @given(LAYERS, GRANULARITIES)
@@ -83,6 +109,37 @@ def test_speed_first_shortens_the_decoder_first_and_size_first_spreads():
         assert speed.encoder.num_layers == 12 or speed.decoder.num_layers == 2
         assert abs(size.encoder.num_layers - size.decoder.num_layers) <= 1
         assert speed.decoder.num_layers <= size.decoder.num_layers
+
+
+STACK = st.tuples(LAYERS, st.lists(st.integers(2, 7), max_size=3, unique=True))
+
+
+@given(STACK, STACK, st.sampled_from(PRESETS))
+def test_presets_are_monotone_in_ratio(encoder, decoder, preset):
+    """A larger ratio never asks for more layers, in either stack, whatever the depths and granularities, and even
+    where one stack is left whole; and the ends are the teacher and the coarsest assembly."""
+    num_layers = encoder[0], decoder[0]
+    spans = modular_spans(*encoder), modular_spans(*decoder)
+    coarsest = coarsest_assembly(num_layers, spans)
+    ratios = [sum(num_layers) / n for n in range(sum(num_layers), coarsest.num_layers - 1, -1)]
+    found = [preset_assembly(preset, ratio, num_layers, spans) for ratio in ratios]
+    assert found[0] == teacher_assembly(*num_layers)
+    assert found[-1] == coarsest
+    for larger, smaller in itertools.pairwise(found):
+        assert smaller.encoder.num_layers <= larger.encoder.num_layers
+        assert smaller.decoder.num_layers <= larger.decoder.num_layers
+        assert smaller.ratio_of_layers >= larger.ratio_of_layers
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_stack_left_whole_keeps_every_layer(preset):
+    spans = modular_spans(12, ()), modular_spans(6, (2, 3))
+    for ratio in (1.1, 1.2, 18 / 14):
+        assembly = preset_assembly(preset, ratio, (12, 6), spans)
+        assert assembly.encoder == Tiling((1,) * 12)
+        assert assembly.num_layers == round(18 / ratio)
+    with pytest.raises(ValueError, match=r"ratio 1.5"):
+        preset_assembly(preset, 1.5, (12, 6), spans)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 8.5, 100])

@@ -1,0 +1,114 @@
+"""Folders that a recipe names: a path, or `hub:owner/name[@revision]`, a repository of the Hugging Face hub; and files
+of data sets there, `hub:datasets/owner/name@COMMIT/data/*.parquet`.
+
+Downloading is a step of its own (`python -m pipeline fetch`), because compute nodes often have no internet; everything
+else only looks into the local cache.
+"""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+PREFIX = "hub:"
+_DATA = re.compile(r"hub:datasets/(?P<name>[\w.-]+(/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})/(?P<files>.+)")
+_SMALL = ("*.json", "*.model", "*.txt")  # settings, tokenizers, and their notes
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first kind that a repository has
+
+
+def local_folder(name: str) -> Path:
+    """The folder that `name` stands for; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: a repository that has not been fetched.
+    """
+    if not name.startswith(PREFIX):
+        return Path(name)
+    from huggingface_hub import snapshot_download  # late: most recipes name plain folders
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, revision = _parts(name)
+    try:
+        # named, so that what fetch left out is not missed here
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=[*_SMALL, _WEIGHTS[0]], local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{name} is not (or not wholly) in the local cache: run `python -m pipeline fetch` with this recipe on a "
+            f"machine with internet"
+        ) from None
+
+
+def fetch(name: str) -> Path:
+    """Download a model repository (settings, tokenizer, one kind of weights) into the cache; the folder it lies in.
+
+    Raises:
+        ValueError: no such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    repository, revision = _parts(name)
+    try:
+        files = HfApi().list_repo_files(repository, revision=revision)
+        kinds = [kind for kind in _WEIGHTS if any(fnmatch(file, kind) for file in files)]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_SMALL, *kinds[:1]]))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
+
+
+def names_data(name: str) -> bool:
+    """Whether a name of an input means the hub."""
+    return name.startswith(PREFIX)
+
+
+def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
+    """(name, file in the cache) of the files that the name of a data set's files stands for, sorted.
+
+    Raises:
+        ValueError: the name has no commit or no files, or cannot be downloaded.
+        FileNotFoundError: not fetched, or no such files.
+    """
+    match = _DATA.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"{name}: write {PREFIX}datasets/OWNER/NAME@COMMIT/FILES with all 40 digits of a commit and files such as "
+            f"data/train-*.parquet; a set without a list of files cannot be cut into units"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repository, commit, pattern = match["name"], match["commit"], match["files"]
+    try:
+        snapshot = snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=[pattern],
+            local_files_only=not download,
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        if download:
+            raise ValueError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
+        snapshot = ""
+    folder = Path(snapshot)
+    paths = sorted(path for path in folder.glob(pattern) if path.is_file()) if snapshot else []
+    if not paths:
+        raise FileNotFoundError(
+            f"{name} is not in the local cache: run `python -m pipeline fetch` with this recipe where there is internet"
+        )
+    base = f"{PREFIX}datasets/{repository}@{commit}"
+    return [(f"{base}/{path.relative_to(folder)}", path) for path in paths]
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise ValueError(
+            f"{name!r} does not name a repository: write {PREFIX}owner/name or {PREFIX}owner/name@revision"
+        )
+    return repository, revision or None

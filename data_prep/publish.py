@@ -1,0 +1,124 @@
+"""Publishing: a reader sees all of a file or nothing of it, whenever a process or a machine dies.
+
+Temporary name, write, fsync, rename, fsync of the folder. Every byte that data preparation leaves goes through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_TEMPORARY = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process on any machine uses, and that is known as never published."""
+    return path.with_name(f"{path.name}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is that of a file or folder that was never published."""
+    return _TEMPORARY in path.name
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left under `folder`."""
+    for path in [path for path in folder.rglob(f"*{_TEMPORARY}*") if is_temporary(path)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the system carry the final name and what to do."""
+    fixes = {
+        errno.ENOSPC: "free some space and run again",
+        errno.EDQUOT: "free some space and run again",
+        errno.EACCES: "give write permission, or choose another folder",
+        errno.EROFS: "give write permission, or choose another folder",
+    }
+    try:
+        yield
+    except OSError as err:
+        fix = fixes.get(err.errno or 0, "nothing was published; run again")
+        raise OSError(err.errno, f"cannot write {path}: {err.strerror}; {fix}") from err
+
+
+def publish_bytes(path: Path, payload: bytes) -> None:
+    """Write a file at once. OSError names the file; nothing of it is left then."""
+    temporary = temporary_name(path)
+    with _named(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                view = memoryview(payload)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+            fsync_folder(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def publish_json(path: Path, value: dict[str, Any]) -> None:
+    """Publish a dict as JSON; the same dict gives the same bytes."""
+    publish_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents; OSError names it."""
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def publishing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill with files, published as `folder` at the end of the block; an older one goes."""
+    temporary = temporary_name(folder)
+    with _named(folder):
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in temporary.iterdir():
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            fsync_folder(temporary)
+            if folder.exists():
+                os.rename(folder, folder.with_name(f"{temporary.name}-old"))
+            os.rename(temporary, folder)
+            fsync_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder.with_name(f"{temporary.name}-old"), ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,120 @@
+"""Makes one unit: its records -> a shard, published, then the sidecar, which says that the shard is good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.corruption import corrupt, segment_tokens, span_counts
+from data_prep.encode import Encoded, Encoder
+from data_prep.partition import Unit, mix
+from data_prep.plan import SPLITS, Plan, RecordReader, unit_name
+from data_prep.publish import publish_bytes, publish_json
+from data_prep.shards import Block, Shard, ShardEntry, cut_block, make_shard
+from data_prep.sources import Record
+
+BLANK, DUPLICATE = "blank line", "duplicate"
+_MASKS = 3  # stream of the keyed bits
+_SEGMENTS_AT_ONCE = 512  # bounds the memory of span corruption
+
+
+class UnitMaker:
+    """Makes the units of a plan. Their bytes depend on the plan only."""
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        self._out, self._plan = out, plan
+        self._encoder = plan.encoder(out)
+        self._reader = RecordReader(out, plan)
+
+    def publish(self, unit: Unit) -> ShardEntry:
+        """Make a unit and publish its shard and sidecar."""
+        shard, sidecar = self.make(unit)
+        publish_bytes(self._out / shard.entry.path, shard.payload)
+        publish_json(sidecar_path(self._out, unit), sidecar)
+        return shard.entry
+
+    def make(self, unit: Unit) -> tuple[Shard, dict[str, Any]]:
+        """The shard and the sidecar of a unit, not published. ValueError on a record that cannot be used."""
+        plan, config = self._plan, self._plan.config
+        duplicates = set(plan.duplicates.get(unit_name(unit), ()))
+        records = list(self._reader.records(unit))
+        dropped: dict[str, list[int]] = {}
+        kept: list[int] = []
+        for position, record in enumerate(records):
+            if record is None or position in duplicates:
+                dropped.setdefault(BLANK if record is None else DUPLICATE, []).append(position)
+            else:
+                kept.append(position)
+        texts = [record for position in kept if (record := records[position]) is not None]
+        if plan.set_of(unit).task == "pairs":
+            encoded = self._encoder.encode([record.source for record in texts], [record.target for record in texts])
+        else:
+            encoded = _span_corruption(plan, self._encoder, unit, texts)
+        for reason, positions in encoded.dropped.items():
+            dropped[reason] = [kept[position] for position in positions]
+            if not config.drop_empty:
+                record = texts[positions[0]]
+                place = f"{plan.inputs[unit.input].path}: record {unit.start + dropped[reason][0] + 1} (id {record.id})"
+                raise ValueError(
+                    f"{place}: {reason}; remove it, or set data.drop_empty to leave out and count such records"
+                )
+        blocks = cut_block(encoded.block, config.examples_per_block)
+        shard = make_shard(f"{unit_name(unit)}.tar", blocks, config.compress)
+        num_dropped = sum(len(positions) for positions in dropped.values())
+        sidecar = {
+            "plan_hash": plan.hash,
+            "shard": asdict(shard.entry),
+            "read": unit.stop - unit.start,
+            "written": len(records) - num_dropped,
+            "dropped": dropped,
+            "truncated": {"source": encoded.num_truncated_sources, "target": encoded.num_truncated_targets},
+            "blocks": shard.blocks,
+        }
+        if plan.set_of(unit).task == "pairs":
+            assert shard.entry.examples == sidecar["written"], f"{unit_name(unit)}: lost an example"
+        return shard, sidecar
+
+
+def _span_corruption(plan: Plan, encoder: Encoder, unit: Unit, records: Sequence[Record]) -> Encoded:
+    """All texts of a unit back to back, cut into segments that fill a source, and corrupted. No token is lost: the
+    rest is a shorter segment."""
+    config = plan.config
+    shape = (config.noise_density, config.mean_span_tokens)
+    wanted = segment_tokens(config.max_source_tokens, *shape)
+    empty = [position for position, record in enumerate(records) if not record.source.strip()]
+    tokens = encoder.tokens([record.source for record in records])
+    if len(tokens) % wanted == 1:
+        tokens = np.append(tokens, encoder.info.eos_id)  # a single token cannot be corrupted; two can
+    num_full = len(tokens) // wanted
+    sizes = [(0, num_full, wanted), (num_full, num_full + 1, len(tokens) - num_full * wanted)]
+    seed = mix(config.seed, _MASKS, SPLITS.index(unit.split), unit.index)
+    blocks = []
+    for first, stop, num_tokens in sizes:
+        for start in range(first, stop if num_tokens else first, _SEGMENTS_AT_ONCE):
+            end = min(start + _SEGMENTS_AT_ONCE, stop)
+            segments_NL = tokens[start * wanted : start * wanted + (end - start) * num_tokens].reshape(-1, num_tokens)
+            keys_N = np.array([mix(seed, number) for number in range(start, end)], dtype=np.uint64)
+            sentinels = encoder.sentinels(span_counts(num_tokens, *shape)[1])
+            blocks.append(encoder.block_of(*corrupt(segments_NL, keys_N, sentinels, encoder.info.eos_id, *shape)))
+    return Encoded(Block.joined(blocks), {"empty source": empty} if empty else {})
+
+
+def sidecar_path(out: Path, unit: Unit) -> Path:
+    """Where the sidecar of a unit is."""
+    return out / f"{unit_name(unit)}.json"
+
+
+def published(out: Path, plan: Plan, unit: Unit) -> dict[str, Any] | None:
+    """The sidecar of a unit if its shard stands with the recorded size and belongs to this plan; else None."""
+    try:
+        sidecar = json.loads(sidecar_path(out, unit).read_text(encoding="utf-8"))
+        shard = ShardEntry(**sidecar["shard"])
+        good = sidecar["plan_hash"] == plan.hash and (out / shard.path).stat().st_size == shard.bytes
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return sidecar if good else None
