@@ -1,8 +1,10 @@
-"""The hidden-state loss of all pairs in three launches: partial sums, reduction, gradient. README.md has the numbers.
+"""The hidden-state loss of all pairs in two launches (mode "span": three): losses and gradients, reduction. Backward is
+one launch that finds nothing to do when the upstream gradient is the one that was told. README.md has the numbers.
 
-Shapes: P pairs, B batch, T tokens, D channels; a row is one token of one pair, a block is ROWS rows.
-One program works on one block of one pair. Blocks are cut by shape alone, each program writes its own partial sums,
-and they are added in a fixed order in fp64: no atomics, so results are equal bit for bit on any number of SMs.
+Shapes: P pairs, B batch, T tokens, D channels; a row is one token of one pair, a tile is ROWS rows that fit in
+registers, a block is TILES tiles. One program works on one block of one pair. Blocks are cut by shape alone, each
+program writes its own partial sums, and they are added in a fixed order in fp64: no atomics, so results are equal bit
+for bit on any number of SMs.
 """
 
 from __future__ import annotations
@@ -16,58 +18,67 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import MIN_DENOMINATOR, HiddenPair, Mode, check_pairs
+from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenPair, Mode, check_pairs
 
-TILE_ELEMENTS = 4096  # ROWS x COLS: 32 elements a thread with 4 warps, few enough for no spill with three inputs
-MAX_COLS = 1024
-NUM_WARPS = 4
-REDUCE_LANES = 256
+TILE_ELEMENTS = 4096  # ROWS x COLS: 32 elements a thread and input with 4 warps, more warps where rows are longer
+TILES = 4
+WIDEST = 16384  # channels of a row that fits in the registers of one program
+LANES = 256  # of a program that adds up partial sums or counts a mask
 ALIGNMENT = 16  # bytes of one vector load; strides and D must be multiples of as many elements
 
 # The table that the kernels read, one line of int64 a pair: rows, T, D, mask address, then (address, batch stride,
-# token stride) of three tensors: student, teacher, and the start (forward) or the gradient (backward).
-TABLE_FIELDS = 13
+# token stride) of four tensors: student, teacher, start, gradient; address 0 for what there is none of.
+TABLE_FIELDS = 16
 FIELDS = tl.constexpr(TABLE_FIELDS)
-STUDENT, TEACHER, THIRD = tl.constexpr(4), tl.constexpr(7), tl.constexpr(10)
+STUDENT, TEACHER, START, GRADIENT = tl.constexpr(4), tl.constexpr(7), tl.constexpr(10), tl.constexpr(13)
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode) -> Tensor:
+def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
     """Same contract as `pipeline.kernels.reference.hidden_loss`, for bf16, fp16 and fp32; never waits for the device.
 
-    Raises ValueError for what `check_pairs` refuses and for other dtypes.
+    Raises ValueError for what `check_pairs` refuses, for other dtypes and for more than 16,384 channels.
     """
     check_pairs(pairs, mode)
     for dtype in (pairs[0].student_BTD.dtype, pairs[0].teacher_BTD.dtype):
         if dtype not in _TRITON_DTYPES:
             raise ValueError(f"the fused hidden loss has no {dtype}; use pipeline.kernels.reference.hidden_loss")
-    loss_P: Tensor = _HiddenLoss.apply(pairs, mode, *(pair.student_BTD for pair in pairs))
-    return loss_P
+    widest = max(pair.student_BTD.shape[-1] for pair in pairs)
+    if widest > WIDEST:
+        raise ValueError(f"the fused hidden loss has at most {WIDEST} channels, not {widest}; use the reference")
+    return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
 
 
 class _HiddenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, *students: Tensor) -> Tensor:
-        teachers, masks = [pair.teacher_BTD for pair in pairs], [pair.mask_BT for pair in pairs]
-        starts = [pair.start_BTD for pair in pairs] if mode == "span" else [None] * len(pairs)
+    def forward(
+        ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gradients = [
+            torch.empty(state.shape, dtype=state.dtype, device=state.device) if wanted else None
+            for state, wanted in zip(students, ctx.needs_input_grad[4:], strict=True)
+        ]
         with torch.cuda.device_of(students[0]):
-            loss_P, scale_P = _launch_forward(_plan(students, teachers, masks, starts), mode)
-        ctx.save_for_backward(scale_P, *students, *teachers, *masks)
-        return loss_P
+            share_P, loss_P = _launch(_plan(pairs, gradients), mode, weight, upstream)
+        ctx.save_for_backward(*gradients)
+        ctx.upstream, ctx.used_up = upstream, False
+        ctx.mark_non_differentiable(loss_P)
+        return share_P, loss_P
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
-        scale_P, *saved = ctx.saved_tensors
-        num_pairs = len(scale_P)
-        students, teachers, masks = (saved[first : first + num_pairs] for first in range(0, len(saved), num_pairs))
-        gradients = [torch.empty(state.shape, dtype=state.dtype, device=state.device) for state in students]
-        with torch.cuda.device_of(students[0]):
-            # A new plan, not the one of forward: under activation checkpointing or saved-tensor hooks the saved
-            # tensors that come back lie at other addresses.
-            _launch_backward(_plan(students, teachers, masks, gradients), grad_P, scale_P)
-        return (None, None, *gradients)
+    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.used_up:
+            raise RuntimeError(
+                "the fused loss makes its gradient once, in forward: call it again to run backward again"
+            )
+        ctx.used_up = True
+        # Under saved-tensor hooks these are other tensors than forward wrote, so their addresses are taken now.
+        gradients = ctx.saved_tensors
+        with torch.cuda.device_of(grad_P):
+            rescale(gradients, grad_P, ctx.upstream)
+        return (None, None, None, None, *gradients)
 
 
 class _Plan(NamedTuple):
@@ -75,21 +86,20 @@ class _Plan(NamedTuple):
 
     table: Tensor  # int64 [P, TABLE_FIELDS], on the device
     num_blocks: int  # of the pair with the most rows; blocks behind the rows of a smaller pair write zeros
+    num_warps: int
     compile_time: dict[str, Any]  # compile-time arguments
     held: list[Tensor]
 
 
-def _plan(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Tensor], thirds: Sequence[Tensor | None]
-) -> _Plan:
+def _plan(pairs: Sequence[HiddenPair], gradients: Sequence[Tensor | None]) -> _Plan:
     lines, held, aligned = [], [], True
-    for student_BTD, teacher_BTD, mask_BT, third_BTD in zip(students, teachers, masks, thirds, strict=True):
-        num_batch, num_tokens, width = student_BTD.shape
-        mask_BT = mask_BT.contiguous()
+    for pair, gradient_BTD in zip(pairs, gradients, strict=True):
+        num_batch, num_tokens, width = pair.student_BTD.shape
+        mask_BT = pair.mask_BT.contiguous()
         held.append(mask_BT)
         line = [num_batch * num_tokens, num_tokens, width, mask_BT.data_ptr()]
         aligned &= width % ALIGNMENT == 0
-        for state_BTD in (student_BTD, teacher_BTD, third_BTD):
+        for state_BTD in (pair.student_BTD, pair.teacher_BTD, pair.start_BTD, gradient_BTD):
             if state_BTD is None:
                 line += [0, 0, 0]
                 continue
@@ -98,42 +108,68 @@ def _plan(
             line += [state_BTD.data_ptr(), state_BTD.stride(0), state_BTD.stride(1)]
             aligned &= not any(value % ALIGNMENT for value in line[-3:])
         lines.append(line)
-    device = students[0].device
-    # From pinned memory the copy is queued like a kernel; from pageable memory the host would wait for it.
-    table = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    most_rows, widest = max(line[0] for line in lines), max(line[2] for line in lines)
-    cols = min(MAX_COLS, triton.next_power_of_2(max(16, widest)))
-    rows = TILE_ELEMENTS // cols
+    cols = triton.next_power_of_2(max(16, *(line[2] for line in lines)))
+    rows = rows_of_tile(cols)
     compile_time = {
-        "S_DTYPE": _TRITON_DTYPES[students[0].dtype],
-        "T_DTYPE": _TRITON_DTYPES[teachers[0].dtype],
+        "S_DTYPE": _TRITON_DTYPES[pairs[0].student_BTD.dtype],
+        "T_DTYPE": _TRITON_DTYPES[pairs[0].teacher_BTD.dtype],
         "ALIGNED": aligned,
+        "TILES": TILES,
         "ROWS": rows,
         "COLS": cols,
-        "CHUNKS": triton.cdiv(widest, cols),
     }
-    return _Plan(table, max(1, triton.cdiv(most_rows, rows)), compile_time, held)
+    num_blocks = max(1, *(triton.cdiv(line[0], rows * TILES) for line in lines))
+    device = pairs[0].student_BTD.device
+    return _Plan(_to_device(lines, device), num_blocks, rows * cols // 1024, compile_time, held)
 
 
-def _launch_forward(plan: _Plan, mode: Mode) -> tuple[Tensor, Tensor]:
-    """(loss_P, scale_P): the losses, and 2 / denominator, which is all that backward needs of the sums; both fp32."""
+def max_registers(num_warps: int) -> int:
+    """Registers that a thread may take: by itself ptxas spills a few values for the next step of occupancy."""
+    return min(160, 65_536 // (32 * num_warps))  # a multiprocessor has 65,536
+
+
+def rows_of_tile(cols: int) -> int:
+    """Rows of a tile with `cols` channels; never one, on which the compiler's alignment hints for two axes fail."""
+    return max(2, TILE_ELEMENTS // cols)
+
+
+def _to_device(lines: list[list[int]], device: torch.device) -> Tensor:
+    # From pinned memory the copy is queued like a kernel; from pageable memory the host would wait for it.
+    return torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _launch(plan: _Plan, mode: Mode, weight: float, upstream: float) -> tuple[Tensor, Tensor]:
+    """(weight x losses, losses), both fp32 [P]; writes the gradients."""
     num_pairs, device = len(plan.table), plan.table.device
     partials = torch.empty(2, num_pairs, plan.num_blocks, dtype=torch.float32, device=device)
-    loss_P = torch.empty(num_pairs, dtype=torch.float32, device=device)
-    scale_P = torch.empty_like(loss_P)
-    partials_kernel[(num_pairs * plan.num_blocks,)](
-        plan.table, partials, num_pairs, plan.num_blocks, SPAN=mode == "span", num_warps=NUM_WARPS, **plan.compile_time
-    )
-    constants = {"EPS": MIN_DENOMINATOR, "LANES": REDUCE_LANES}
-    reduce_kernel[(num_pairs,)](partials, loss_P, scale_P, num_pairs, plan.num_blocks, num_warps=NUM_WARPS, **constants)
-    return loss_P, scale_P
+    share_P = torch.empty(num_pairs, dtype=torch.float32, device=device)
+    loss_P = torch.empty_like(share_P)
+    grid = (num_pairs * plan.num_blocks,)
+    sizes = (num_pairs, plan.num_blocks)
+    if mode == "span":
+        constants = {key: value for key, value in plan.compile_time.items() if key != "S_DTYPE"}
+        change_kernel[grid](plan.table, partials, *sizes, num_warps=plan.num_warps, **constants)
+    loss_kernel[grid](
+        plan.table, partials, *sizes, weight * upstream,
+        MODE=mode, EPS=MIN_DENOMINATOR, NORM_EPS=MIN_NORM, LANES=LANES, num_warps=plan.num_warps,
+        maxnreg=max_registers(plan.num_warps), **plan.compile_time,
+    )  # fmt: skip
+    reduce_kernel[(num_pairs,)](partials, share_P, loss_P, *sizes, weight, EPS=MIN_DENOMINATOR, LANES=LANES)
+    return share_P, loss_P
 
 
-def _launch_backward(plan: _Plan, grad_P: Tensor, scale_P: Tensor) -> None:
-    num_pairs = len(plan.table)
-    gradient_kernel[(num_pairs * plan.num_blocks,)](
-        plan.table, grad_P, grad_P.stride(0), scale_P, num_pairs, num_warps=NUM_WARPS, **plan.compile_time
-    )
+def rescale(gradients: Sequence[Tensor | None], grad_P: Tensor, upstream: float) -> None:
+    """Multiply contiguous gradients, made for `upstream`, in place by grad_P / upstream; one launch for all of them,
+    which reads nothing where the factor is 1."""
+    lines = [[gradient.data_ptr(), gradient.numel()] if gradient is not None else [0, 0] for gradient in gradients]
+    num_blocks = triton.cdiv(max(line[1] for line in lines), TILE_ELEMENTS)
+    aligned = not any(value % ALIGNMENT for line in lines for value in line)
+    dtype = next(gradient.dtype for gradient in gradients if gradient is not None)
+    table = _to_device(lines, grad_P.device)
+    rescale_kernel[(len(lines) * num_blocks,)](
+        table, grad_P, grad_P.stride(0), upstream, len(lines),
+        DTYPE=_TRITON_DTYPES[dtype], ALIGNED=aligned, ROWS=4, COLS=TILE_ELEMENTS // 4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -156,8 +192,8 @@ def _rows_of(
 
 
 @triton.jit
-def _block_of(table: tl.tensor, num_pairs: tl.tensor, ROWS: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tuple:
-    """(pair, block, entry, batch, token, inside, valid, width) of this program; rows are counted in int64.
+def _block_of(table: tl.tensor, num_pairs: tl.tensor, ALIGNED: tl.constexpr) -> tl.tuple:
+    """(pair, block, entry, rows of the pair, mask address, width) of this program.
 
     Pairs are the fast index: where one span's end is the next span's start, two neighbours read the same rows at about
     the same time, and the second should find them in the L2 cache.
@@ -165,65 +201,137 @@ def _block_of(table: tl.tensor, num_pairs: tl.tensor, ROWS: tl.constexpr, ALIGNE
     pair = tl.program_id(0) % num_pairs
     block = tl.program_id(0) // num_pairs
     entry = table + pair.to(tl.int64) * FIELDS
-    num_rows = tl.load(entry)
-    num_tokens = tl.load(entry + 1)
     width = tl.load(entry + 2)
     if ALIGNED:
         width = tl.multiple_of(width, 16)
-    mask = tl.load(entry + 3).to(tl.pointer_type(tl.int8))
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return pair, block, entry, tl.load(entry), tl.load(entry + 3).to(tl.pointer_type(tl.int8)), width
+
+
+@triton.jit
+def _tile_of(
+    entry: tl.tensor, mask: tl.tensor, num_rows: tl.tensor, block: tl.tensor, tile: tl.tensor,
+    TILES: tl.constexpr, ROWS: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """(batch, token, inside, valid) of the rows of one tile; rows are counted in int64."""
+    row = (block.to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    num_tokens = tl.load(entry + 1)
     inside = row < num_rows
     valid = tl.load(mask + row, mask=inside, other=0) != 0
-    return pair, block, entry, row // num_tokens, row % num_tokens, inside, valid, width
+    return row // num_tokens, row % num_tokens, inside, valid
+
+
+@triton.jit
+def _sum(values: tl.tensor, count: tl.tensor, LANES: tl.constexpr) -> tl.tensor:
+    """Sum of `count` numbers in memory, in a fixed order, in fp64."""
+    total = tl.zeros([LANES], dtype=tl.float64)
+    first = count * 0
+    while first < count:  # not range: the interpreter cannot make an index of an argument under numpy >= 2.4
+        index = first + tl.arange(0, LANES)
+        total += tl.load(values + index, mask=index < count, other=0).to(tl.float64)
+        first += LANES
+    return tl.sum(total, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
-def partials_kernel(
+def change_kernel(
     table: tl.tensor,
     partials: tl.tensor,
     num_pairs: tl.tensor,
     num_blocks: tl.tensor,
-    SPAN: tl.constexpr,
+    T_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
+    """partials[1] of partials [2, P, blocks]: what each block gives to its span's sum of (teacher - start)^2."""
+    pair, block, entry, num_rows, mask, width = _block_of(table, num_pairs, ALIGNED)
+    col = tl.arange(0, COLS)[None, :]
+    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for tile in range(TILES):
+        batch, token, _inside, valid = _tile_of(entry, mask, num_rows, block, tile, TILES, ROWS)
+        keep = valid[:, None] & (col < width)  # padded rows are not even read
+        teacher = tl.load(_rows_of(entry, TEACHER, T_DTYPE, ALIGNED, batch, token) + col, mask=keep, other=0.0)
+        start = tl.load(_rows_of(entry, START, T_DTYPE, ALIGNED, batch, token) + col, mask=keep, other=0.0)
+        change = teacher.to(tl.float32) - start.to(tl.float32)
+        total += change * change
+    where = (num_pairs + pair).to(tl.int64) * num_blocks + block
+    tl.store(partials + where, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+def loss_kernel(
+    table: tl.tensor,
+    partials: tl.tensor,
+    num_pairs: tl.tensor,
+    num_blocks: tl.tensor,
+    scale: tl.tensor,
+    MODE: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    LANES: tl.constexpr,
     S_DTYPE: tl.constexpr,
     T_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ) -> None:
-    """partials [2, P, blocks]: the error of each block, and what its pair's denominator gets from it."""
-    pair, block, entry, batch, token, _inside, valid, width = _block_of(table, num_pairs, ROWS, ALIGNED)
-    student_rows = _rows_of(entry, STUDENT, S_DTYPE, ALIGNED, batch, token)
-    teacher_rows = _rows_of(entry, TEACHER, T_DTYPE, ALIGNED, batch, token)
-    if SPAN:
-        start_rows = _rows_of(entry, THIRD, T_DTYPE, ALIGNED, batch, token)
-    error = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    change = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for chunk in range(CHUNKS):
-        col = chunk * COLS + tl.arange(0, COLS)[None, :]
-        keep = valid[:, None] & (col < width)  # padded rows are not even read
-        student = tl.load(student_rows + col, mask=keep, other=0.0).to(tl.float32)
-        teacher = tl.load(teacher_rows + col, mask=keep, other=0.0).to(tl.float32)
-        error += (student - teacher) * (student - teacher)
-        if SPAN:
-            start = tl.load(start_rows + col, mask=keep, other=0.0).to(tl.float32)
-            change += (teacher - start) * (teacher - start)
-    if SPAN:
-        total = tl.sum(tl.sum(change, axis=1), axis=0)
+    """partials[0]: the error of each block; in modes other than span partials[1], too: its part of the denominator.
+    Writes the gradient for a gradient `scale` of the losses, rounded once, with zeros in padded rows."""
+    pair, block, entry, num_rows, mask, width = _block_of(table, num_pairs, ALIGNED)
+    totals = partials + num_pairs.to(tl.int64) * num_blocks
+    if MODE == "span":
+        denominator = _sum(totals + pair.to(tl.int64) * num_blocks, num_blocks, LANES)
     else:
-        total = tl.sum(valid.to(tl.float32), axis=0) * width.to(tl.float32)
+        denominator = _sum(mask, num_rows, LANES)
+    if MODE == "mse":
+        denominator *= width.to(tl.float64)
+    # divided in fp32: a division in fp64 is a function call, which spills registers
+    factor = scale / tl.maximum(denominator, EPS).to(tl.float32)
+    with_gradient = tl.load(entry + GRADIENT) != 0
+    col = tl.arange(0, COLS)[None, :]
+    error = tl.zeros([ROWS], dtype=tl.float32)
+    count = tl.zeros([ROWS], dtype=tl.float32)
+    for tile in range(TILES):
+        batch, token, inside, valid = _tile_of(entry, mask, num_rows, block, tile, TILES, ROWS)
+        keep = valid[:, None] & (col < width)
+        student = tl.load(_rows_of(entry, STUDENT, S_DTYPE, ALIGNED, batch, token) + col, mask=keep, other=0.0)
+        teacher = tl.load(_rows_of(entry, TEACHER, T_DTYPE, ALIGNED, batch, token) + col, mask=keep, other=0.0)
+        student, teacher = student.to(tl.float32), teacher.to(tl.float32)
+        if MODE == "cosine":  # with rows of length 1: e = |s - t|^2 / 2, gradient (s - t - e s) / |student|
+            norm = tl.maximum(tl.sqrt(tl.sum(student * student, axis=1)), NORM_EPS)
+            student = student / norm[:, None]
+            teacher = teacher / tl.maximum(tl.sqrt(tl.sum(teacher * teacher, axis=1)), NORM_EPS)[:, None]
+            difference = student - teacher
+            row_error = tl.sum(difference * difference, axis=1) / 2
+            gradient = (difference - row_error[:, None] * student) * (factor / norm)[:, None]
+        else:
+            difference = student - teacher
+            row_error = tl.sum(difference * difference, axis=1)
+            gradient = difference * (2 * factor)
+        error += row_error
+        count += valid.to(tl.float32)
+        if with_gradient:
+            rows = _rows_of(entry, GRADIENT, S_DTYPE, ALIGNED, batch, token)
+            gradient = tl.where(keep, gradient, 0.0)  # zeros in padded rows, whatever the factor is
+            tl.store(rows + col, gradient.to(S_DTYPE), mask=inside[:, None] & (col < width))
     where = pair.to(tl.int64) * num_blocks + block
-    tl.store(partials + where, tl.sum(tl.sum(error, axis=1), axis=0))
-    tl.store(partials + num_pairs.to(tl.int64) * num_blocks + where, total)
+    tl.store(partials + where, tl.sum(error, axis=0))
+    if MODE == "mse":
+        tl.store(totals + where, tl.sum(count, axis=0) * width.to(tl.float32))
+    elif MODE == "cosine":
+        tl.store(totals + where, tl.sum(count, axis=0))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def reduce_kernel(
     partials: tl.tensor,
+    share_P: tl.tensor,
     loss_P: tl.tensor,
-    scale_P: tl.tensor,
     num_pairs: tl.tensor,
     num_blocks: tl.tensor,
+    weight: tl.tensor,
     EPS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
@@ -231,44 +339,35 @@ def reduce_kernel(
     pair = tl.program_id(0)
     errors = partials + pair.to(tl.int64) * num_blocks
     totals = errors + num_pairs.to(tl.int64) * num_blocks
-    error = tl.zeros([LANES], dtype=tl.float64)
-    total = tl.zeros([LANES], dtype=tl.float64)
-    first = 0
-    while first < num_blocks:  # not range: the interpreter cannot make an index of an argument under numpy >= 2.4
-        block = first + tl.arange(0, LANES)
-        error += tl.load(errors + block, mask=block < num_blocks, other=0.0).to(tl.float64)
-        total += tl.load(totals + block, mask=block < num_blocks, other=0.0).to(tl.float64)
-        first += LANES
-    denominator = tl.maximum(tl.sum(total, axis=0), EPS)
-    tl.store(loss_P + pair, (tl.sum(error, axis=0) / denominator).to(tl.float32))
-    tl.store(scale_P + pair, (2.0 / denominator).to(tl.float32))
+    loss = _sum(errors, num_blocks, LANES) / tl.maximum(_sum(totals, num_blocks, LANES), EPS)
+    tl.store(loss_P + pair, loss.to(tl.float32))
+    tl.store(share_P + pair, (loss * weight).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "grad_stride"])
-def gradient_kernel(
+@triton.jit(do_not_specialize=["grad_stride", "num_pairs"])
+def rescale_kernel(
     table: tl.tensor,
     grad_P: tl.tensor,
     grad_stride: tl.tensor,
-    scale_P: tl.tensor,
+    upstream: tl.tensor,
     num_pairs: tl.tensor,
-    S_DTYPE: tl.constexpr,
-    T_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ) -> None:
-    """gradient = grad * (2 / denominator) * (student - teacher), rounded once to the student's dtype."""
-    pair, _block, entry, batch, token, inside, valid, width = _block_of(table, num_pairs, ROWS, ALIGNED)
-    student_rows = _rows_of(entry, STUDENT, S_DTYPE, ALIGNED, batch, token)
-    teacher_rows = _rows_of(entry, TEACHER, T_DTYPE, ALIGNED, batch, token)
-    gradient_rows = _rows_of(entry, THIRD, S_DTYPE, ALIGNED, batch, token)
-    # grad_P is often one expanded scalar (stride 0), from loss_P.sum()
-    scale = tl.load(grad_P + pair * grad_stride) * tl.load(scale_P + pair)
-    for chunk in range(CHUNKS):
-        col = chunk * COLS + tl.arange(0, COLS)[None, :]
-        keep = valid[:, None] & (col < width)
-        student = tl.load(student_rows + col, mask=keep, other=0.0).to(tl.float32)
-        teacher = tl.load(teacher_rows + col, mask=keep, other=0.0).to(tl.float32)
-        gradient = tl.where(keep, (student - teacher) * scale, 0.0)  # zeros in padded rows, whatever the scale is
-        tl.store(gradient_rows + col, gradient.to(S_DTYPE), mask=inside[:, None] & (col < width))
+    """gradient *= grad / upstream, where that is not 1. The table has (address, elements) of each gradient."""
+    pair = tl.program_id(0) % num_pairs
+    block = tl.program_id(0) // num_pairs
+    factor = tl.load(grad_P + pair * grad_stride) / upstream  # grad_P is often one expanded scalar (stride 0)
+    if factor != 1.0:
+        num_elements = tl.load(table + pair * 2 + 1)
+        first = (block.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]) * COLS
+        rows = tl.load(table + pair * 2).to(tl.pointer_type(DTYPE)) + first
+        if ALIGNED:
+            num_elements = tl.multiple_of(num_elements, 16)
+            rows = tl.multiple_of(rows, [16, 16])
+        col = tl.arange(0, COLS)[None, :]
+        keep = first + col < num_elements
+        value = tl.load(rows + col, mask=keep, other=0.0).to(tl.float32)
+        tl.store(rows + col, (value * factor).to(DTYPE), mask=keep)

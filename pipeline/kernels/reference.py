@@ -1,6 +1,7 @@
 """The definition of the hidden-state loss, in eager PyTorch: what every other path must equal.
 
-Shapes: P pairs, B batch, T tokens, D channels. B, T and D may differ from pair to pair.
+Shapes: P pairs, B batch, T tokens, D channels. B, T and D may differ from pair to pair; a student and its teacher have
+the same D, because no objective here compares states of different widths.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Mode = Literal["mse", "span"]
+Mode = Literal["mse", "span", "cosine"]
 
 # Only an all-padding batch, or a span that changes nothing at all, comes near this: real denominators are >> 1.
 MIN_DENOMINATOR = 1e-12
+MIN_NORM = 1e-6  # what a row's norm is at least taken for, so that a row of zeros has a finite gradient
 
 
 class HiddenPair(NamedTuple):
@@ -32,23 +34,60 @@ class HiddenPair(NamedTuple):
     start_BTD: Tensor | None = None
 
 
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode) -> Tensor:
-    """Loss of each pair, fp32 [P] (fp64 for fp64 students), normalised over the real tokens of this batch.
+class HiddenLoss(NamedTuple):
+    """Both fp32 [P] (fp64 for fp64 students).
 
-    mode "mse":   sum (student - teacher)^2 / (real tokens x D)
-    mode "span":  sum (student - teacher)^2 / sum (teacher - start)^2, the fraction of what the span changes that the
-                  student does not reproduce (fraction of variance unexplained); 1 for a student that copies its input.
+    share_P  weight x loss: what to sum up and run backward from.
+    loss_P   the losses, detached, to log.
+    """
+
+    share_P: Tensor
+    loss_P: Tensor
+
+
+def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
+    """Loss of each pair, normalised over the real tokens of this batch.
+
+    mode "mse":     sum (student - teacher)^2 / (real tokens x D)
+    mode "span":    sum (student - teacher)^2 / sum (teacher - start)^2, the fraction of what the span changes that
+                    the student does not reproduce (fraction of variance unexplained); 1 for one that copies its input.
+    mode "cosine":  mean over real tokens of 1 - cos(student, teacher) = |s - t|^2 / 2 with s, t scaled to length 1.
+                    RMS-normalised MSE is twice this, so it has no mode of its own.
 
     Sums run over real tokens only and padded rows are selected away, never multiplied, so a NaN there stays there.
-    The denominator carries no gradient. A batch of padding only gives loss 0 and zero gradients.
-    Raises ValueError for what `check_pairs` refuses.
+    The denominators carry no gradient. A batch of padding only gives loss 0 and zero gradients.
+
+    Args:
+        weight: factor of share_P.
+        upstream: the gradient that backward will bring for share_P, where it is known (the loss scale, the factor of
+            the engine). The fused paths make gradients for it in the forward pass; any other one is right, too, but
+            costs a pass over the gradients and a rounding. Their backward runs once. No meaning here.
+
+    Raises:
+        ValueError: what `check_pairs` refuses.
     """
     check_pairs(pairs, mode)
     losses = []
     for pair in pairs:
-        error = square_distance(pair.student_BTD, pair.teacher_BTD, pair.mask_BT)
-        losses.append(error / denominator(pair, mode).to(error.dtype))
-    return torch.stack(losses)
+        if mode == "cosine":
+            losses.append(_cosine_loss(pair))
+        else:
+            error = square_distance(pair.student_BTD, pair.teacher_BTD, pair.mask_BT)
+            losses.append(error / denominator(pair, mode).to(error.dtype))
+    loss_P = torch.stack(losses)
+    return HiddenLoss(loss_P * weight, loss_P.detach())
+
+
+def _cosine_loss(pair: HiddenPair) -> Tensor:
+    dtype = accumulation_dtype(pair.student_BTD, pair.teacher_BTD)
+    keep_BT1 = pair.mask_BT[..., None]
+    directions = []
+    for state_BTD in (pair.student_BTD, pair.teacher_BTD):
+        state_BTD = torch.where(keep_BT1, state_BTD.to(dtype), 0)
+        square_BT1 = torch.where(keep_BT1, state_BTD.square().sum(-1, keepdim=True), 1)  # sqrt has no gradient at 0
+        directions.append(state_BTD / square_BT1.clamp(min=MIN_NORM**2).sqrt())
+    student_BTD, teacher_BTD = directions
+    return (student_BTD - teacher_BTD).square().sum() / 2 / pair.mask_BT.sum().clamp(min=1)
 
 
 def square_distance(left_BTD: Tensor, right_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -116,3 +155,110 @@ def _check_pair(index: int, pair: HiddenPair, mode: Mode) -> None:
                 f"pair {index}: {name} is {state.dtype} {list(state.shape)} on {state.device}; it must be "
                 f"{teacher_BTD.dtype} {list(student_BTD.shape)} on {student_BTD.device}"
             )
+
+
+class HeadObjective(NamedTuple):
+    """What is made of the vocabulary distributions of student and teacher.
+
+    task         weight of the cross entropy with the labels.
+    logit        weight of the Kullback-Leibler divergence between teacher and student.
+    temperature  divides both logits in the divergence, which is multiplied by its square (Hinton et al. 2015), so that
+                 its gradient keeps its scale.
+    reverse      KL(student || teacher) instead of KL(teacher || student).
+    """
+
+    task: float
+    logit: float = 0.0
+    temperature: float = 1.0
+    reverse: bool = False
+
+
+class HeadLoss(NamedTuple):
+    """Three scalars, fp32 (fp64 for fp64 states).
+
+    share  task x cross entropy + logit x divergence: what to run backward from.
+    task   cross entropy summed over tokens, in nats, detached.
+    logit  temperature^2 x divergence summed over tokens, in nats, detached; 0 without a teacher.
+    """
+
+    share: Tensor
+    task: Tensor
+    logit: Tensor
+
+
+def head_loss(
+    student_ND: Tensor,
+    teacher_ND: Tensor | None,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    objective: HeadObjective,
+    upstream: float = 1.0,
+    bias_V: Tensor | None = None,
+) -> HeadLoss:
+    """Losses of the logits `state @ weight^T + bias` of N tokens, for a frozen head that the teacher shares.
+
+    Vocabulary entries that are no tokens (rows that pad the weight) are left out by passing `weight[:num_ids]`, which
+    is the same as logits of minus infinity.
+
+    Args:
+        teacher_ND: None where there is no divergence; must not require grad.
+        labels_N: int64 in [0, V).
+        upstream: as in `hidden_loss`.
+
+    Raises:
+        ValueError: what `check_head` refuses.
+    """
+    check_head(student_ND, teacher_ND, weight_VD, labels_N, objective)
+    student_NV = torch.nn.functional.linear(student_ND, weight_VD, bias_V)
+    teacher_NV = torch.nn.functional.linear(teacher_ND, weight_VD, bias_V) if teacher_ND is not None else None
+    return distribution_loss(student_NV, teacher_NV, labels_N, objective)
+
+
+def distribution_loss(
+    student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, objective: HeadObjective
+) -> HeadLoss:
+    """`head_loss` from the logits on."""
+    dtype = accumulation_dtype(student_NV)
+    student_NV = student_NV.to(dtype)
+    task = torch.nn.functional.cross_entropy(student_NV, labels_N, reduction="sum")
+    logit = torch.zeros_like(task)
+    if teacher_NV is not None:
+        student_NV = torch.log_softmax(student_NV / objective.temperature, dim=-1)
+        teacher_NV = torch.log_softmax(teacher_NV.to(dtype) / objective.temperature, dim=-1)
+        if objective.reverse:
+            student_NV, teacher_NV = teacher_NV, student_NV
+        logit = torch.nn.functional.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True)
+        logit = logit * objective.temperature**2
+    return HeadLoss(objective.task * task + objective.logit * logit, task.detach(), logit.detach())
+
+
+def check_head(
+    student_ND: Tensor, teacher_ND: Tensor | None, weight_VD: Tensor, labels_N: Tensor, objective: HeadObjective
+) -> None:
+    """Refuse, with ValueError, what no path can compute. Looks at shapes and flags only: no device sync."""
+    if student_ND.dim() != 2 or weight_VD.dim() != 2 or student_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"head_loss needs states [N, D] and a weight [V, D], got {list(student_ND.shape)} and "
+            f"{list(weight_VD.shape)}"
+        )
+    if labels_N.shape != student_ND.shape[:1] or labels_N.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 [{len(student_ND)}], got {labels_N.dtype} {list(labels_N.shape)}; leave out tokens "
+            "whose label is ignored"
+        )
+    if teacher_ND is None and objective.logit:
+        raise ValueError("a divergence needs the teacher's states; set objective.logit to 0 without them")
+    for name, tensor in (("teacher", teacher_ND), ("weight", weight_VD)):
+        if tensor is None:
+            continue
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but head_loss has none for it; pass it detached")
+        if (tensor.dtype, tensor.device) != (student_ND.dtype, student_ND.device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, but the student is {student_ND.dtype} on "
+                f"{student_ND.device}"
+            )
+    if teacher_ND is not None and teacher_ND.shape != student_ND.shape:
+        raise ValueError(f"teacher is {list(teacher_ND.shape)}, but the student is {list(student_ND.shape)}")
+    if not objective.temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {objective.temperature}")

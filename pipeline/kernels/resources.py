@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,41 +22,81 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from pipeline.kernels import hidden_triton
-from pipeline.kernels.reference import MIN_DENOMINATOR
+from pipeline.kernels import head_triton, hidden_triton
+from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM
 
 ARCHITECTURES = (80, 90)
 DTYPES = (tl.bfloat16, tl.float16, tl.float32)
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """(name, kernel, types of the run-time arguments, compile-time arguments) at D = 1024 and 4096."""
+class Variant(NamedTuple):
+    """One kernel as it is compiled: the types of its run-time and the values of its compile-time arguments."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    aligned: tuple[str, ...] = ()
+    """Arguments that are multiples of 16, which a launch would find out."""
+
+
+def variants() -> Iterator[Variant]:
+    """Hidden-state kernels at D = 1024 and 4096, the row kernel of the head in every form that changes its code."""
     for dtype in DTYPES:
-        for chunks in (1, 4):
+        for cols in (1024, 4096):
             tile = {
-                "S_DTYPE": dtype,
                 "T_DTYPE": dtype,
                 "ALIGNED": True,
-                "ROWS": hidden_triton.TILE_ELEMENTS // hidden_triton.MAX_COLS,
-                "COLS": hidden_triton.MAX_COLS,
-                "CHUNKS": chunks,
+                "TILES": hidden_triton.TILES,
+                "ROWS": (rows := hidden_triton.rows_of_tile(cols)),
+                "COLS": cols,
             }
-            suffix = f"{dtype} d{chunks * hidden_triton.MAX_COLS}"
             sums = {"table": "*i64", "partials": "*fp32", "num_pairs": "i32", "num_blocks": "i32"}
-            for span in (False, True):
-                name = f"partials {'span' if span else 'mse'} {suffix}"
-                yield name, hidden_triton.partials_kernel, sums, {"SPAN": span, **tile}
-            scales = {"table": "*i64", "grad_P": "*fp32", "grad_stride": "i32", "scale_P": "*fp32", "num_pairs": "i32"}
-            yield f"gradient {suffix}", hidden_triton.gradient_kernel, scales, tile
-    sums = {"partials": "*fp32", "loss_P": "*fp32", "scale_P": "*fp32", "num_pairs": "i32", "num_blocks": "i32"}
-    yield "reduce", hidden_triton.reduce_kernel, sums, {"EPS": MIN_DENOMINATOR, "LANES": hidden_triton.REDUCE_LANES}
+            suffix, num_warps = f"{dtype} d{cols}", rows * cols // 1024
+            yield Variant(f"change {suffix}", hidden_triton.change_kernel, sums, tile, num_warps)
+            tile |= {"S_DTYPE": dtype, "EPS": MIN_DENOMINATOR, "NORM_EPS": MIN_NORM, "LANES": hidden_triton.LANES}
+            for mode in ("mse", "span", "cosine"):
+                types = {**sums, "scale": "fp32"}
+                yield Variant(
+                    f"loss {mode} {suffix}", hidden_triton.loss_kernel, types, {"MODE": mode, **tile}, num_warps
+                )
+        types = {"table": "*i64", "grad_P": "*fp32", "grad_stride": "i32", "upstream": "fp32", "num_pairs": "i32"}
+        constants = {"DTYPE": dtype, "ALIGNED": True, "ROWS": 4, "COLS": hidden_triton.TILE_ELEMENTS // 4}
+        yield Variant(f"rescale {dtype}", hidden_triton.rescale_kernel, types, constants)
+        yield from _head_variants(dtype)
+    types = {"partials": "*fp32", "share_P": "*fp32", "loss_P": "*fp32", "num_pairs": "i32", "num_blocks": "i32"}
+    constants = {"EPS": MIN_DENOMINATOR, "LANES": hidden_triton.LANES}
+    yield Variant("reduce", hidden_triton.reduce_kernel, {**types, "weight": "fp32"}, constants)
 
 
-def measure(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int) -> dict[str, int]:
+def _head_variants(dtype: Any) -> Iterator[Variant]:
+    pointer = "*" + {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32"}[dtype]
+    types = {
+        "student_MV": pointer, "teacher_MV": pointer, "labels_M": "*i64", "task_M": "*fp32", "logit_M": "*fp32",
+        "row_stride": "i32", "vocabulary": "i32", "task": "fp32", "pull": "fp32", "inverse_temperature": "fp32",
+    }  # fmt: skip
+    for tempered in (False, True):
+        for reverse in (False, True):
+            constants = {
+                "WITH_TEACHER": True,
+                "TEMPERED": tempered,
+                "REVERSE": reverse,
+                "WITH_GRADIENT": True,
+                "BLOCK": head_triton.BLOCK,
+            }
+            name = f"head {dtype}{' tempered' * tempered}{' reverse' * reverse}"
+            aligned = ("student_MV", "teacher_MV", "row_stride")
+            yield Variant(name, head_triton.rows_kernel, types, constants, head_triton.NUM_WARPS, aligned)
+
+
+def measure(variant: Variant, architecture: int) -> dict[str, int]:
     """Compile one kernel for sm_<architecture>. Raises RuntimeError with the words of ptxas when it refuses."""
-    signature = types | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": hidden_triton.NUM_WARPS}
+    signature = variant.types | dict.fromkeys(variant.constants, "constexpr")
+    names = variant.kernel.arg_names
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=divisible)
+    options = {"num_warps": variant.num_warps, "maxnreg": hidden_triton.max_registers(variant.num_warps)}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +128,10 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         print("nothing is compiled in the interpreter; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    for name, kernel, types, constants in variants():
+    for variant in variants():
         for architecture in ARCHITECTURES:
-            figures = measure(kernel, types, constants, architecture)
-            print(json.dumps({"kernel": name, "sm": architecture, **figures}), flush=True)
+            figures = measure(variant, architecture)
+            print(json.dumps({"kernel": variant.name, "sm": architecture, **figures}), flush=True)
     return 0
 
 

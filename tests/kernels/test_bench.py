@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.bench import Measure, kernels
+from pipeline.bench import Measure, kernels, kernels_head
 from pipeline.bench.__main__ import main
 from pipeline.kernels import reference
 
@@ -18,6 +19,7 @@ KEYS = ["bench", "measure", "ours", "baseline", "baseline_name", "ratio", "unit"
 @pytest.fixture(autouse=True)
 def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CPU_CASES", [kernels.Case(2, (2, 3, 16), torch.bfloat16)])
+    monkeypatch.setattr(kernels_head, "CPU_CASES", [kernels_head.Case(300, 8, 50, torch.float32)])
 
 
 def test_prints_and_writes_every_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -27,8 +29,10 @@ def test_prints_and_writes_every_measure(capsys: pytest.CaptureFixture[str], tmp
     measures = [json.loads(line) for line in lines]
     assert all(list(measure) == KEYS for measure in measures)
     found = [(measure["measure"], measure["baseline_name"]) for measure in measures]
-    names = [f"hidden_loss {mode} 2x2x3x16 bfloat16 time" for mode in ("mse", "span")]
-    assert found == [(name, baseline) for name in names for baseline in ("eager_fp32", "eager_storage")]
+    names = [f"hidden_loss {mode} 2x2x3x16 bfloat16" for mode in ("mse", "span", "cosine")]
+    losses = [*product(names, ("eager_fp32", "eager_storage"))]
+    losses += [*product(["head_loss 300x8x50 float32"], ("eager_fp32", "trl_chunked"))]
+    assert found == [(f"{name} {what}", baseline) for name, baseline in losses for what in ("time", "memory")]
     (written,) = (tmp_path / "results").iterdir()
     assert written.name.startswith("kernels_")
     assert all(name in written.read_text() for name in names)
@@ -39,15 +43,17 @@ def test_ratio_says_how_many_times_cheaper_ours_is() -> None:
 
 
 def test_refuses_to_time_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "hidden_loss", lambda pairs, mode: reference.hidden_loss(pairs, mode) * 1.01)
+    monkeypatch.setattr(kernels, "fused", lambda pairs, mode: kernels.eager_loop(pairs, mode) * 1.01)
     with pytest.raises(AssertionError, match="not close"):
         main(["kernels", "--device", "cpu", "--rounds", "1"])
 
 
-@pytest.mark.parametrize("mode", ["mse", "span"])
+@pytest.mark.parametrize("mode", ["mse", "span", "cosine"])
 def test_baseline_loop_computes_the_same_loss(mode: kernels.Mode) -> None:
     pairs = kernels.make_pairs(kernels.Case(3, (2, 10, 16), torch.float32), "cpu", valid=0.7)
-    torch.testing.assert_close(kernels.eager_loop(pairs, mode), reference.hidden_loss(pairs, mode))
+    torch.testing.assert_close(
+        kernels.eager_loop(pairs, mode), reference.hidden_loss(pairs, mode, kernels.WEIGHT).share_P.sum()
+    )
     assert pairs[1].start_BTD is pairs[0].teacher_BTD
     assert pairs[0].mask_BT.sum() == 14
 
@@ -61,3 +67,12 @@ def test_bad_option_is_one_line(options: list[str], words: str, capsys: pytest.C
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_baselines_of_the_head_compute_the_same_loss():
+    inputs = kernels_head.make_inputs(kernels_head.Case(300, 8, 50, torch.float32), "cpu")
+    expected = kernels_head.ours(inputs)
+    (gradient_ND,) = torch.autograd.grad(expected, inputs.student_ND)
+    for loss in (kernels_head.eager, kernels_head.chunked):
+        torch.testing.assert_close(loss(inputs), expected)
+        torch.testing.assert_close(torch.autograd.grad(loss(inputs), inputs.student_ND)[0], gradient_ND)

@@ -1,0 +1,106 @@
+"""The definition of the attention loss, in eager PyTorch: what every other path must equal.
+
+Shapes: P pairs, B batch, Q queries, S keys, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.reference import accumulation_dtype
+
+
+class AttentionPair(NamedTuple):
+    """Queries and keys of a student's attention and of the teacher's that it should equal.
+
+    student_query_BQHK, student_key_BSHK  as the projections make them; the only tensors that get gradients.
+    teacher_query_BQHK, teacher_key_BSHK  the same shapes; must not require grad.
+    query_mask_BQ, key_mask_BS            bool, True where the token is real.
+    bias                                  added to the scores of both, [1 or B, 1 or H, 1 or Q, S]: position bias and
+                                          masks such as the causal one (the dtype's minimum). Must not require grad.
+    scale                                 factor of the scores before the bias.
+    """
+
+    student_query_BQHK: Tensor
+    student_key_BSHK: Tensor
+    teacher_query_BQHK: Tensor
+    teacher_key_BSHK: Tensor
+    query_mask_BQ: Tensor
+    key_mask_BS: Tensor
+    bias: Tensor
+    scale: float = 1.0
+
+
+class AttentionLoss(NamedTuple):
+    """Both fp32 [P] (fp64 for fp64 students).
+
+    share_P  weight x loss: what to sum up and run backward from.
+    loss_P   the losses, detached, to log.
+    """
+
+    share_P: Tensor
+    loss_P: Tensor
+
+
+def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> AttentionLoss:
+    """KL(teacher's attention || student's), in nats, mean over heads and real queries of this batch.
+
+    Padded keys have no probability in either distribution, and padded queries count nowhere; both are selected away,
+    never multiplied. A batch of padding only gives loss 0 and zero gradients.
+
+    Args:
+        weight: factor of share_P.
+        upstream: as in `pipeline.kernels.reference.hidden_loss`. No meaning here.
+
+    Raises:
+        ValueError: what `check_attention` refuses.
+    """
+    check_attention(pairs)
+    losses = []
+    for pair in pairs:
+        keep_BHQS = pair.query_mask_BQ[:, None, :, None] & pair.key_mask_BS[:, None, None, :]
+        logs = []
+        for query_BQHK, key_BSHK in (pair[0:2], pair[2:4]):
+            dtype = accumulation_dtype(query_BQHK)
+            query_BQHK = torch.where(pair.query_mask_BQ[:, :, None, None], query_BQHK.to(dtype), 0)
+            key_BSHK = torch.where(pair.key_mask_BS[:, :, None, None], key_BSHK.to(dtype), 0)
+            scores_BHQS = torch.einsum("bqhk,bshk->bhqs", query_BQHK, key_BSHK) * pair.scale + pair.bias.to(dtype)
+            lowest = torch.finfo(dtype).min
+            logs.append(torch.log_softmax(torch.where(keep_BHQS, scores_BHQS, lowest), dim=-1))
+        student_BHQS, teacher_BHQS = logs
+        terms_BHQS = teacher_BHQS.exp() * (teacher_BHQS - student_BHQS)
+        num_rows = (num_queries(pair) * student_BHQS.shape[1]).clamp(min=1)
+        losses.append(torch.where(keep_BHQS, terms_BHQS, 0).sum() / num_rows)
+    loss_P = torch.stack(losses)
+    return AttentionLoss(loss_P * weight, loss_P.detach())
+
+
+def num_queries(pair: AttentionPair) -> Tensor:
+    """Real queries that have a key to look at; a scalar."""
+    return (pair.query_mask_BQ & pair.key_mask_BS.any(1, keepdim=True)).sum()
+
+
+def check_attention(pairs: Sequence[AttentionPair]) -> None:
+    """Refuse, with ValueError, what no path can compute. Looks at shapes and flags only: no device sync."""
+    if not pairs:
+        raise ValueError("attention_loss needs at least one pair; skip the call when a draw has no modular layer")
+    for index, pair in enumerate(pairs):
+        query_BQHK, key_BSHK = pair.student_query_BQHK, pair.student_key_BSHK
+        if query_BQHK.dim() != 4 or key_BSHK.shape[::2] != query_BQHK.shape[::2] or key_BSHK.dim() != 4:
+            raise ValueError(
+                f"pair {index}: queries must be [B, Q, H, K] and keys [B, S, H, K], got {list(query_BQHK.shape)} and "
+                f"{list(key_BSHK.shape)}"
+            )
+        if (pair.teacher_query_BQHK.shape, pair.teacher_key_BSHK.shape) != (query_BQHK.shape, key_BSHK.shape):
+            raise ValueError(f"pair {index}: teacher and student have different shapes: no maps to compare")
+        for name in ("teacher_query_BQHK", "teacher_key_BSHK", "bias"):
+            if getattr(pair, name).requires_grad:
+                raise ValueError(f"pair {index}: {name} requires grad, but it is frozen; pass it detached")
+        for name, state in (("query_mask_BQ", query_BQHK), ("key_mask_BS", key_BSHK)):
+            mask = getattr(pair, name)
+            if mask.dtype != torch.bool or mask.shape != state.shape[:2]:
+                raise ValueError(f"pair {index}: {name} must be bool {list(state.shape[:2])}, got {mask.dtype}")
