@@ -1,76 +1,188 @@
-"""python -m slurm render STAGE --cluster NAME --config RECIPE [--nodes N]: print the batch script of one stage."""
+"""python -m slurm COMMAND
+
+submit     the whole chain of a run as jobs that wait for each other
+sweep      the same for many points: some fields varied, data and teacher shared
+status     one screen: stages, jobs, progress, time left, restarts and why
+logs       what a rank wrote
+cancel     end all jobs of a run
+render     print the batch script of one stage
+clusters   write a first cluster file for this site
+doctor     try a cluster in a small job on two nodes
+"""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+from rich.live import Live
+
 from pipeline.cli import parse_recipe, recipe_parser, run_program
-from pipeline.config import BatchConfig, Recipe
-from slurm.cluster import STAGE_JOBS, Cluster, find_cluster, load_cluster
-from slurm.render import render
+from slurm.cluster import CLUSTERS, STAGE_JOBS, find_cluster, load_cluster
+from slurm.controller import jobs_of_run
+from slurm.discover import discover
+from slurm.doctor import examine
+from slurm.render import Nodes, render
+from slurm.status import newest_log, screen
+from slurm.submit import CHAIN, Plan, cancel, describe, plan_of, submit
+from slurm.sweep import points_of, submit_sweep
 
 CODE = Path(__file__).resolve().parent.parent
+WATCH_S = 10.0
+FILE_WIDTH = 200  # of a screen that goes into a file
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    run_program(lambda: _render(args), verbose=args.verbose)
+    run_program(lambda: args.program(args), verbose=args.verbose)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m slurm", description="Batch scripts for SLURM.")
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("render", help="print the batch script of one stage", description=__doc__)
-    command.add_argument("stage", choices=list(STAGE_JOBS), metavar="STAGE", help=", ".join(STAGE_JOBS))
-    command.add_argument("--cluster", required=True, help="a TOML file, or the name of one in slurm/clusters/")
-    command.add_argument("--config", required=True, help="a recipe, or the name of one in pipeline/recipes/")
-    command.add_argument("--nodes", type=int, help="number of nodes (default: the cluster file's)")
-    command.add_argument("--run-dir", type=Path, help="run directory on the shared disk (default: the recipe's)")
-    command.add_argument("--code-dir", type=Path, default=CODE, help="folder of data_prep and pipeline (default: here)")
-    command.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+    def command(name: str, program: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+        added.set_defaults(program=program)
+        return added
+
+    added = command("submit", _submit, "submit the stages of a run that are neither done nor in the queue")
+    _add_plan_options(added)
+    added.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and submit nothing")
+    which = added.add_mutually_exclusive_group()
+    which.add_argument("--from", dest="first", choices=CHAIN, metavar="STAGE", help="leave out the stages before this")
+    which.add_argument("--only", choices=CHAIN, metavar="STAGE", help="submit this stage alone")
+
+    added = command("sweep", _sweep, "submit one recipe with some fields varied, as arrays with one task a point")
+    _add_plan_options(added)
+    added.add_argument(
+        "--vary", action="append", required=True, metavar="FIELD=A,B", help="a field and its values; may be repeated"
+    )
+
+    added = command("render", _render, "print the batch script of one stage")
+    added.add_argument("stage", choices=CHAIN, metavar="STAGE", help=", ".join(STAGE_JOBS))
+    _add_plan_options(added)
+
+    added = command("status", _status, "show how a run stands")
+    added.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    added.add_argument(
+        "--watch", action="store_true", help=f"again every {WATCH_S:.0f} s, until no job of the run is left"
+    )
+
+    added = command("logs", _logs, "print what a rank wrote in the newest start")
+    added.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    added.add_argument("--stage", choices=CHAIN, metavar="STAGE", help="default: the stage that wrote last")
+    added.add_argument("--rank", type=int, default=0, help="rank (default 0)")
+    added.add_argument("--launcher", action="store_true", help="what srun and torchrun say instead of a rank")
+    added.add_argument("--follow", action="store_true", help="go on as the file grows")
+
+    added = command("cancel", _cancel, "cancel all jobs of a run")
+    added.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+
+    added = command("clusters", _clusters, "write a first cluster file, from what the controller says")
+    added.add_argument("action", choices=("init",))
+    added.add_argument("file", metavar="NAME", help="a name in slurm/clusters/, or the path of a TOML file")
+
+    added = command("doctor", _doctor, "run a small job that checks what training needs of the nodes")
+    added.add_argument("--cluster", required=True, help="a TOML file, or the name of one in slurm/clusters/")
+    added.add_argument("--nodes", default="2", help="number of nodes (default 2)")
+    added.add_argument("--run-dir", type=Path, default=Path("runs/doctor"), help="folder on the shared disk")
+    added.add_argument("--code-dir", type=Path, default=CODE, help="folder of data_prep and pipeline (default: here)")
     return parser
 
 
-def _render(args: argparse.Namespace) -> None:
-    recipe, _ = parse_recipe(recipe_parser("python -m slurm render", ""), ["--config", args.config])
-    cluster = load_cluster(find_cluster(args.cluster))
-    check_ranks(args.stage, recipe, cluster, args.nodes)
-    script = render(
-        args.stage,
-        cluster,
-        name=recipe.name,
-        run_dir=(args.run_dir or Path(recipe.resolved_run_dir)).absolute(),
-        code_dir=args.code_dir.absolute(),
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", required=True, help="a TOML file, or the name of one in slurm/clusters/")
+    parser.add_argument("--config", required=True, help="a recipe, or the name of one in pipeline/recipes/")
+    parser.add_argument("--nodes", help="nodes of the training stages, 4 or 2-4 (default: the cluster file's)")
+    parser.add_argument("--run-dir", type=Path, help="run directory on the shared disk (default: the recipe's)")
+    parser.add_argument("--code-dir", type=Path, default=CODE, help="folder of data_prep and pipeline (default: here)")
+
+
+def _plan(args: argparse.Namespace, stages: tuple[str, ...]) -> Plan:
+    recipe, _ = parse_recipe(recipe_parser("python -m slurm", ""), ["--config", args.config])
+    return plan_of(
+        recipe,
+        cluster=args.cluster,
+        run_dir=args.run_dir,
+        code_dir=args.code_dir,
         nodes=args.nodes,
+        stages=stages,
     )
-    sys.stdout.write(script)
 
 
-def check_ranks(stage: str, recipe: Recipe, cluster: Cluster, nodes: int | None) -> None:
-    """Refuse now what would be refused after hours in the queue.
+def _render(args: argparse.Namespace) -> None:
+    sys.stdout.write(render(_plan(args, CHAIN).script(args.stage)))
 
-    Raises:
-        ValueError: the ranks of a training stage do not divide its micro-batches.
-    """
-    batches: dict[str, BatchConfig] = {
-        "teacher": recipe.teacher.batch,
-        "distill": recipe.distill.batch,
-        "baseline": recipe.distill.batch,
-    }
-    if stage not in batches:
+
+def _submit(args: argparse.Namespace) -> None:
+    first = CHAIN.index(args.first) if args.first else 0
+    plan = _plan(args, (args.only,) if args.only else CHAIN[first:])
+    if args.dry_run:
+        print(describe(plan))
         return
-    shape = cluster.jobs[STAGE_JOBS[stage]]
-    num_nodes = shape.nodes if nodes is None else nodes
-    num_ranks = num_nodes * shape.processes_per_node
-    num_micro_batches = batches[stage].micro_batches_per_step
-    if num_ranks > 0 and num_micro_batches % num_ranks:
-        raise ValueError(
-            f"stage {stage} has {num_micro_batches} micro-batches a step, which {num_ranks} ranks ({num_nodes} nodes x "
-            f"{shape.processes_per_node} processes) cannot share evenly: change --nodes, processes_per_node in the "
-            f"cluster file, or batch.micro_batches_per_step in the recipe"
-        )
+    submitted = submit(plan)
+    for stage, number in submitted.items():
+        print(f"{stage:<9} {number}")
+    print(f"{'submitted' if submitted else 'nothing to submit'}; `python -m slurm status {plan.run_dir}` shows the run")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    plan = _plan(args, CHAIN)
+    points = points_of(args.config, plan.recipe, args.vary)
+    for stage, number in submit_sweep(plan, points).items():
+        print(f"{stage:<9} {number}")
+    print(f"{len(points)} points submitted; `python -m slurm status {plan.run_dir / 'sweep'}` shows them")
+
+
+def _clusters(args: argparse.Namespace) -> None:
+    path = Path(args.file) if args.file.endswith(".toml") else CLUSTERS / f"{args.file}.toml"
+    if path.exists():
+        raise ValueError(f"{path} exists: remove it first, or choose another name")
+    path.write_text(discover(), encoding="utf-8")
+    load_cluster(path)
+    print(
+        f"wrote {path}: look through its lines with `check`, then try it: python -m slurm doctor --cluster {args.file}"
+    )
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    cluster = load_cluster(find_cluster(args.cluster))
+    well = examine(cluster, args.run_dir.absolute(), args.code_dir.absolute(), Nodes.parse(args.nodes))
+    raise SystemExit(0 if well else 1)
+
+
+def _status(args: argparse.Namespace) -> None:
+    run_dir = args.run_dir.absolute()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    if not args.watch:
+        console.print(screen(run_dir), highlight=False)
+        return
+    with Live(screen(run_dir), console=console, auto_refresh=False) as live:
+        while any(job.is_alive for job in jobs_of_run(run_dir)):
+            time.sleep(WATCH_S)
+            live.update(screen(run_dir), refresh=True)
+
+
+def _logs(args: argparse.Namespace) -> None:
+    path = newest_log(args.run_dir.absolute(), args.stage, None if args.launcher else args.rank)
+    print(f"==> {path}", file=sys.stderr, flush=True)
+    subprocess.run(["tail", "-n", "+1", *(["-F"] if args.follow else []), str(path)])
+
+
+def _cancel(args: argparse.Namespace) -> None:
+    cancelled = cancel(args.run_dir.absolute())
+    for job in cancelled:
+        print(f"{job.stage:<9} {job.label} was {job.state.lower()}")
+    print(f"{len(cancelled)} job(s) cancelled")
 
 
 if __name__ == "__main__":

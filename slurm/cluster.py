@@ -16,9 +16,16 @@ STAGE_JOBS = {
     "teacher": "train",
     "distill": "train",
     "baseline": "train",
+    "search": "single",
     "assemble": "single",
     "evaluate": "evaluate",
     "report": "single",
+}
+
+CHOICES = {
+    "gpu_flag": ("gres", "gpus-per-node", "none"),
+    "mpi": ("pmi2", "pmix", "mpiexec", "none"),
+    "launcher": ("torchrun", "srun"),
 }
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -33,7 +40,7 @@ class JobShape:
     partition: str
     """Partition (queue) of the job."""
     nodes: int
-    """Nodes, unless `render --nodes` says otherwise."""
+    """Nodes, unless --nodes says otherwise; of evaluate: tasks of the array, one node each."""
     processes_per_node: int
     """Processes on a node: MPI ranks (prepare), torchrun workers (train), decoding workers (evaluate)."""
     cpus_per_process: int
@@ -59,15 +66,18 @@ class Cluster:
     sbatch_options: tuple[str, ...]
     """Further options of every job, such as "--exclusive"."""
     srun_options: tuple[str, ...]
-    """Further options of every srun, such as pyxis' "--container-image=/images/distill.sqsh"."""
+    """Further options of every srun, such as pyxis' "--container-image=/images/modular.sqsh"."""
     mpi: str
-    """srun --mpi for the MPI that mpi4py uses: "pmi2" (MPICH, Intel MPI), "pmix" (Open MPI) or "none" (one process)."""
+    """How data preparation starts its ranks: srun --mpi for the MPI that mpi4py uses, "pmi2" (MPICH, Intel MPI) or
+    "pmix" (Open MPI); "mpiexec" beside the interpreter, which starts them within the job; "none" (one process)."""
+    launcher: str
+    """What starts training workers: "torchrun", one a node, or "srun" itself, one task a worker."""
     modules: tuple[str, ...]
     """Environment modules to load."""
     setup: tuple[str, ...]
     """Lines of shell that run before the work, such as "source /path/venv/bin/activate"."""
     container: tuple[str, ...]
-    """Words in front of the interpreter, such as ["apptainer", "exec", "--nv", "/images/distill.sif"]; empty: none."""
+    """Words in front of the interpreter, such as ["apptainer", "exec", "--nv", "/images/modular.sif"]; empty: none."""
     python: str
     """The interpreter: a command, or a path; a relative path starts at the project's folder."""
     local_scratch: str
@@ -75,6 +85,9 @@ class Cluster:
     signal_lead_s: int
     """Seconds before the time limit at which a job is told to save and requeue: at least
     `log_every_steps` steps, a validation and a save."""
+    hang_timeout_s: int
+    """Seconds without any change to a file of the stage or its logs after which a job counts as hung and is ended: more
+    than loading the model, `log_every_steps` steps, a validation and a save take."""
     max_requeues: int
     """Starts of one job after which it is no longer requeued."""
     environment: dict[str, str]
@@ -175,7 +188,7 @@ def _check_values(cluster: Cluster, where: str) -> None:
         if not condition:
             raise ValueError(f"{where}: {message}")
 
-    for key, choices in (("gpu_flag", ("gres", "gpus-per-node", "none")), ("mpi", ("pmi2", "pmix", "none"))):
+    for key, choices in CHOICES.items():
         value = getattr(cluster, key)
         require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
     for name, shape in cluster.jobs.items():
@@ -193,6 +206,7 @@ def _check_values(cluster: Cluster, where: str) -> None:
             f"[environment] {name!r} cannot be a variable's name",
         )
     require(cluster.signal_lead_s >= 1, f"signal_lead_s must be 1 or more, not {cluster.signal_lead_s}")
+    require(cluster.hang_timeout_s >= 1, f"hang_timeout_s must be 1 or more, not {cluster.hang_timeout_s}")
     require(cluster.max_requeues >= 0, f"max_requeues must be 0 or more, not {cluster.max_requeues}")
     for stage, limit in cluster.time_limits.items():
         try:

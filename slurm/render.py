@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from slurm.cluster import STAGE_JOBS, Cluster, JobShape
 
-_TEMPLATES = jinja2.Environment(
+DOCTOR_TIME_LIMIT = "00:15:00"
+
+TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -20,46 +23,91 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def render(stage: str, cluster: Cluster, *, name: str, run_dir: Path, code_dir: Path, nodes: int | None = None) -> str:
-    """The batch script of one stage of a run.
+@dataclass(frozen=True)
+class Nodes:
+    """How many nodes a job takes: as many as it can get between two numbers."""
 
-    Args:
-        stage: a key of STAGE_JOBS.
-        cluster: facts of the site.
-        name: name of the run; job names are <name>-<stage>.
-        run_dir: absolute path of the run directory on the shared disk; the script reads run_dir/recipe.yaml and
-            writes run_dir/logs/.
-        code_dir: absolute path of the folder that holds the packages data_prep and pipeline; the script runs there.
-        nodes: number of nodes instead of the cluster file's.
+    least: int
+    most: int
+
+    @staticmethod
+    def parse(text: str) -> Nodes:
+        """From "4", or "2-4".
+
+        Raises:
+            ValueError: neither of the two forms, or no node at all.
+        """
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+            raise ValueError(f"nodes must be a number such as 4, or a range such as 2-4, not {text!r}")
+        return Nodes(int(match[1]), int(match[2] or match[1]))
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least}-{self.most}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """What a batch script is rendered for."""
+
+    stage: str
+    """A key of STAGE_JOBS, or "doctor": a check of what training needs of the nodes."""
+    cluster: Cluster
+    name: str
+    """Of the run; job names are <name>-<stage>."""
+    run_dir: Path
+    """Absolute path on the shared disk: the script reads recipe.yaml there, and writes logs/."""
+    code_dir: Path
+    """Absolute path of the folder that holds the packages data_prep, pipeline and slurm; the script runs there."""
+    nodes: Nodes | None = None
+    """Instead of the cluster file's number."""
+    points: int = 0
+    """Points of a sweep: the job is an array with one task for each, whose run directory stands in slurm/points.txt."""
+
+    @property
+    def template(self) -> str:
+        return "doctor" if self.stage == "doctor" else STAGE_JOBS[self.stage]
+
+    @property
+    def shape(self) -> JobShape:
+        return self.cluster.jobs["train" if self.stage == "doctor" else STAGE_JOBS[self.stage]]
+
+    @property
+    def node_range(self) -> Nodes:
+        """Nodes of the stage, over all tasks of an array of evaluation."""
+        return self.nodes or Nodes(self.shape.nodes, self.shape.nodes)
+
+    @property
+    def slurm_dir(self) -> Path:
+        return self.run_dir / "slurm"
+
+    @property
+    def is_array(self) -> bool:
+        return self.stage == "evaluate" and not self.points
+
+
+def render(script: Script) -> str:
+    """The text of a batch script.
 
     Raises:
-        ValueError: an unknown stage, more than one node or process where only one can work, or a value that cannot
+        ValueError: more than one node or process where only one can work, or a value that cannot
             be written into a script.
     """
-    if stage not in STAGE_JOBS:
-        raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGE_JOBS)}")
-    job = STAGE_JOBS[stage]
-    shape = cluster.jobs[job] if nodes is None else replace(cluster.jobs[job], nodes=nodes)
-    if shape.nodes < 1:
-        raise ValueError(f"--nodes must be 1 or more, not {shape.nodes}")
-    if job == "single" and shape.nodes != 1:
-        raise ValueError(f"stage {stage} is one process: it cannot use {shape.nodes} nodes")
-    if job == "prepare" and cluster.mpi == "none" and shape.nodes * shape.processes_per_node > 1:
-        raise ValueError(
-            f"stage prepare would start {shape.nodes * shape.processes_per_node} MPI ranks, but the cluster file says "
-            f"mpi = 'none': set mpi to pmi2 or pmix, or [jobs.prepare] to one process on one node"
-        )
-    for label, path in (("run_dir", run_dir), ("code_dir", code_dir)):
-        if not path.is_absolute():
-            raise ValueError(f"{label} must be an absolute path, not {path}")
-    return _TEMPLATES.get_template(f"{job}.sbatch.j2").render(
-        stage=stage,
+    _check(script)
+    cluster, shape = script.cluster, script.shape
+    return TEMPLATES.get_template(f"{script.template}.sbatch.j2").render(
+        stage=script.stage,
+        folder="data" if script.stage == "prepare" else script.stage,
         cluster=cluster,
         shape=shape,
-        options=_sbatch_options(stage, cluster, shape, name=name, run_dir=run_dir),
-        run_dir=shlex.quote(str(run_dir)),
-        code_dir=shlex.quote(str(code_dir)),
+        options=_sbatch_options(script),
+        step_cpus=shape.cpus_per_process * (shape.processes_per_node if _is_torchrun(script) else 1),
+        run_dir=shlex.quote(str(script.run_dir)),
+        points=shlex.quote(str(script.slurm_dir / "points.txt")) if script.points else "",
+        code_dir=shlex.quote(str(script.code_dir)),
         program=shlex.join([*cluster.container, cluster.python]),
+        python=shlex.quote(cluster.python),
+        mpiexec="mpiexec" if cluster.container else shlex.quote(str(Path(cluster.python).with_name("mpiexec"))),
         srun_options="".join(f" {shlex.quote(option)}" for option in cluster.srun_options),
         modules=shlex.join(cluster.modules),
         environment={key: shlex.quote(value) for key, value in cluster.environment.items()},
@@ -67,30 +115,60 @@ def render(stage: str, cluster: Cluster, *, name: str, run_dir: Path, code_dir: 
     )
 
 
-def _sbatch_options(stage: str, cluster: Cluster, shape: JobShape, *, name: str, run_dir: Path) -> list[str]:
+def _check(script: Script) -> None:
+    stage, shape, nodes = script.stage, script.shape, script.node_range
+    job = script.template
+    if job == "single" and nodes.most != 1:
+        raise ValueError(f"stage {stage} is one process: it cannot use {nodes} nodes")
+    if nodes.least != nodes.most and job not in ("train", "doctor"):
+        raise ValueError(f"stage {stage} takes a number of nodes, not a range: {nodes}")
+    num_ranks = nodes.most * shape.processes_per_node
+    if job == "prepare" and script.cluster.mpi == "none" and num_ranks > 1:
+        raise ValueError(
+            f"stage prepare would start {num_ranks} MPI ranks, but the cluster file says mpi = 'none': set mpi to "
+            f"pmi2, pmix or mpiexec, or [jobs.prepare] to one process on one node"
+        )
+    for label, path in (("run_dir", script.run_dir), ("code_dir", script.code_dir)):
+        if not path.is_absolute():
+            raise ValueError(f"{label} must be an absolute path, not {path}")
+
+
+def _sbatch_options(script: Script) -> list[str]:
     """The #SBATCH options of a job, in the order in which they are printed."""
-    # srun starts one torchrun a node, which starts the workers; everywhere else srun starts the processes
-    training = STAGE_JOBS[stage] == "train"
-    tasks = 1 if training else shape.processes_per_node
-    cpus = shape.cpus_per_process * (shape.processes_per_node if training else 1)
+    cluster, shape, stage = script.cluster, script.shape, script.stage
+    # Training asks for whole nodes' worth of processes as one task a node: torchrun is one, and a job with a range of
+    # nodes that counted its tasks would always get the fewest. Everywhere else SLURM counts the processes.
+    workers = script.template in ("train", "doctor")
+    num_tasks = 1 if workers else shape.processes_per_node
+    num_cpus = shape.cpus_per_process * (shape.processes_per_node if workers else 1)
+    a_range = script.node_range.least != script.node_range.most
+    array = script.points or (script.node_range.most if script.is_array else 0)
+    logs = str(script.run_dir).replace("%", "%%") + "/logs"
     options = {
-        "job-name": f"{name}-{stage}",
+        "job-name": f"{script.name}-{stage}",
         "partition": shape.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "nodes": str(shape.nodes),
-        "ntasks-per-node": str(tasks),
-        "cpus-per-task": str(cpus),
+        "array": f"0-{array - 1}" if array else "",
+        "nodes": "1" if script.is_array else str(script.node_range),
+        "ntasks-per-node": "" if a_range else str(num_tasks),
+        "cpus-per-task": str(num_cpus),
         "mem": shape.memory_per_node,
         **_gpu_option(cluster, shape.gpus_per_node),
-        "time": cluster.time_limits[stage],
+        "time": DOCTOR_TIME_LIMIT if stage == "doctor" else cluster.time_limits[stage],
         "signal": f"B:USR1@{cluster.signal_lead_s}",
-        # %x is the job's name and %j its number: a requeued job goes on in the same file
-        "output": f"{str(run_dir).replace('%', '%%')}/logs/%x-%j.out",
+        # by this folder the jobs of a run are found in the queue
+        "chdir": str(script.slurm_dir),
+        # %j: number of the job, %A and %a: of the array and its task. A requeued job goes on in the same file.
+        "output": f"{logs}/{stage}-{'%A_%a' if array else '%j'}.out",
         "open-mode": "append",
     }
     lines = [f"--{key}={_sbatch_value(value, key)}" for key, value in options.items() if value]
     return [*lines, "--requeue", *cluster.sbatch_options]
+
+
+def _is_torchrun(script: Script) -> bool:
+    return script.template in ("train", "doctor") and script.cluster.launcher == "torchrun"
 
 
 def _gpu_option(cluster: Cluster, gpus: int) -> dict[str, str]:

@@ -1,71 +1,62 @@
-"""The whole road as a chain of jobs on a real SLURM of two nodes, with the programs, the recipe and the commands of a
-user."""
+"""The chapter `On a cluster` of README.md, word for word, on a real SLURM of two nodes: the whole road as jobs."""
 
 from __future__ import annotations
 
 import csv
+import re
+import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from slurm.cluster import find_cluster
+from slurm.cluster import load_cluster
 from tests.slurm.cluster import SlurmCluster, require_slurm
 
-CODE = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("prepare", "teacher", "distill", "baseline", "assemble", "evaluate", "report")
-TIMEOUT_S = 540.0
+INSTALL = "make .venv/installed"
 
 
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[SlurmCluster]:
-    require_slurm()
-    with SlurmCluster() as cluster:
-        yield cluster
-
-
-def output_of(*words: object) -> str:
-    """What a program of the project prints."""
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=CODE, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def logs(run: Path) -> str:
-    files = sorted((run / "logs").glob("*.out"), key=lambda path: path.stat().st_mtime)
-    return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files)
-
-
-def submit_chain(slurm: SlurmCluster, run: Path) -> dict[str, int]:
-    """Job numbers of all stages of the recipe `minute`, each waiting for the one before."""
-    facts = find_cluster("local").read_text()
-    interpreter = 'python = ".venv/bin/python"'
-    assert interpreter in facts
-    cluster_file = run.parent / "here.toml"
-    cluster_file.write_text(facts.replace(interpreter, f'python = "{sys.executable}"'))
-    (run / "logs").mkdir(parents=True)
-    recipe = output_of("pipeline", "report", "--config", "minute", "--run_dir", run, "--print_config")
-    (run / "recipe.yaml").write_text(recipe)
-    jobs: dict[str, int] = {}
-    for stage in STAGES:
-        script = run / f"{stage}.sbatch"
-        script.write_text(
-            output_of("slurm", "render", stage, "--cluster", cluster_file, "--config", run / "recipe.yaml")
-        )
-        wait_for = [f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-        jobs[stage] = slurm.sbatch(*wait_for, script)
-    return jobs
+def commands_of_readme() -> list[str]:
+    """The lines of the first block of the chapter."""
+    chapter = (ROOT / "README.md").read_text().partition("## On a cluster\n")[2].partition("\n## ")[0]
+    block = re.search(r"(?:^    .*\n)+", chapter, re.MULTILINE)
+    assert block is not None
+    return [line.strip() for line in block[0].splitlines()]
 
 
 @pytest.mark.timeout(600)
-def test_chain_of_all_stages(slurm: SlurmCluster, tmp_path: Path) -> None:
-    run = tmp_path / "minute run"
-    jobs = submit_chain(slurm, run)
-    slurm.wait_job(jobs["report"], timeout_s=TIMEOUT_S)
-    states = {stage: slurm.job(job)["JobState"] for stage, job in jobs.items()}
-    assert states == dict.fromkeys(STAGES, "COMPLETED"), logs(run)
+def test_readme_leads_from_a_fresh_account_to_a_report(tmp_path: Path) -> None:
+    require_slurm()
+    home = tmp_path / "a home" / "modular"
+    for name in ("data_prep", "pipeline", "ds_configs", "slurm"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (home / ".venv").symlink_to(ROOT / ".venv")
+    install, *commands = commands_of_readme()
+    assert install == INSTALL  # what `make test` has just done
+    with SlurmCluster(cpus=1) as slurm:
+        printed = []
+        for command in commands:
+            done = subprocess.run(["bash", "-c", command], cwd=home, env=slurm.env, text=True, capture_output=True)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            printed.append(done.stdout)
+        again = subprocess.run(["bash", "-c", commands[2]], cwd=home, env=slurm.env, text=True, capture_output=True)
+    _, doctor, _, shown = printed
+    for told in ("one MPI rank on each node", "one of all ranks wins a claim", "file locks reach all ranks"):
+        assert told in doctor
+    assert "2 ranks on " in doctor
+    assert "This cluster can run the pipeline." in doctor
+    site = load_cluster(home / "slurm" / "clusters" / "mysite.toml")
+    assert (site.mpi, site.gpu_flag) == ("pmi2", "none")
+    assert {shape.partition for shape in site.jobs.values()} == {"debug"}
+    run = home / "runs" / "minute"
+    logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in (run / "logs").rglob("*.*"))
+    assert (run / "report" / "report.html").is_file(), f"{shown}\n{logs}"
     with open(run / "evaluate" / "scores.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) >= 2, "the teacher and at least one assembly"
-    assert "<html" in (run / "report" / "report.html").read_text().lower()
+    rows = [line for line in shown.splitlines() if line.startswith(STAGES)]
+    assert len(rows) == len(STAGES)
+    assert all("completed" in row for row in rows), shown
+    assert "step 40 of 40" in shown
+    assert again.stdout.startswith("nothing to submit"), again.stderr

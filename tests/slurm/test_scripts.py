@@ -1,43 +1,18 @@
-"""Rendered scripts on a real controller with two nodes: what it accepts, and what a signal to a training job does."""
+"""Rendered scripts on a real controller with two nodes: what it accepts, and how each of their jobs ends."""
 
 from __future__ import annotations
 
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from slurm.cluster import STAGE_JOBS, find_cluster, load_cluster
-from slurm.render import render
+from slurm.render import Nodes, Script, render
+from slurm.starts import read_starts
 from tests.slurm.cluster import SlurmCluster, require_slurm, slurm_version
-
-# Trains by counting steps; stops, saves and asks for another start as pipeline.preempt promises, without torch.
-STAND_IN = """
-import os, signal, sys, time
-from pathlib import Path
-
-rank, folder = int(os.environ["RANK"]), Path(sys.argv[sys.argv.index("--run_dir") + 1]) / sys.argv[1]
-state, marker, last_step = folder / "step", folder / "REQUEUE", 10_000
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append("SIGTERM"))
-step = int(state.read_text()) if state.exists() else 0
-print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts at step {step}", flush=True)
-(folder / f"running-{rank}").touch()
-while step < last_step:
-    step += 1
-    time.sleep(0.05)
-    if asked or (folder.parent / "STOP").exists():
-        if rank == 0:
-            state.write_text(str(last_step - 2))
-            marker.touch()
-        while not marker.exists():  # what the barrier does
-            time.sleep(0.01)
-        sys.exit(85)
-"""
+from tests.slurm.standin import StandIn
 
 
 @pytest.fixture(scope="module")
@@ -47,114 +22,181 @@ def slurm() -> Iterator[SlurmCluster]:
         yield cluster
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    run = tmp_path / "a run"  # with a space, as users have them
-    (run / "logs").mkdir(parents=True)
-    (run / "recipe.yaml").write_text("name: a run\n")
-    return run
-
-
-@pytest.mark.parametrize("cluster_name", ["example", "local"])
-def test_controller_accepts_every_stage(slurm: SlurmCluster, run_dir: Path, cluster_name: str) -> None:
+@pytest.mark.parametrize("cluster_name", ["example", "local", "container"])
+def test_controller_accepts_every_stage(slurm: SlurmCluster, tmp_path: Path, cluster_name: str) -> None:
     cluster = load_cluster(find_cluster(cluster_name))
+
+    def tried(stage: str, nodes: str | None = None):
+        script = Script(
+            stage=stage,
+            cluster=cluster,
+            name="a run",
+            run_dir=tmp_path / "a run",
+            code_dir=tmp_path,
+            nodes=Nodes.parse(nodes) if nodes else None,
+        )
+        (tmp_path / "script").write_text(render(script))
+        return slurm.run("sbatch", "--test-only", tmp_path / "script", check=False)
+
     for stage in STAGE_JOBS:
-        script = run_dir / f"{stage}.sbatch"
-        script.write_text(render(stage, cluster, name="a run", run_dir=run_dir, code_dir=run_dir))
-        tried = slurm.run("sbatch", "--test-only", script, check=False)
-        assert tried.returncode == 0, f"{stage}: {tried.stderr}"
-    script.write_text(render("distill", cluster, name="a run", run_dir=run_dir, code_dir=run_dir, nodes=3))
-    refused = slurm.run("sbatch", "--test-only", script, check=False)
-    assert refused.returncode == 1, "the controller has two nodes and must see that the script asks for three"
+        assert tried(stage).returncode == 0, f"{stage}: {tried(stage).stderr}"
+    assert tried("distill", "1-2").returncode == 0
+    assert tried("distill", "3").returncode == 1, "the controller has two nodes and must see the script ask for three"
 
 
-def submit_stand_in(slurm: SlurmCluster, run_dir: Path, *, max_requeues: int = 20) -> int:
-    """Job number of a `teacher` job in which the stand-in above is the program; returns once it trains."""
-    program = run_dir / "code" / "pipeline"
-    program.mkdir(parents=True)
-    (program / "__main__.py").write_text(STAND_IN)
-    local = load_cluster(find_cluster("local"))
-    cluster = replace(local, python=sys.executable, max_requeues=max_requeues)
-    script = run_dir / "teacher.sbatch"
-    script.write_text(render("teacher", cluster, name="a run", run_dir=run_dir, code_dir=run_dir / "code"))
-    job = slurm.sbatch(script)
-    end = time.monotonic() + 60
-    while not all((run_dir / "teacher" / f"running-{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < end, log_of(run_dir)
-        time.sleep(0.1)
-    return job
-
-
-def log_of(run_dir: Path) -> str:
-    return "\n".join(path.read_text() for path in (run_dir / "logs").glob("*.out"))
-
-
-def test_signal_saves_and_requeues(slurm: SlurmCluster, run_dir: Path) -> None:
-    (run_dir / "STOP").touch()  # left behind by a killed start; must not stop this one
-    job = submit_stand_in(slurm, run_dir)
-    after = slurm.sbatch(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true", cwd=run_dir)
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_signal_saves_and_requeues(slurm: SlurmCluster, tmp_path: Path, launcher: str) -> None:
+    stand_in = StandIn(slurm, tmp_path, launcher=launcher)
+    stand_in.behave(num_steps=10_000)
+    job = stand_in.train()
+    after = slurm.sbatch(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true", cwd=tmp_path)
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # what slurmctld sends before the time limit
-    slurm.wait_job(job, ["PENDING"], timeout_s=30)
-    assert not (run_dir / "STOP").exists()
+    stand_in.behave(num_steps=1)
+    stand_in.wait_requeued(job)
+    assert not (stand_in.run / "STOP").exists()
     ended = slurm.wait_job(job)
-    log = log_of(run_dir)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), stand_in.log()
+    first, second = read_starts(stand_in.run / "logs" / f"teacher-{job}")
+    assert first.why == "told to stop (preemption, or a signal by hand)"
+    assert second.why == "finished"
+    assert first.progress_after == second.progress_before != "no checkpoint"
+    saved_step = int(first.progress_after.removeprefix("step_"))
     for rank in (0, 1):
-        assert f"rank {rank} of 2 starts at step 0" in log
-        assert f"rank {rank} of 2 starts at step 9998" in log
+        for start, step in ((0, 0), (1, saved_step)):
+            log = stand_in.run / "logs" / f"teacher-{job}" / f"start-{start}" / f"rank-{rank}.log"
+            assert f"rank {rank} of 2 starts at step {step}\n" in log.read_text()
     assert slurm.wait_job(after)["JobState"] == "COMPLETED"
 
 
-def test_requeues_have_an_end(slurm: SlurmCluster, run_dir: Path) -> None:
-    job = submit_stand_in(slurm, run_dir, max_requeues=0)
+def test_preempted_job_saves_and_requeues(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """SIGTERM to every task of the job, which is what a preemption with a grace time sends."""
+    stand_in = StandIn(slurm, tmp_path)
+    stand_in.behave(num_steps=10_000)
+    job = stand_in.train()
+    slurm.run("scancel", "--signal=TERM", job)
+    stand_in.behave(num_steps=1)
+    stand_in.wait_requeued(job)
+    assert slurm.wait_job(job)["JobState"] == "COMPLETED", stand_in.log()
+    first, _ = read_starts(stand_in.run / "logs" / f"teacher-{job}")
+    assert first.progress_after != "no checkpoint"
+
+
+def test_stop_by_hand_saves_and_stays_stopped(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    stand_in.behave(num_steps=10_000)
+    job = stand_in.train()
+    (stand_in.run / "STOP").touch()
+    ended = slurm.wait_job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert "saved and stopped, because" in stand_in.told(job)
+    assert list((stand_in.run / "teacher" / "checkpoints").glob("step_*"))
+    again = stand_in.sbatch("teacher")
+    assert slurm.wait_job(again)["JobState"] == "FAILED"
+    assert "not started, because" in stand_in.told(again)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_crash_without_progress_ends_at_the_second_start(slurm: SlurmCluster, tmp_path: Path, launcher: str) -> None:
+    stand_in = StandIn(slurm, tmp_path, launcher=launcher)
+    stand_in.behave(num_steps=100, crash_at=5)
+    job = stand_in.sbatch("distill")
+    after = slurm.sbatch(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap=true", cwd=tmp_path)
+    stand_in.wait_requeued(job)
+    ended = slurm.wait_job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), stand_in.log()
+    told = stand_in.told(job, "distill")
+    cause = "rank 1 failed first (exit status 1): RuntimeError: boom at step 5"
+    assert f"distill: {cause}; at no checkpoint; back into the queue" in told
+    assert f"distill: {cause}; not requeued: 2 starts without progress (no checkpoint)" in told
+    assert slurm.wait_job(after)["JobState"] == "CANCELLED"
+
+
+def test_crash_after_progress_is_tried_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    stand_in.behave(num_steps=25, crash_at=15)
+    job = stand_in.sbatch("distill")
+    stand_in.wait_requeued(job)  # it saved at step 10, so this start made progress
+    stand_in.wait_requeued(job, restarts=2)  # this one did not
+    assert slurm.wait_job(job)["JobState"] == "FAILED"
+    assert [start.progress_after for start in read_starts(stand_in.run / "logs" / f"distill-{job}")] == [
+        "step_00000010"
+    ] * 3
+    assert "not requeued: 2 starts without progress (step_00000010)" in stand_in.told(job, "distill")
+
+
+def test_users_mistake_is_not_tried_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    stand_in.behave(mistake_at=0)
+    ended = slurm.wait_job(job := stand_in.sbatch("teacher"))
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert "(exit status 2): error: num_steps is wrong; not requeued: a mistake" in stand_in.told(job)
+
+
+def test_hung_job_is_ended_and_tried_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path, hang_timeout_s=8)
+    stand_in.behave(num_steps=20, hang_at=15)
+    job = stand_in.sbatch("teacher")
+    stand_in.wait_requeued(job)
+    stand_in.behave(num_steps=20)
+    assert slurm.wait_job(job)["JobState"] == "COMPLETED", stand_in.log()
+    assert "teacher: hung: nothing has been written for 8 s" in stand_in.told(job)
+    logs = stand_in.run / "logs" / f"teacher-{job}" / "start-0"
+    assert "in train" in (logs / "rank-1.log").read_text(), "the stack of where it hung"
+
+
+def test_cancelled_job_stays_cancelled(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    stand_in.behave(num_steps=10_000, slow_stage="report")
+    jobs = [stand_in.sbatch("report"), stand_in.train()]
+    slurm.wait_job(jobs[0], ["RUNNING"])
+    for job in jobs:
+        slurm.run("scancel", job)  # SIGTERM: workers save and ask for another start, which nobody wants now
+    for job in jobs:
+        assert slurm.wait_job(job)["JobState"] == "CANCELLED"
+    time.sleep(2)
+    assert [(slurm.job(job)["JobState"], slurm.job(job)["Restarts"]) for job in jobs] == [("CANCELLED", "0")] * 2
+
+
+def test_requeues_have_an_end(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path, max_requeues=0)
+    stand_in.behave(num_steps=10_000)
+    job = stand_in.train()
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_job(job)["JobState"] == "FAILED"
-    assert "not requeued" in log_of(run_dir)
+    assert "not requeued: max_requeues of the cluster file is 0" in stand_in.told(job)
 
 
-def test_cancelled_job_stays_cancelled(slurm: SlurmCluster, run_dir: Path) -> None:
-    job = submit_stand_in(slurm, run_dir)
-    slurm.run("scancel", job)  # SIGTERM: the workers save and ask for another start, which nobody wants now
-    assert slurm.wait_job(job)["JobState"] == "CANCELLED"
-    time.sleep(2)
-    ended = slurm.job(job)
-    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+def test_killed_task_of_the_evaluation_starts_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    stand_in.behave(die_once=2)
+    array = stand_in.sbatch("evaluate", nodes="4")
+    scores = stand_in.run / "evaluate" / "scores"
+    stand_in.wait(lambda: sorted(path.name for path in scores.glob("*")) == [f"{k}-of-4.json" for k in range(4)])
+    assert "rank 2 failed first (killed by SIGKILL" in stand_in.told(f"{array}_2", "evaluate")
 
 
-def test_failing_worker_fails_the_job(slurm: SlurmCluster, run_dir: Path) -> None:
-    """One worker of two dies; the other would wait for ever."""
-    program = run_dir / "code" / "pipeline"
-    program.mkdir(parents=True)
-    (program / "__main__.py").write_text(
-        textwrap.dedent("""
-        import os, sys, time
-        print("rank", os.environ["RANK"], flush=True)
-        sys.exit(3) if os.environ["RANK"] == "1" else time.sleep(600)
-        """)
-    )
-    cluster = replace(load_cluster(find_cluster("local")), python=sys.executable)
-    script = run_dir / "distill.sbatch"
-    script.write_text(render("distill", cluster, name="a run", run_dir=run_dir, code_dir=run_dir / "code"))
-    ended = slurm.wait_job(slurm.sbatch(script))
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log_of(run_dir)
-
-
-def test_lost_node_starts_the_job_again(run_dir: Path) -> None:
+def test_lost_node_starts_the_job_again_on_the_node_that_is_left(tmp_path: Path) -> None:
     require_slurm()
     slurmd_timeout_s = 1 if slurm_version() < (23, 0) else 5  # nodes of newer versions flap with 1
     with SlurmCluster(slurmd_timeout_s=slurmd_timeout_s, message_timeout_s=2) as slurm:
-        job = submit_stand_in(slurm, run_dir)
+        stand_in = StandIn(slurm, tmp_path)
+        stand_in.behave(num_steps=10_000)
+        job = stand_in.train(nodes="1-2")
+        stand_in.wait(lambda: (stand_in.run / "teacher" / "checkpoints" / "step_00000010").is_dir())
         slurm.kill_node(slurm.nodes[1])
-        slurm.wait_job(job, ["PENDING"])
-        slurm.start_node(slurm.nodes[1])
-        assert slurm.wait_job(job, ["RUNNING"])["Restarts"] == "1"
+        stand_in.behave(num_steps=1)
+        stand_in.wait_requeued(job)
+        ended = slurm.wait_job(job)
+        assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("COMPLETED", "1", "1"), stand_in.log()
+        first, second = read_starts(stand_in.run / "logs" / f"teacher-{job}")
+        assert first.why.startswith(("lost", "ended by SLURM"))
+        assert second.progress_before != "no checkpoint"
+        assert "rank 0 of 1 starts" in stand_in.log()
 
 
-def test_missing_recipe_is_said(slurm: SlurmCluster, run_dir: Path) -> None:
-    (run_dir / "recipe.yaml").unlink()
-    script = run_dir / "report.sbatch"
-    cluster = load_cluster(find_cluster("local"))
-    script.write_text(render("report", cluster, name="a run", run_dir=run_dir, code_dir=run_dir))
-    ended = slurm.wait_job(slurm.sbatch(script))
+def test_missing_recipe_is_said(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    (stand_in.run / "recipe.yaml").unlink()
+    ended = slurm.wait_job(job := stand_in.sbatch("report"))
     assert ended["ExitCode"] == "2:0"
-    assert "put the resolved recipe there" in log_of(run_dir)
+    assert "put the resolved recipe there" in stand_in.told(job, "report")

