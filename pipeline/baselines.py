@@ -1,42 +1,172 @@
-"""Baselines on the same teacher and data.
+"""Baselines on the same teacher, data and code: one small model a run, each an ordinary checkpoint.
 
-Layer dropping keeps evenly spaced teacher layers and trains nothing. Shrink and fine-tune (Shleifer & Rush 2020) starts
-from kept layers too, and trains all of that small model directly on the task loss; it makes one size a run.
+Layer dropping keeps evenly spaced teacher layers and trains nothing (stage assemble makes it). The others train:
+
+finetune  shrink and fine-tune (Shleifer & Rush 2020): kept teacher layers, all parameters trained on the task loss
+logit     the same with logit distillation from the whole teacher (Hinton et al. 2015) beside the task loss
+theseus   BERT-of-Theseus (Xu et al. 2020): one granularity, task loss only, every span replaced by an independent coin
+          at a constant rate and all of them at the end; here a layer starts from the first of its span
+
+Shapes: B examples, T target tokens, N valid target tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pipeline.assemble import Parts, coarsest_of, num_teacher_layers, write_checkpoint
-from pipeline.config import Recipe
-from pipeline.loop import Trainer, begin_stage
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.assemble import Baseline, Parts, baselines_of, granularity_of, num_teacher_layers, write_checkpoint
+from pipeline.checkpoint_format import checkpoints
+from pipeline.config import DistillConfig, LossConfig, Recipe
+from pipeline.data import MicroBatch
+from pipeline.distill import modular_task
+from pipeline.families import family_of
+from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
+from pipeline.library import export_library, product_of
+from pipeline.loop import Task, Trainer, begin_stage
+from pipeline.losses import GlobalCounts, LossTerms, Objectives
+from pipeline.modular import ModularModel
 from pipeline.rundir import RunDir, Stage
+from pipeline.spans import STACKS
 from pipeline.teacher import full_model_task, load_model, save_trained
 from pipeline.world import World
 
 
 def train_baseline(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
-    """Make RUN/baseline/model: the teacher shrunk to the depth of the coarsest assembly and fine-tuned. Collective."""
+    """Make RUN/baseline/<method>-<assembly>/model for every baseline of the recipe, one after the other. Collective."""
     started_s = time.time()
     stage = Stage.of(recipe, run, "baseline")
     if begin_stage(stage, world, extend=extend):
         return
-    if recipe.baseline.optim.num_steps == 0:
-        if world.is_main:
-            stage.publish([], started_s=started_s)
+    wanted = baselines_of(recipe, num_teacher_layers(run))
+    for each in wanted:
+        try:
+            _train_one(each, recipe, replace(stage, name=f"baseline/{each.name}"), world, extend=extend)
+        except SystemExit:
+            requeue = stage.folder / each.name / "REQUEUE"
+            if world.is_main and requeue.exists():  # whoever started the stage looks for it there
+                requeue.rename(stage.folder / requeue.name)
+            raise
+    if world.is_main:
+        stage.publish([each.model(run) for each in wanted], started_s=started_s)
+
+
+def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, *, extend: bool) -> None:
+    """Train and publish one baseline. `part` is the stage as far as it concerns this one, in a folder of its own."""
+    started_s, run = time.time(), part.run
+    if begin_stage(part, world, extend=extend):
         return
-    start = stage.folder / "start"
+    optim, batch, loop = recipe.baseline.optim, recipe.distill.batch, recipe.distill.loop
+    if each.method == "theseus":
+        task = theseus_task(recipe, run, granularity_of(each.assembly))
+    else:
+        start = part.folder / "start"
+        if world.is_main:
+            write_checkpoint(Parts.of(run, library=False), each.assembly, start, dropped=True)
+        world.barrier()
+        task = full_model_task(load_model(start))
+        if each.method == "logit":
+            task = distilled_task(task, load_model(run.teacher_model), recipe.distill.losses)
+    Trainer(task, part, world, optim=optim, batch=batch, loop=loop).train()
     if world.is_main:
-        coarsest = coarsest_of(recipe, num_teacher_layers(run))
-        write_checkpoint(Parts.of(run, library=False), coarsest, start, dropped=True)
+        if each.method == "theseus":
+            library = part.folder / "library"
+            export_library(checkpoints(part.folder / "checkpoints")[-1], library)
+            write_checkpoint(Parts.load(run.teacher_model, library), each.assembly, each.model(run))
+        else:
+            save_trained(load_model(part.folder / "start"), part, each.model(run), run.teacher_model)
+        part.publish([each.model(run)], started_s=started_s)
     world.barrier()
-    model = load_model(start)
-    trainer = Trainer(
-        full_model_task(model),
-        stage, world, optim=recipe.baseline.optim, batch=recipe.distill.batch, loop=recipe.distill.loop,
-    )  # fmt: skip
-    trainer.train()
-    if world.is_main:
-        save_trained(load_model(start), stage, run.baseline_model, run.teacher_model)
-        stage.publish([run.baseline_model], started_s=started_s)
+
+
+@dataclass(frozen=True)
+class DistilledOutputs:
+    """What a student says beside its teacher."""
+
+    head: HeadLoss
+    """Sums over the tokens of `labels_N`."""
+    labels_N: torch.Tensor
+
+    @property
+    def task_sum(self) -> torch.Tensor:
+        """Cross entropy summed over tokens."""
+        return self.head.task
+
+
+class DistilledModel(nn.Module):
+    """A student whose parameters all train, beside its whole frozen teacher."""
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.teacher: Any = teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DistilledModel:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: MicroBatch, objective: HeadObjective) -> DistilledOutputs:
+        mask_BT = batch.labels_BT != -100
+        inputs = {
+            "input_ids": batch.source_BS,
+            "attention_mask": batch.source_mask_BS,
+            "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+            "use_cache": False,
+        }
+        with torch.no_grad():
+            teacher_NV = self.teacher(**inputs).logits[mask_BT]
+        student_NV, labels_N = self.model(**inputs).logits[mask_BT], batch.labels_BT[mask_BT]
+        return DistilledOutputs(distribution_loss(student_NV, teacher_NV, labels_N, objective), labels_N)
+
+
+def distilled_task(task: Task, teacher: PreTrainedModel, losses: LossConfig) -> Task:
+    """The task of fine-tuning a whole model, with logit distillation added; weights as in the replacing phase."""
+    model: Any = task.module
+    objectives = Objectives(losses)
+
+    def forward_args(step: int, batch: MicroBatch, counts: GlobalCounts) -> tuple[HeadObjective]:
+        return (objectives.wanted(step, counts).head,)
+
+    def loss_terms(step: int, outputs: DistilledOutputs, counts: GlobalCounts) -> LossTerms:
+        num_tokens = max(1, counts.num_target_tokens)
+        parts = {"task": outputs.head.task / num_tokens, "logit": outputs.head.logit / num_tokens}
+        return LossTerms(outputs.head.share, {name: part.detach() for name, part in parts.items()})
+
+    return replace(
+        task,
+        module=DistilledModel(model.model, teacher),
+        forward_args=forward_args,
+        loss_terms=loss_terms,
+        validations={"task": (HeadObjective(task=1.0),)},
+    )
+
+
+def theseus_settings(recipe: Recipe, granularity: int) -> DistillConfig:
+    """BERT-of-Theseus as settings of a distillation: the rate and the ramp are the recipe's."""
+    return replace(
+        recipe.distill,
+        granularities=(granularity,),
+        encoder_granularities=None,
+        decoder_granularities=None,
+        init="first",
+        local_steps=0,
+        sampler="theseus-constant",
+        losses=replace(recipe.distill.losses, hidden=0.0, logit=0.0, task=1.0),
+        optim=recipe.baseline.optim,
+    )
+
+
+def theseus_task(recipe: Recipe, run: RunDir, granularity: int) -> Task:
+    settings = theseus_settings(recipe, granularity)
+    teacher = load_model(run.teacher_model)
+    family = family_of(teacher.config.model_type)
+    model = ModularModel(teacher, family, settings.granularities, settings.init)
+    task = modular_task(model, family, teacher.config, settings, recipe.seed)
+    granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
+    return replace(task, product=product_of(model, run, granularities))

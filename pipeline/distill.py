@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from pipeline.checkpoint import checkpoints, full_weights
+from pipeline.checkpoint_format import checkpoints
 from pipeline.config import DistillConfig, Recipe
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
+from pipeline.kernels import HeadObjective
+from pipeline.library import export_library, product_of
 from pipeline.loop import Task, Trainer, begin_stage
-from pipeline.losses import GlobalCounts, LossTerms, local_terms, replacing_terms
-from pipeline.modular import ModularLeaf, ModularModel, ModularOutputs, TeacherLeaf
-from pipeline.rundir import RunDir, Stage, publish_folder, sha256_file, write_atomic
+from pipeline.losses import GlobalCounts, LossTerms, Objectives, granularity_label
+from pipeline.modular import ModularLeaf, ModularModel, ModularOutputs, TeacherLeaf, Wanted, granularity_of
+from pipeline.rundir import RunDir, Stage
 from pipeline.sampler import Sampler
-from pipeline.spans import Assembly, pure_tiling, teacher_assembly
+from pipeline.scoring import bleu
+from pipeline.spans import STACKS, Assembly, coarsest_assembly, preset_assembly, pure_tiling, teacher_assembly
 from pipeline.teacher import load_model
+from pipeline.tokenizer import load_tokenizer
+from pipeline.validation import Translation
 from pipeline.world import World
 
 
@@ -33,40 +36,44 @@ def train_modular(recipe: Recipe, run: RunDir, world: World, *, extend: bool = F
     settings = recipe.distill
     teacher = load_model(run.teacher_model)
     family = family_of(teacher.config.model_type)
-    model = ModularModel(teacher, family, settings.granularities, settings.init)
+    granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
+    model = ModularModel(teacher, family, granularities, settings.init, share_memory=True)
+    task = modular_task(model, family, teacher.config, settings, recipe.seed)
+    task = replace(
+        task,
+        product=product_of(model, run, granularities),
+        translation=translation(model, settings, run.tokenizer) if settings.loop.validation_bleu_examples else None,
+    )
     trainer = Trainer(
-        modular_task(model, family, teacher.config, settings, recipe.seed),
+        task,
         stage, world, optim=settings.optim, batch=settings.batch, loop=settings.loop,
     )  # fmt: skip
     trainer.train()
     if world.is_main:
-        export_library(model, stage, run, settings)
+        export_library(checkpoints(stage.folder / "checkpoints")[-1], run.library)
         stage.publish([run.library], started_s=started_s)
 
 
 def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: DistillConfig, seed: int) -> Task:
     """The two phases: local, where every modular layer learns its span, then replacing, where draws are trained."""
     spans = (model.spans["encoder"], model.spans["decoder"])
-    sampler = Sampler(
-        seed=seed,
-        num_layers=model.num_layers,
-        spans=spans,
-        granularities=settings.granularities,
-        coarse_weight=settings.coarse_weight,
-    )
+    sampler = Sampler(settings, seed=seed, num_layers=model.num_layers, spans=spans)
 
-    def forward_args(step: int, batch: MicroBatch) -> tuple[Assembly | None]:
-        return (None if step < settings.local_steps else sampler.draw(step, batch.index),)
+    objectives = Objectives(settings.losses)
+
+    def forward_args(step: int, batch: MicroBatch, counts: GlobalCounts) -> tuple[Assembly | None, Wanted]:
+        draw = None if step < settings.local_steps else sampler.draw(step, batch.index)
+        return draw, objectives.wanted(step, counts)
 
     def loss_terms(step: int, outputs: ModularOutputs, counts: GlobalCounts) -> LossTerms:
         if step < settings.local_steps:
-            return local_terms(outputs, counts)
-        return replacing_terms(outputs, counts, settings.losses)
+            return objectives.local_terms(step, outputs, counts)
+        terms = objectives.replacing_terms(step, outputs, counts)
+        share = sum(map(granularity_of, outputs.pairs)) / sum(model.num_layers)
+        return replace(terms, means={**terms.means, "replaced_share": (share, 1)})
 
-    validations: dict[str, tuple[Assembly]] = {"teacher": (teacher_assembly(*model.num_layers),)}
-    for granularity in settings.granularities:
-        encoder, decoder = (pure_tiling(n, granularity) for n in model.num_layers)
-        validations[str(Assembly(encoder, decoder))] = (Assembly(encoder, decoder),)
+    cross_entropy = Wanted(HeadObjective(task=1.0), eager=not settings.losses.fused)
+    granularities = sorted({span.num_layers for stack in spans for span in stack})
     return Task(
         module=model,
         leaf_classes=[TeacherLeaf, ModularLeaf],
@@ -74,32 +81,42 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         clip_group=lambda name: ".".join(name.split(".")[1:3]),
         forward_args=forward_args,
         loss_terms=loss_terms,
-        validations=validations,
+        validations={name: (each, cross_entropy) for name, each in followed(model, settings).items()},
+        layers=[leaf.layer for leaf in model.modules() if isinstance(leaf, (TeacherLeaf, ModularLeaf))],
         restarts=(settings.local_steps,) if settings.local_steps else (),
+        means=[*map(granularity_label, granularities), "replaced_share"],
     )
 
 
-def export_library(model: ModularModel, stage: Stage, run: RunDir, settings: DistillConfig) -> None:
-    """Publish the newest checkpoint's weights as the module library: one safetensors file and a manifest."""
-    checkpoint = checkpoints(stage.folder / "checkpoints")[-1]
-    weights = full_weights(checkpoint)
-    # modular.encoder.0-1.layer.<name> -> encoder.0-1.<name>
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        _, stack, span, _, rest = name.split(".", 4)
-        tensors[f"{stack}.{span}.{rest}"] = weight
-    temporary = run.library.with_name(".library.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(tensors, temporary / "modular.safetensors", metadata={"format": "pt"})
-    manifest = {
-        "teacher_sha256": sha256_file(run.teacher_model / "model.safetensors"),
-        "granularities": list(settings.granularities),
-        "num_layers": dict(zip(("encoder", "decoder"), model.num_layers, strict=True)),
-        "spans": {stack: [str(span) for span in spans] for stack, spans in model.spans.items()},
-        "checkpoint": checkpoint.name,
-        "inputs": stage.inputs,
-        "modular_sha256": sha256_file(temporary / "modular.safetensors"),
-    }
-    write_atomic(temporary / "library.json", json.dumps(manifest, indent=1))
-    publish_folder(temporary, run.library)
+def followed(model: ModularModel, settings: DistillConfig) -> dict[str, Assembly]:
+    """Assemblies that are validated while training, by name: the teacher, each granularity throughout from the finest
+    to the coarsest, and half of the layers, where these granularities reach that."""
+    num_layers, spans = model.num_layers, (model.spans["encoder"], model.spans["decoder"])
+    found = {"teacher": teacher_assembly(*num_layers)}
+    pure = [
+        Assembly(
+            *(
+                pure_tiling(n, granularity if granularity in settings.granularities_of(stack) else 1)
+                for stack, n in zip(STACKS, num_layers, strict=True)
+            )
+        )
+        for granularity in sorted(settings.all_granularities)
+    ]
+    half = [] if coarsest_assembly(num_layers, spans).num_layers > round(sum(num_layers) / 2) else [
+        preset_assembly("size-first", 2.0, num_layers, spans)
+    ]  # fmt: skip
+    return found | {str(assembly): assembly for assembly in [pure[0], *half, *pure[1:]]}
+
+
+def translation(model: ModularModel, settings: DistillConfig, tokenizer_folder: Path) -> Translation:
+    """A small BLEU of the teacher, the finest, a 2x and the coarsest of the assemblies that are followed."""
+    tokenizer: Any = load_tokenizer(tokenizer_folder)
+
+    def score(outputs: Sequence[list[int]], references: Sequence[list[int]]) -> float:
+        return bleu(*(tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (outputs, references)))
+
+    assemblies = followed(model, settings)
+    ratios = {name: assembly.ratio_of_layers for name, assembly in assemblies.items()}
+    teacher, *students = assemblies
+    chosen = [teacher, students[0], min(students, key=lambda name: abs(ratios[name] - 2)), students[-1]]
+    return Translation({name: (assemblies[name],) for name in chosen}, tokenizer.eos_token_id, score)

@@ -14,8 +14,8 @@ tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import nn
 
 from pipeline.data import MicroBatch
 from pipeline.families import Family, StackInputs
-from pipeline.kernels import HiddenPair
+from pipeline.families.capture import QueriesKeys, captured
+from pipeline.kernels import AttentionPair, HeadLoss, HeadObjective, HiddenPair
 from pipeline.spans import STACKS, Assembly, Span, modular_spans
 
 
@@ -43,13 +44,17 @@ class TeacherLeaf(nn.Module):
         student_encoded_BSD: torch.Tensor | None,
         use: bool,
         inputs: StackInputs,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(teacher state after the layer, student state after the layer or, without `use`, as it was)."""
-        with torch.no_grad():
+        capture: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, QueriesKeys]]:
+        """(teacher state after the layer, student state after the layer or, without `use`, as it was, the teacher's
+        queries and keys if `capture`)."""
+        with torch.no_grad(), captured(self.family.attentions(self.layer), capture) as queries_keys:
             teacher_out_BLD = self.family.call_layer(self.layer, teacher_BLD, teacher_encoded_BSD, inputs)
         if use:
-            return teacher_out_BLD, self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, inputs)
-        return teacher_out_BLD, student_BLD.view_as(student_BLD)
+            student_BLD = self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, inputs)
+        else:
+            student_BLD = student_BLD.view_as(student_BLD)
+        return teacher_out_BLD, student_BLD, queries_keys
 
 
 class ModularLeaf(nn.Module):
@@ -61,13 +66,50 @@ class ModularLeaf(nn.Module):
         self.family = family
 
     def forward(
-        self, state_BLD: torch.Tensor, encoded_BSD: torch.Tensor | None, use: bool, inputs: StackInputs
+        self,
+        state_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        use: bool,
+        inputs: StackInputs,
+        capture: bool = False,
     ) -> torch.Tensor:
-        """The state after the layer or, without `use`, as it was. What requires grad is positional and a tensor: the
-        engine hangs the reduction of this leaf's gradients on the gradients of these."""
-        if use:
-            return self.family.call_layer(self.layer, state_BLD, encoded_BSD, inputs)
-        return state_BLD.view_as(state_BLD)
+        """The state after the layer or, without `use`, as it was; with `capture` its queries and keys behind it (see
+        `run`). What requires grad is positional and a tensor, and there is one output: the engine hangs the reduction
+        of this leaf's gradients on the gradients of the inputs, and counts outputs, which must not depend on the
+        draw."""
+        if not use:
+            return state_BLD.view_as(state_BLD)
+        with captured(self.family.attentions(self.layer), capture) as queries_keys:
+            state_BLD = self.family.call_layer(self.layer, state_BLD, encoded_BSD, inputs)
+        if not capture:
+            return state_BLD
+        taken = [tensor for pair in queries_keys.values() for tensor in pair]
+        return torch.cat([tensor.flatten() for tensor in (state_BLD, *taken)])
+
+    def run(
+        self,
+        state_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        use: bool,
+        inputs: StackInputs,
+        capture: bool,
+    ) -> tuple[torch.Tensor, dict[str, QueriesKeys]]:
+        """(the state after the layer or, without `use`, as it was, its queries and keys if `use` and `capture`)."""
+        output = self(state_BLD, encoded_BSD, use, inputs, capture)
+        if not (use and capture):
+            return output, {}
+        shapes = [state_BLD.shape]
+        names = ["self", "cross"] if encoded_BSD is not None else ["self"]
+        for name in names:
+            projections = self.family.attentions(self.layer)[name]
+            looked_at = encoded_BSD if name == "cross" and encoded_BSD is not None else state_BLD
+            for each_BLD in (state_BLD, looked_at):
+                shapes.append(torch.Size([*each_BLD.shape[:2], projections.num_heads, projections.width]))
+        parts = [
+            part.view(shape) for part, shape in zip(output.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
+        found = {name: QueriesKeys(*parts[1 + 2 * i : 3 + 2 * i]) for i, name in enumerate(names)}
+        return parts[0], found
 
 
 class _Splice(torch.autograd.Function):
@@ -84,6 +126,19 @@ class _Splice(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What the forward pass makes for the objectives besides states, while the weights that it takes are gathered."""
+
+    head: HeadObjective
+    upstream: float = 1.0
+    """Gradient that backward will bring for the loss of the head."""
+    eager: bool = False
+    """Take the definitions of the losses, not their fused paths."""
+    attention: bool = False
+    """Hand out the queries and keys of the attentions."""
+
+
+@dataclass(frozen=True)
 class ModularOutputs:
     """What the objectives need of one forward pass."""
 
@@ -92,6 +147,16 @@ class ModularOutputs:
     student_logits_NV: torch.Tensor | None = None
     teacher_logits_NV: torch.Tensor | None = None
     labels_N: torch.Tensor | None = None
+    head: HeadLoss | None = None
+    """Sums over the tokens of `labels_N`."""
+    attention: dict[str, dict[str, AttentionPair]] = field(default_factory=dict)
+    """Attentions of each modular layer and of the last teacher layer of its span, by kind (self, cross) and name."""
+
+    @property
+    def task_sum(self) -> torch.Tensor:
+        """Cross entropy summed over tokens."""
+        assert self.head is not None
+        return self.head.task
 
 
 def modular_name(stack: str, span: Span) -> str:
@@ -99,28 +164,61 @@ def modular_name(stack: str, span: Span) -> str:
     return f"{stack}.{span}"
 
 
+def granularity_of(name: str) -> int:
+    """Granularity of a modular layer by its name."""
+    first, last = name.rpartition(".")[2].split("-")
+    return int(last) - int(first) + 1
+
+
+def initial_layer(layers: nn.ModuleList, span: Span, init: str, *, share_memory: bool = False) -> nn.Module:
+    """What a modular layer starts from: a copy of the "first", "middle" or "last" layer of its span (of two middle
+    layers the earlier one), or their "average", parameter by parameter. With `share_memory` a copy of one layer has
+    parameters of its own over that layer's memory."""
+    middle = (span.first + span.last) // 2
+    source = layers[{"first": span.first, "middle": middle}.get(init, span.last)]
+    twins = {id(parameter): nn.Parameter(parameter.data) for parameter in source.parameters()}
+    layer = copy.deepcopy(source, twins if share_memory else None)
+    if init == "average":
+        for name, parameter in layer.named_parameters():
+            each = [layers[i].get_parameter(name).data.float() for i in range(span.first, span.last + 1)]
+            parameter.data = torch.stack(each).mean(0).to(parameter.dtype)
+    return layer
+
+
 class ModularModel(nn.Module):
     """A frozen teacher and its modular layers.
 
     Args:
         model: the teacher as transformers loads it; taken apart, not to be used by itself afterwards.
-        granularities: see pipeline.spans.modular_spans.
-        init: teacher layer of the span that a modular layer is copied from: "first" or "last".
+        granularities: see pipeline.spans.modular_spans; of both stacks, or by stack ((): that one is left whole).
+        init: what a modular layer starts from, see `initial_layer`.
+        share_memory: the modular layers start in the teacher's own memory, for an engine that copies every weight into
+            shards of its own before it trains; otherwise they are copies.
     """
 
-    def __init__(self, model: nn.Module, family: Family, granularities: Sequence[int], init: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        granularities: Sequence[int] | Mapping[str, Sequence[int]],
+        init: str,
+        *,
+        share_memory: bool = False,
+    ) -> None:
         super().__init__()
+        self.family = family
         self.shared: Any = family.take_shared(model)
         self.teacher: Any = nn.ModuleDict()
         self.modular: Any = nn.ModuleDict()
         self.spans: dict[str, tuple[Span, ...]] = {}
         for stack in STACKS:
             layers = family.layers(model, stack)
-            self.spans[stack] = modular_spans(len(layers), granularities)
+            own = granularities[stack] if isinstance(granularities, Mapping) else granularities
+            self.spans[stack] = modular_spans(len(layers), own)
             self.teacher[stack] = nn.ModuleList(TeacherLeaf(layer, family) for layer in layers)
             self.modular[stack] = nn.ModuleDict(
                 {
-                    str(span): ModularLeaf(copy.deepcopy(layers[span.first if init == "first" else span.last]), family)
+                    str(span): ModularLeaf(initial_layer(layers, span, init, share_memory=share_memory), family)
                     for span in self.spans[stack]
                 }
             )
@@ -137,22 +235,24 @@ class ModularModel(nn.Module):
         """Training does not turn dropout on: a modular layer learns from states of a teacher without dropout."""
         return super().train(False)
 
-    def forward(self, batch: MicroBatch, draw: Assembly | None) -> ModularOutputs:
+    def forward(self, batch: MicroBatch, draw: Assembly | None, wanted: Wanted | None = None) -> ModularOutputs:
         """One micro-batch through teacher and student.
 
         Args:
             draw: the assembly that the student takes; None for the local phase, where every modular layer is given the
                 teacher's own state at the start of its span, and nothing else is computed for the student.
+            wanted: losses to make of the distributions; None hands out the logits.
         """
         shared = self.shared
-        pairs: dict[str, HiddenPair] = {}
+        outputs = ModularOutputs({}, attention={"self": {}, "cross": {}})
+        capture = wanted is not None and wanted.attention
         inputs = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
         source_BSD = shared.embed("encoder", batch.source_BS)
         target_mask_BT = batch.labels_BT != -100
         # an example without targets only fills a micro-batch up: it counts nowhere
         counted_BS = batch.source_mask_BS & target_mask_BT.any(1, keepdim=True)
         teacher_BSD, student_BSD, same = self._run_stack(
-            "encoder", draw, source_BSD, None, None, True, inputs, counted_BS, pairs
+            "encoder", draw, source_BSD, None, None, True, inputs, counted_BS, counted_BS, outputs, capture
         )
         teacher_BSD = shared.finish("encoder", teacher_BSD)
         student_BSD = teacher_BSD if draw is None else shared.finish("encoder", student_BSD)
@@ -162,14 +262,43 @@ class ModularModel(nn.Module):
         inputs = StackInputs(bias, shared.cross_bias(batch.source_mask_BS))
         target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT))
         teacher_BTD, student_BTD, _ = self._run_stack(
-            "decoder", draw, target_BTD, teacher_BSD, student_BSD, same, inputs, target_mask_BT, pairs
+            "decoder",
+            draw,
+            target_BTD,
+            teacher_BSD,
+            student_BSD,
+            same,
+            inputs,
+            target_mask_BT,
+            batch.source_mask_BS,
+            outputs,
+            capture,
         )
         if draw is None:
-            return ModularOutputs(pairs)
+            return outputs
+        labels_N = batch.labels_BT[target_mask_BT]
         with torch.no_grad():
-            teacher_logits_NV = shared.logits(shared.finish("decoder", teacher_BTD[target_mask_BT]))
-        student_logits_NV = shared.logits(shared.finish("decoder", student_BTD[target_mask_BT]))
-        return ModularOutputs(pairs, student_logits_NV, teacher_logits_NV, batch.labels_BT[target_mask_BT])
+            teacher_ND = shared.finish("decoder", teacher_BTD[target_mask_BT])
+        student_ND = shared.finish("decoder", student_BTD[target_mask_BT])
+        if wanted is None:
+            with torch.no_grad():
+                teacher_logits_NV = shared.logits(teacher_ND)
+            return replace(
+                outputs,
+                student_logits_NV=shared.logits(student_ND),
+                teacher_logits_NV=teacher_logits_NV,
+                labels_N=labels_N,
+            )
+        needs_teacher = wanted.head.logit != 0
+        head = shared.head.losses(
+            student_ND,
+            teacher_ND if needs_teacher else None,
+            labels_N,
+            wanted.head,
+            wanted.upstream,
+            eager=wanted.eager,
+        )
+        return replace(outputs, labels_N=labels_N, head=head)
 
     def _run_stack(
         self,
@@ -181,9 +310,12 @@ class ModularModel(nn.Module):
         same: bool,
         inputs: StackInputs,
         mask_BL: torch.Tensor,
-        pairs: dict[str, HiddenPair],
+        source_mask_BS: torch.Tensor,
+        outputs: ModularOutputs,
+        capture: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """(teacher state, student state, still the same) after the last layer; adds the pairs at span ends.
+        """(teacher state, student state, still the same) after the last layer; adds the pairs at span ends to the
+        outputs.
 
         Args:
             same: the student has been the teacher so far; up to its first modular span it need not be computed.
@@ -191,7 +323,10 @@ class ModularModel(nn.Module):
         spans = draw.tiling(stack).spans if draw is not None else self.spans[stack]
         used = {span for span in spans if span.num_layers > 1}
         replaced = {layer for span in used for layer in range(span.first, span.last + 1)}
+        lasts = {span.last for span in used}
         ends: dict[Span, torch.Tensor] = {}
+        maps: dict[Span, dict[str, QueriesKeys]] = {}
+        teacher_maps: dict[int, dict[str, QueriesKeys]] = {}
         teacher_states = [embedded_BLD.detach()]
         student_BLD = embedded_BLD.detach().requires_grad_(torch.is_grad_enabled())
         for layer, teacher_leaf in enumerate(self.teacher[stack]):
@@ -199,23 +334,40 @@ class ModularModel(nn.Module):
                 leaf = self.modular[stack][str(span)]
                 if draw is None:
                     start_BLD = teacher_states[-1].detach().requires_grad_(torch.is_grad_enabled())
-                    ends[span] = leaf(start_BLD, teacher_encoded_BSD, True, inputs)
+                    ends[span], maps[span] = leaf.run(start_BLD, teacher_encoded_BSD, True, inputs, capture)
                     continue
                 if span in used and same:
                     student_BLD, same = _Splice.apply(student_BLD, teacher_states[-1]), False
                 # an input that gets no gradient would keep DeepSpeed from releasing the leaf: what is not used is None
                 encoded_BSD = student_encoded_BSD if span in used else None
-                student_BLD = leaf(student_BLD, encoded_BSD, span in used, inputs)
+                student_BLD, maps[span] = leaf.run(student_BLD, encoded_BSD, span in used, inputs, capture)
                 if span in used:
                     ends[span] = student_BLD
             use = draw is not None and not same and layer not in replaced
             encoded_BSD = student_encoded_BSD if use else None
-            teacher_BLD, student_BLD = teacher_leaf(
-                teacher_states[-1], student_BLD, teacher_encoded_BSD, encoded_BSD, use, inputs
+            teacher_BLD, student_BLD, teacher_maps[layer] = teacher_leaf(
+                teacher_states[-1],
+                student_BLD,
+                teacher_encoded_BSD,
+                encoded_BSD,
+                use,
+                inputs,
+                capture and layer in lasts,
             )
             teacher_states.append(teacher_BLD)
         for span, end_BLD in ends.items():
-            pairs[modular_name(stack, span)] = HiddenPair(
+            name = modular_name(stack, span)
+            for kind, (query, key) in maps[span].items():
+                outputs.attention[kind][name] = AttentionPair(
+                    query,
+                    key,
+                    *teacher_maps[span.last][kind],
+                    query_mask_BQ=mask_BL,
+                    key_mask_BS=mask_BL if kind == "self" else source_mask_BS,
+                    bias=inputs.bias(kind),
+                    scale=self.family.attentions(self.modular[stack][str(span)].layer)[kind].scale,
+                )
+            outputs.pairs[name] = HiddenPair(
                 student_BTD=end_BLD,
                 teacher_BTD=teacher_states[span.last + 1],
                 mask_BT=mask_BL,

@@ -34,6 +34,14 @@ class Span:
     def __str__(self) -> str:
         return f"{self.first}-{self.last}"
 
+    @staticmethod
+    def parse(text: str) -> Span:
+        """Inverse of str()."""
+        match = re.fullmatch(r"(\d+)-(\d+)", text)
+        if not match:
+            raise ValueError(f"{text!r} is not a span: write its first and last layer, such as 2-3")
+        return Span(int(match[1]), int(match[2]))
+
 
 def modular_spans(num_layers: int, granularities: Sequence[int]) -> tuple[Span, ...]:
     """All spans of two or more layers that get a modular layer, in order of (first, last).
@@ -148,6 +156,18 @@ def tilings(num_layers: int, spans: Sequence[Span]) -> Iterator[Tiling]:
             yield from extend((*prefix, length), first + length)
 
     return extend((), 0)
+
+
+def count_tilings(num_layers: int, spans: Sequence[Span]) -> list[int]:
+    """How many tilings the layers from each one on have, [num_layers + 1]; the first entry counts all of `tilings`.
+
+    c(first) = sum of c(first + length) over the lengths that may start there, c(num_layers) = 1.
+    """
+    lengths_at = _lengths_by_first(num_layers, spans)
+    counts = [0] * num_layers + [1]
+    for first in reversed(range(num_layers)):
+        counts[first] = sum(counts[first + length] for length in lengths_at[first])
+    return counts
 
 
 def tiling_of_size(num_layers: int, spans: Sequence[Span], num_spans: int) -> Tiling:

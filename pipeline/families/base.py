@@ -1,15 +1,23 @@
 """What the pipeline needs to know of a model family.
 
-Shapes: B examples, S source tokens, T target tokens, L tokens of a stack (S or T), D model width, H heads, N tokens.
+Shapes: B examples, S source tokens, T target tokens, L tokens of a stack (S or T), D model width, H heads, K width of a
+head, N tokens; in cached decoding R rows (examples, or examples x beams) and Q new tokens of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from pipeline.families.capture import Projections
+from pipeline.families.head import VocabularyHead
+from pipeline.sizes import ModelSizes
+from pipeline.spans import STACKS
 
 
 @dataclass(frozen=True)
@@ -17,28 +25,61 @@ class StackInputs:
     """Additive attention biases that every layer of one stack receives besides its states."""
 
     self_bias: torch.Tensor
-    """Position bias and mask of self-attention, [B or 1, H, L, L]; masked entries hold the dtype's minimum."""
+    """Position bias and mask of self-attention, [B or 1, H or 1, L, L]; masked entries hold the dtype's minimum.
+    With a cache L queries become the new ones alone."""
     cross_bias: torch.Tensor | None = None
     """Mask of cross-attention, [B, 1, 1, S]; None in the encoder."""
+
+    def bias(self, kind: str) -> torch.Tensor:
+        """The bias of "self" or "cross"."""
+        bias = self.self_bias if kind == "self" else self.cross_bias
+        assert bias is not None
+        return bias
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What attention looks at."""
+
+    keys: torch.Tensor
+    """[B, L, H, K]."""
+    values: torch.Tensor
+    """[B, L, H, K]."""
+
+
+class SelfCache(Protocol):
+    """Keys and values of self-attention in one decoder layer, of the tokens decoded so far."""
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        """Take in those of the new tokens, [R, Q, H, K]; returns all that the new tokens may look at, [R, T, H, K]."""
 
 
 class Shared(Protocol):
     """The teacher's parts around its layers: frozen, and used by teacher and student alike (an nn.Module)."""
 
-    def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
-        """Hidden states before the first layer, [B, L, D]."""
+    def embed(self, stack: str, ids_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Hidden states before the first layer, [B, L, D]; the ids stand at positions start, start + 1, ..."""
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         """Decoder input ids of labels, [B, T]."""
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
-        """Additive self-attention bias [B or 1, H, L, L] for a mask of real tokens."""
+    def self_bias(self, stack: str, mask_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Additive self-attention bias [B, H or 1, L - start, L] for a mask of real tokens; queries from `start` on."""
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         """Additive cross-attention bias [B, 1, 1, S]."""
 
+    def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
+        """States before the first decoder layer of tokens at these positions, [R, Q, D]; positions [R or 1, Q]."""
+
+    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """Additive decoder self-attention bias of tokens at these positions over the first `num_keys` positions, later
+        ones masked, [R or 1, H or 1, Q, num_keys]; positions [R or 1, Q]."""
+
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """What follows the last layer of a stack."""
+
+    head: VocabularyHead
 
     def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of finished decoder states [N, D]."""
@@ -48,9 +89,11 @@ class Family(Protocol):
     """Knowledge of one model family; holds no state."""
 
     depth_keys: ClassVar[dict[str, str]]
-    """Config key that holds the number of layers, by stack."""
+    """Config key to read the number of layers from, by stack."""
     vocabulary_weights: ClassVar[tuple[str, ...]]
-    """Names of the weights with one row for each token of the vocabulary."""
+    """Names of the weights with one entry for each token of the vocabulary."""
+    position_weights: ClassVar[tuple[str, ...]]
+    """Names of the weights with one row for each position."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""
@@ -61,13 +104,92 @@ class Family(Protocol):
     def is_shared_weight(self, name_in_layer: str) -> bool:
         """True for a weight that is stored in layer 0 but belongs to the stack, such as T5's relative position bias."""
 
+    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
+        """All entries of a Hugging Face config that say how many layers (encoder, decoder) have."""
+
+    def max_positions(self, config: Any) -> int | None:
+        """Tokens of the longest text that a model with this Hugging Face config takes; None where any length goes."""
+
+    def disable_layer_drop(self, model: nn.Module) -> None:
+        """Make training use every layer in every step: random depth is the draws' business, and ranks must agree."""
+
     def take_shared(self, model: nn.Module) -> Shared:
         """What is neither a teacher layer nor a modular layer, as one module; takes it out of the layers."""
 
     def call_layer(
-        self, layer: nn.Module, hidden_BLD: torch.Tensor, encoded_BSD: torch.Tensor | None, inputs: StackInputs
+        self,
+        layer: nn.Module,
+        hidden_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        inputs: StackInputs,
+        cache: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
-        """Hidden states after one layer, [B, L, D]; a decoder layer attends to the encoder's output `encoded_BSD`."""
+        """Hidden states after one layer, [B, L, D]; a decoder layer attends to the encoder's output `encoded_BSD`.
+
+        With a cache, `hidden_BLD` are the new positions alone; keys and values are kept under the layer's index
+        (`set_layer_index`).
+        """
+
+    def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
+        """What a decoder layer's cross-attention makes of the encoder's output: the same for every token decoded."""
+
+    def call_cached(
+        self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
+    ) -> torch.Tensor:
+        """Hidden states of new tokens after one decoder layer, [R, Q, D].
+
+        Args:
+            cross: of B encoder outputs; the rows of one output follow each other, R / B of them.
+            inputs: self_bias as from Shared.bias_at, cross_bias [B, 1, 1, S].
+        """
+
+    def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
+        """Make a layer fit for place `index` of an assembled Hugging Face stack, where `first` is the teacher's first
+        layer: it takes the index by which caches keep keys and values, and at place 0 what the stack keeps there."""
+
+    def set_layers(self, model: nn.Module, encoder: nn.ModuleList, decoder: nn.ModuleList) -> None:
+        """Put these layers in place of a model's own, with configs of the model's own that say so."""
+
+    def attentions(self, layer: nn.Module) -> dict[str, Projections]:
+        """Where a layer's attentions get their queries and keys from: "self", and "cross" in the decoder."""
 
     def lr_factor(self, name: str, config: Any) -> float:
         """Learning-rate factor of a parameter, by its name and the model's Hugging Face config."""
+
+
+def shift_right(labels_BT: torch.Tensor, *, start_id: int, pad_id: int) -> torch.Tensor:
+    """Labels moved one to the right behind the start token; padding labels (-100) become the pad token."""
+    shifted_BT = torch.roll(labels_BT, 1, dims=1)
+    shifted_BT = shifted_BT.masked_fill(shifted_BT == -100, pad_id)
+    shifted_BT[:, 0] = start_id
+    return shifted_BT
+
+
+def set_layer_index(layer: nn.Module, index: int) -> None:
+    """Give a layer its place in an assembled stack: caches keep keys and values by this index."""
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            cast(Any, module).layer_idx = index
+
+
+def sizes_of(weights: Mapping[str, torch.Tensor], family: Family) -> ModelSizes:
+    """Sizes of a model's parts, from its weights by name, each once."""
+    layers: dict[str, dict[str, int]] = {stack: {} for stack in STACKS}
+    embeddings = rest = 0
+    for name, weight in weights.items():
+        stack = next((stack for stack in STACKS if name.startswith(family.layer_prefix(stack))), None)
+        index, _, in_layer = name.removeprefix(family.layer_prefix(stack) if stack else "").partition(".")
+        if stack and not family.is_shared_weight(in_layer):
+            layers[stack][index] = layers[stack].get(index, 0) + weight.numel()
+        elif name in family.vocabulary_weights + family.position_weights:
+            embeddings += weight.numel()
+        else:
+            rest += weight.numel()
+    return ModelSizes(
+        num_layers=(len(layers["encoder"]), len(layers["decoder"])),
+        encoder_layer=layers["encoder"]["0"],
+        decoder_layer=layers["decoder"]["0"],
+        embeddings=embeddings,
+        rest=rest,
+        bytes_per_parameter=max(weight.element_size() for weight in weights.values()),
+    )

@@ -1,20 +1,25 @@
 """T5 v1.0, T5 v1.1, Flan-T5 and mT5, on the installed transformers' own layer classes.
 
-Shapes: B examples, S source tokens, T target tokens, L tokens of a stack, D model width, H heads, N tokens, V
-vocabulary.
+Shapes: B examples, S source tokens, T target tokens, L tokens of a stack, D model width, H heads, K width of a head, N
+tokens, V vocabulary; in cached decoding R rows and Q new tokens of each.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pipeline.families.base import StackInputs
+from pipeline.families.attention import attend, attend_across, heads
+from pipeline.families.base import KeysValues, SelfCache, StackInputs, set_layer_index, shift_right
+from pipeline.families.capture import Projections
+from pipeline.families.head import VocabularyHead
 
 
 class PositionBias(nn.Module):
@@ -27,10 +32,11 @@ class PositionBias(nn.Module):
         self.num_buckets = attention.relative_attention_num_buckets
         self.max_distance = attention.relative_attention_max_distance
 
-    def forward(self, mask_BL: torch.Tensor) -> torch.Tensor:
-        """Additive self-attention bias [B, H, L, L]; keys that are padding (or later, in a decoder) are masked."""
+    def forward(self, mask_BL: torch.Tensor, start: int) -> torch.Tensor:
+        """Additive self-attention bias [B, H, L - start, L]; keys that are padding (or later, in a decoder) are
+        masked."""
         positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-        distance_LL = positions_L[None, :] - positions_L[:, None]
+        distance_LL = positions_L[None, :] - positions_L[start:, None]
         buckets_LL = T5Attention._relative_position_bucket(
             distance_LL, self.bidirectional, self.num_buckets, self.max_distance
         )
@@ -39,6 +45,16 @@ class PositionBias(nn.Module):
         if not self.bidirectional:
             visible = visible & (distance_LL <= 0)
         return torch.where(visible, bias_HLL, torch.finfo(bias_HLL.dtype).min)
+
+    def at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """The rows of the bias that belong to these positions, over keys 0..num_keys-1, [R or 1, H, Q, num_keys]."""
+        assert not self.bidirectional
+        keys_T = torch.arange(num_keys, device=positions_RQ.device)
+        buckets_T = T5Attention._relative_position_bucket(-keys_T, False, self.num_buckets, self.max_distance)
+        by_distance_HT = self.table(buckets_T).T
+        distance_RQT = positions_RQ[:, :, None] - keys_T
+        bias_HRQT = by_distance_HT[:, distance_RQT.clamp(min=0)]
+        return torch.where(distance_RQT >= 0, bias_HRQT, torch.finfo(bias_HRQT.dtype).min).transpose(0, 1)
 
 
 class T5Shared(nn.Module):
@@ -56,36 +72,39 @@ class T5Shared(nn.Module):
         self.norm = nn.ModuleDict(
             {"encoder": model.encoder.final_layer_norm, "decoder": model.decoder.final_layer_norm}
         )
-        self.head = model.lm_head
         config = model.config
         scaled = getattr(config, "scale_decoder_outputs", False)
-        self.head_scale = config.d_model**-0.5 if scaled else 1.0
+        self.head = VocabularyHead(model.lm_head, config.d_model**-0.5 if scaled else 1.0)
         self.pad_id = int(config.pad_token_id or 0)
         self.start_id = int(config.decoder_start_token_id)
 
-    def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
+    def embed(self, stack: str, ids_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
         return self.embedding(ids_BL)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
-        """Labels moved one to the right behind the start token; padding labels (-100) become the pad token."""
-        shifted_BT = torch.roll(labels_BT, 1, dims=1).masked_fill(torch.roll(labels_BT, 1, dims=1) == -100, self.pad_id)
-        shifted_BT[:, 0] = self.start_id
-        return shifted_BT
+        return shift_right(labels_BT, start_id=self.start_id, pad_id=self.pad_id)
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
-        return self.bias[stack](mask_BL)
+    def self_bias(self, stack: str, mask_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+        return self.bias[stack](mask_BL, start)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         dtype = self.embedding.weight.dtype
         bias_BS = torch.zeros(mask_BS.shape, dtype=dtype, device=mask_BS.device)
         return bias_BS.masked_fill(~mask_BS, torch.finfo(dtype).min)[:, None, None, :]
 
+    def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
+        return self.embedding(ids_RQ)
+
+    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+        bias: Any = self.bias["decoder"]
+        return bias.at(positions_RQ, num_keys)
+
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return self.norm[stack](hidden_BLD)
 
     def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of final-normed decoder states [N, D]."""
-        return self.head(normed_ND * self.head_scale)
+        return self.head(normed_ND)
 
 
 class T5Family:
@@ -99,6 +118,8 @@ class T5Family:
         "decoder.embed_tokens.weight",
     )
 
+    position_weights: ClassVar[tuple[str, ...]] = ()
+
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return getattr(model, stack).block
 
@@ -107,6 +128,19 @@ class T5Family:
 
     def is_shared_weight(self, name_in_layer: str) -> bool:
         return name_in_layer == "layer.0.SelfAttention.relative_attention_bias.weight"
+
+    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
+        """`decoder_layers` is no key of T5's, but what transformers' `get_text_config(decoder=True)` goes by where it
+        is there; without it `generate` makes a cache of as many layers as the ENCODER has, which is too short for a
+        decoder that is deeper (seen with transformers 5.17: IndexError)."""
+        encoder, decoder = num_layers
+        return {"num_layers": encoder, "num_decoder_layers": decoder, "decoder_layers": decoder}
+
+    def max_positions(self, config: Any) -> int | None:
+        return None  # relative positions: far ones share a bucket
+
+    def disable_layer_drop(self, model: nn.Module) -> None:
+        pass  # T5 has none
 
     def take_shared(self, model: nn.Module) -> T5Shared:
         shared = T5Shared(cast(T5ForConditionalGeneration, model))
@@ -117,15 +151,73 @@ class T5Family:
         return shared
 
     def call_layer(
-        self, layer: nn.Module, hidden_BLD: torch.Tensor, encoded_BSD: torch.Tensor | None, inputs: StackInputs
+        self,
+        layer: nn.Module,
+        hidden_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        inputs: StackInputs,
+        cache: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
         outputs: tuple[Any, ...] = layer(
             hidden_BLD,
             position_bias=inputs.self_bias,
             encoder_hidden_states=encoded_BSD,
             encoder_decoder_position_bias=inputs.cross_bias,
+            past_key_values=cache,
         )
         return outputs[0]
+
+    def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
+        attention: Any = layer.get_submodule("layer.1.EncDecAttention")
+        width = attention.key_value_proj_dim
+        return KeysValues(heads(attention.k(encoded_BSD), width), heads(attention.v(encoded_BSD), width))
+
+    def call_cached(
+        self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
+    ) -> torch.Tensor:
+        self_block, cross_block, feed_forward = cast(Any, layer).layer
+        attention = self_block.SelfAttention
+        width = attention.key_value_proj_dim
+        normed_RQD = self_block.layer_norm(hidden_RQD)
+        seen = cache.extend(KeysValues(heads(attention.k(normed_RQD), width), heads(attention.v(normed_RQD), width)))
+        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, inputs.self_bias, scale=1.0)
+        hidden_RQD = _within_fp16(hidden_RQD + attention.o(attended_RQX))
+
+        attention = cross_block.EncDecAttention
+        queries_RQHK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), width)
+        attended_RQX = attend_across(queries_RQHK, cross, inputs.cross_bias, scale=1.0)
+        hidden_RQD = _within_fp16(hidden_RQD + attention.o(attended_RQX))
+        return _within_fp16(feed_forward(hidden_RQD))
+
+    def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
+        set_layer_index(layer, index)
+        attention, kept = (cast(Any, each.get_submodule("layer.0.SelfAttention")) for each in (layer, first))
+        attention.has_relative_attention_bias = index == 0
+        if index == 0:
+            attention.relative_attention_bias = kept.relative_attention_bias
+        elif hasattr(attention, "relative_attention_bias"):
+            del attention.relative_attention_bias
+
+    def set_layers(self, model: nn.Module, encoder: nn.ModuleList, decoder: nn.ModuleList) -> None:
+        entries = self.depth_entries((len(encoder), len(decoder)))
+        config: Any = copy.deepcopy(model.config)
+        config.update(entries)
+        cast(Any, model).config = config
+        for stack, layers in (("encoder", encoder), ("decoder", decoder)):
+            part: Any = model.get_submodule(stack)
+            part.block = layers
+            part.config = copy.deepcopy(part.config)
+            part.config.update({**entries, "num_layers": len(layers)})
+
+    def attentions(self, layer: nn.Module) -> dict[str, Projections]:
+        blocks = cast(Any, layer).layer
+        found = {"self": blocks[0].SelfAttention}
+        if len(blocks) == 3:
+            found["cross"] = blocks[1].EncDecAttention
+        return {
+            name: Projections(each.q, each.k, each.n_heads, each.key_value_proj_dim, 1.0)
+            for name, each in found.items()
+        }
 
     def lr_factor(self, name: str, config: Any) -> float:
         """Factors that let AdamW train T5's parametrisation, whose initial scales differ by group.
@@ -142,6 +234,15 @@ class T5Family:
         if "layer_norm" in name:
             return 2.0
         return 1.0
+
+
+def _within_fp16(hidden_RQD: torch.Tensor) -> torch.Tensor:
+    """What T5Block does in float16 alone: infinities become large numbers."""
+    if hidden_RQD.dtype != torch.float16:
+        return hidden_RQD
+    limit = torch.finfo(torch.float16).max
+    limits = torch.where(torch.isinf(hidden_RQD).any(), limit - 1000, limit)
+    return torch.clamp(hidden_RQD, min=-limits, max=limits)
 
 
 def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditionalGeneration:

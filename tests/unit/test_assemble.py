@@ -7,34 +7,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from pipeline.assemble import Parts, describe, requested_assemblies, write_checkpoint
-from pipeline.config import AssembleConfig, Recipe
+from pipeline import assemble
+from pipeline.assemble import Parts, coarsest_of, describe, requested_assemblies, write_checkpoint
+from pipeline.config import AssembleConfig, DistillConfig, Recipe
 from pipeline.rundir import RunDir
-from pipeline.spans import Assembly
-from tests.tiny import random_batch, tiny_t5
-from tests.unit.test_modular import hf_logits, modular_of, perturb
+from pipeline.spans import Assembly, modular_spans, tilings
+from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
+from tests.unit.test_modular import modular_of, perturb
+from tests.unit.test_switching import generated, save_library
 
-KINDS = ["v1.0", "v1.1", "mt5"]
 
-
-def make_run(tmp_path, kind):
+def make_run(tmp_path, kind, num_layers=6, granularities=(2, 3, 6)):
     """(run, modular model) with a teacher folder and the module library of the modular model."""
     run = RunDir(tmp_path)
-    teacher = tiny_t5(kind)
+    teacher = tiny_model(kind, num_layers, num_layers)
     teacher.save_pretrained(run.teacher_model)
-    modular = modular_of(teacher)
+    modular = modular_of(teacher, granularities=granularities)
     perturb(modular)
-    run.library.mkdir(parents=True)
-    weights = {
-        f"{stack}.{span}.{name}": weight.contiguous()
-        for stack, leaves in modular.modular.items()
-        for span, leaf in leaves.items()
-        for name, weight in leaf.layer.state_dict().items()
-    }
-    save_file(weights, run.library / "modular.safetensors")
+    save_library(modular, run)
     return run, modular
 
 
@@ -52,6 +45,98 @@ def test_plain_transformers_computes_what_training_computed(tmp_path, kind, text
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(hf_logits(again, batch), hf_logits(loaded, batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_assembly_survives_saving_and_plain_loading(tmp_path, kind):
+    """All tilings of 3+3 layers, among them encoders much shallower than their decoders: equal logits and equal beam-4
+    output, in memory, from the folder, and from a folder that plain transformers saved again."""
+    run, _ = make_run(tmp_path, kind, num_layers=3, granularities=(2, 3))
+    parts = Parts.of(run)
+    every = list(tilings(3, modular_spans(3, (2, 3))))
+    assert len(every) == 3
+    batch = random_batch(4)
+    for assembly in (Assembly(encoder, decoder) for encoder in every for decoder in every):
+        write_checkpoint(parts, assembly, tmp_path / "out")
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+        loaded.save_pretrained(tmp_path / "again")
+        models = (
+            parts.models.assembly(assembly),
+            loaded,
+            AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval(),
+        )
+        logits, beams = [hf_logits(m, batch) for m in models], [generated(m, batch, 4) for m in models]
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[1], logits[2])
+        assert torch.equal(beams[0], beams[1])
+        assert torch.equal(beams[1], beams[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teachers_own_checkpoint_is_bitwise_the_teacher(tmp_path, kind):
+    run, _ = make_run(tmp_path, kind)
+    write_checkpoint(Parts.of(run), Assembly.parse("e1x6-d1x6"), tmp_path / "out")
+    ours, teacher = (AutoModelForSeq2SeqLM.from_pretrained(f).eval() for f in (tmp_path / "out", run.teacher_model))
+    batch = random_batch(5)
+    assert torch.equal(hf_logits(ours, batch), hf_logits(teacher, batch))
+    for num_beams in (1, 4):
+        assert torch.equal(generated(ours, batch, num_beams), generated(teacher, batch, num_beams))
+
+
+def damage_a_weight(weights, config):
+    name = next(name for name in weights if name.endswith("wo.weight"))
+    weights[name] = weights[name] * 1.001
+
+
+def lose_a_weight(weights, config):
+    del weights["decoder.block.0.layer.1.layer_norm.weight"]
+
+
+def change_the_depth(weights, config):
+    config["num_layers"] = 3
+
+
+def swap_two_layers(weights, config):
+    for name in [name for name in weights if name.startswith("encoder.block.0.") and "relative" not in name]:
+        other = name.replace("block.0", "block.1")
+        weights[name], weights[other] = weights[other], weights[name]
+
+
+def change_the_scale(weights, config):
+    config["scale_decoder_outputs"] = not config["scale_decoder_outputs"]
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_a_weight, lose_a_weight, change_the_depth, swap_two_layers, change_the_scale]
+)
+def test_what_does_not_read_back_is_never_published(tmp_path, monkeypatch, damage):
+    run, _ = make_run(tmp_path, "v1.0")
+    parts = Parts.of(run)
+    real = assemble.save_file
+
+    def save_damaged(weights, path, metadata):
+        config_path = path.with_name("config.json")
+        config = json.loads(config_path.read_text())
+        damage(weights, config)
+        config_path.write_text(json.dumps(config))
+        real(weights, path, metadata)
+
+    monkeypatch.setattr(assemble, "save_file", save_damaged)
+    with pytest.raises(ValueError, match="not published"):
+        write_checkpoint(parts, Assembly.parse("e3x2-d2x3"), tmp_path / "out" / "e3x2-d2x3")
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.undo()
+    write_checkpoint(parts, Assembly.parse("e3x2-d2x3"), tmp_path / "out" / "e3x2-d2x3")
+    assert (tmp_path / "out" / "e3x2-d2x3" / "model.safetensors").is_file()
+
+
+def test_an_alias_of_the_depth_does_not_win_over_it(tmp_path):
+    """As in facebook/bart-large's config.json: transformers reads num_hidden_layers as the encoder's depth."""
+    run, _ = make_run(tmp_path, "bart")
+    path = run.teacher_model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 6}))
+    write_checkpoint(Parts.of(run), Assembly.parse("e3x2-d1x6"), tmp_path / "out")
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.encoder_layers == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,6 +169,16 @@ def test_sizes_count_the_vocabulary_apart(tmp_path):
     assert system.ratio_layers == 6
 
 
+def test_a_stack_left_whole_is_never_asked_for_modular_layers():
+    distill = DistillConfig(granularities=(2, 3), encoder_granularities=())
+    recipe = Recipe(distill=distill, assemble=AssembleConfig(ratios=(1.2, 1.5)))
+    assert list(map(str, requested_assemblies(recipe, (6, 6)))) == ["e1x6-d1x6", "e1x6-d1x2.2x2", "e1x6-d3x2"]
+    assert str(coarsest_of(recipe, (6, 6))) == "e1x6-d3x2"
+    bad = replace(recipe, assemble=AssembleConfig(ratios=(), assemblies=("e2x3-d1x6",)))
+    with pytest.raises(ValueError, match="modular layers for none of them"):
+        requested_assemblies(bad, (6, 6))
+
+
 def test_requests_name_each_assembly_once_and_refuse_what_does_not_fit():
     recipe = Recipe(assemble=AssembleConfig(ratios=(1.1, 6.0), assemblies=("e2x3-d1x6",)))
     requests = requested_assemblies(recipe, (6, 6))
@@ -93,3 +188,17 @@ def test_requests_name_each_assembly_once_and_refuse_what_does_not_fit():
         bad = replace(recipe, assemble=AssembleConfig(assemblies=(wrong,)))
         with pytest.raises(ValueError, match=f"assembly {wrong} does not fit"):
             requested_assemblies(bad, (6, 6))
+
+
+@pytest.mark.parametrize("text", ["e6-d1x6", "e3x2-d2x3", "e1x6-d6"])
+def test_either_stack_may_be_the_deeper_one(tmp_path, text):
+    """transformers takes the length of the cache from the encoder: a deeper decoder needs a key in its config."""
+    run, _ = make_run(tmp_path, "v1.1")
+    write_checkpoint(Parts.of(run), Assembly.parse(text), tmp_path / "out")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    sources = random_batch(1).source_BS
+    with_cache, without = (
+        model.generate(sources, attention_mask=sources != 0, max_new_tokens=6, min_new_tokens=6, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)

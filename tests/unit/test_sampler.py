@@ -2,46 +2,153 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pipeline.config import SAMPLERS, DistillConfig, OptimConfig
 from pipeline.sampler import Sampler
 from pipeline.spans import modular_spans, tilings
 
-SPANS = modular_spans(6, (2, 3, 6))
+LOCAL_STEPS, NUM_STEPS = 100, 1100
 
 
-def sampler(coarse_weight: float, seed: int = 1) -> Sampler:
-    return Sampler(
-        seed=seed, num_layers=(6, 6), spans=(SPANS, SPANS), granularities=(2, 3, 6), coarse_weight=coarse_weight
-    )
+def sampler(name: str = "stratified", *, seed: int = 1, layers=(6, 6), granularities=(2, 3, 6), **fields) -> Sampler:
+    optim = OptimConfig(num_steps=NUM_STEPS)
+    config = DistillConfig(sampler=name, granularities=granularities, local_steps=LOCAL_STEPS, optim=optim, **fields)
+    encoder, decoder = (modular_spans(num_layers, granularities) for num_layers in layers)
+    return Sampler(config, seed=seed, num_layers=layers, spans=(encoder, decoder))
 
 
-def test_a_draw_depends_on_nothing_but_its_place():
-    first, second = sampler(0.5), sampler(0.5)
-    forwards = [first.draw(step, 3) for step in range(50)]
-    backwards = [second.draw(step, 3) for step in reversed(range(50))]
+def encoders(draws: Sampler, steps=range(100, 1100), num_micro_batches: int = 4) -> Counter[str]:
+    return Counter(str(draws.draw(step, index).encoder) for step in steps for index in range(num_micro_batches))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_draw_depends_on_nothing_but_its_place(name):
+    first, second = sampler(name), sampler(name)
+    steps = range(100, 1100, 20)
+    forwards = [first.draw(step, 3) for step in steps]
+    backwards = [second.draw(step, 3) for step in reversed(steps)]
     assert forwards == backwards[::-1]
-    assert forwards != [sampler(0.5, seed=2).draw(step, 3) for step in range(50)]
-    assert len({str(first.draw(9, index)) for index in range(50)}) > 10
+    assert forwards != [sampler(name, seed=2).draw(step, 3) for step in steps]
+    assert len({str(first.draw(900, index)) for index in range(50)}) > 5
 
 
-def test_uniform_draws_are_uniform_over_all_tilings():
-    everything = {str(tiling) for tiling in tilings(6, SPANS)}
-    counts = Counter(str(sampler(0.0).draw(step, 0).decoder) for step in range(4000))
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SAMPLERS),
+    st.tuples(st.integers(2, 13), st.integers(2, 13)),
+    st.lists(st.integers(2, 7), min_size=1, max_size=3, unique=True),
+    st.integers(LOCAL_STEPS, NUM_STEPS - 1),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_every_draw_is_made_of_the_spans_and_holds_a_modular_layer(name, layers, granularities, step, ramp):
+    draw = sampler(name, layers=layers, granularities=tuple(granularities), ramp=ramp).draw(step, 0)
+    assert draw.num_layers < draw.num_teacher_layers
+    for tiling, num_layers in zip((draw.encoder, draw.decoder), layers, strict=True):
+        spans = modular_spans(num_layers, granularities)
+        assert tiling.num_teacher_layers == num_layers
+        assert all(span.num_layers == 1 or span in spans for span in tiling.spans)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("decoder", [(), (3,)])
+def test_stacks_of_different_granularities_are_drawn_from_their_own(name, decoder):
+    config = DistillConfig(
+        sampler=name, granularities=(2, 4), decoder_granularities=decoder, optim=OptimConfig(num_steps=NUM_STEPS)
+    )
+    spans = modular_spans(8, (2, 4)), modular_spans(6, decoder)
+    draws = Sampler(config, seed=0, num_layers=(8, 6), spans=spans)
+    found = [draws.draw(step, index) for step in range(400, NUM_STEPS, 25) for index in range(4)]
+    for side, own in (("encoder", spans[0]), ("decoder", spans[1])):
+        drawn = {span for draw in found for span in draw.tiling(side).spans if span.num_layers > 1}
+        assert drawn == set(own)
+
+
+def test_the_draws_of_the_demo_are_what_its_figures_were_measured_with():
+    config = DistillConfig(local_steps=360, optim=OptimConfig(num_steps=900))
+    spans = modular_spans(6, (2, 3, 6))
+    draws = Sampler(config, seed=0, num_layers=(6, 6), spans=(spans, spans))
+    text = " ".join(str(draws.draw(step, index)) for step in range(360, 900) for index in (0, 1))
+    digest = "e6e07515eae7e0fba84feea2b3bd40fddd66cf124d486cfd781b4023ec1655df"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("draws", [sampler("uniform"), sampler("stratified", coarse_weight=0.0)])
+def test_uniform_draws_are_uniform_over_all_tilings(draws):
+    everything = {str(tiling) for tiling in tilings(6, modular_spans(6, (2, 3, 6)))}
+    counts = encoders(draws)
     assert set(counts) == everything
     expected = 4000 / len(everything)
     assert all(abs(count - expected) < 6 * expected**0.5 for count in counts.values())
 
 
 def test_coarse_draws_come_in_proportion_to_their_granularity():
-    counts = Counter(str(sampler(1.0).draw(step, 0).encoder) for step in range(4000))
+    counts = encoders(sampler(coarse_weight=1.0))
     assert set(counts) == {"2x3", "3x2", "6"}
     for tiling, weight in (("2x3", 2), ("3x2", 3), ("6", 6)):
         assert counts[tiling] / 4000 == pytest.approx(weight / 11, abs=0.04)
 
 
-def test_every_draw_holds_a_modular_layer():
-    draws = [sampler(0.0).draw(step, 0) for step in range(2000)]
-    assert all(draw.num_layers < draw.num_teacher_layers for draw in draws)
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
+def test_a_sandwich_is_half_the_coarsest_whatever_the_batch(num_micro_batches):
+    draws = sampler("sandwich")
+    drawn = [str(draws.draw(step, index)) for step in range(100, 1100) for index in range(num_micro_batches)]
+    expected = 1 / 2 + 1 / 2 / 14**2
+    assert drawn.count("e6-d6") / len(drawn) == pytest.approx(expected, abs=0.02)
+    assert len(set(drawn)) > 150
+    if num_micro_batches > 1:  # both halves in every step
+        assert all("e6-d6" in drawn[first : first + 2] for first in range(0, len(drawn), num_micro_batches))
+
+
+def test_theseus_with_one_granularity_throws_an_independent_coin_for_each_span():
+    """The rates of the spans and of their pairs, before and after the jump to 1."""
+    draws = sampler("theseus-constant", granularities=(2,), replace_rate=0.3, ramp=0.6, layers=(6, 12))
+    early = [draws.draw(step, index) for step in range(100, 700) for index in range(10)]
+    replaced = [[1 if length == 2 else 0 for length in _pairs(draw.decoder)] for draw in early]
+    num_draws = len(replaced)
+    for i in range(6):
+        assert sum(each[i] for each in replaced) / num_draws == pytest.approx(0.3, abs=0.035)
+        for j in range(i):
+            assert sum(each[i] * each[j] for each in replaced) / num_draws == pytest.approx(0.09, abs=0.025)
+    assert {str(draws.draw(step, 0)) for step in range(700, 1100)} == {"e2x3-d2x6"}
+    assert str(draws.draw(699, 0)) != "e2x3-d2x6"
+
+
+def _pairs(tiling) -> list[int]:
+    """Length of the span that covers each pair of layers (0, 1), (2, 3), ..."""
+    by_first = {span.first: span.num_layers for span in tiling.spans}
+    return [by_first[first] for first in range(0, tiling.num_teacher_layers, 2)]
+
+
+def test_the_linear_rate_rises_over_the_ramp():
+    draws = sampler("theseus-linear", granularities=(3,), replace_rate=0.2, ramp=0.8, layers=(12, 12))
+
+    def share(steps) -> float:
+        tiled = [draws.draw(step, index) for step in steps for index in range(10)]
+        return sum(length == 3 for draw in tiled for length in draw.decoder.lengths) / (4 * len(tiled))
+
+    for middle, rate in ((200, 0.3), (500, 0.6), (800, 0.9)):
+        assert share(range(middle - 50, middle + 50)) == pytest.approx(rate, abs=0.03)
+    assert share(range(900, 1100)) == 1
+
+
+def test_theseus_with_several_granularities_takes_each_that_starts_there_alike():
+    counts = encoders(sampler("theseus-constant", replace_rate=1.0))
+    assert set(counts) == {"2x3", "3x2", "6"}
+    assert all(count / 4000 == pytest.approx(1 / 3, abs=0.04) for count in counts.values())
+
+
+@pytest.mark.parametrize(("name", "in_turn"), [("coarse-to-fine", (6, 3, 2)), ("fine-to-coarse", (2, 3, 6))])
+def test_a_curriculum_admits_one_granularity_after_the_other(name, in_turn):
+    draws = sampler(name, ramp=0.5)
+    for part, steps in enumerate([range(100, 350), range(350, 600), range(600, 1100)]):
+        admitted = in_turn[: part + 1]
+        lengths = {
+            length for step in steps for i in range(3) for length in map(int, draws.draw(step, i).encoder.lengths)
+        }
+        assert lengths == {1, *admitted}

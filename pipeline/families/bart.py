@@ -1,0 +1,184 @@
+"""BART, on the installed transformers' own layer classes.
+
+Shapes: B examples, S source tokens, T target tokens, L tokens of a stack, D model width, H heads, K width of a head, N
+tokens, V vocabulary; in cached decoding R rows and Q new tokens of each.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from transformers import BartForConditionalGeneration
+from transformers.cache_utils import EncoderDecoderCache
+
+from pipeline.families.attention import attend, attend_across, heads
+from pipeline.families.base import KeysValues, SelfCache, StackInputs, set_layer_index, shift_right
+from pipeline.families.capture import Projections
+from pipeline.families.head import VocabularyHead
+
+
+class BartShared(nn.Module):
+    """Embeddings, their norms and the head: frozen, and used by teacher and student alike.
+
+    Positions are learned and enter here, not in the layers, so a layer can stand anywhere. Layers normalise after the
+    residual sum, so that nothing follows the last one.
+    """
+
+    def __init__(self, model: BartForConditionalGeneration) -> None:
+        super().__init__()
+        stacks = {"encoder": model.model.encoder, "decoder": model.model.decoder}
+        self.tokens = nn.ModuleDict({name: stack.embed_tokens for name, stack in stacks.items()})
+        self.positions = nn.ModuleDict({name: stack.embed_positions for name, stack in stacks.items()})
+        self.norm = nn.ModuleDict({name: stack.layernorm_embedding for name, stack in stacks.items()})
+        self.head = VocabularyHead(model.lm_head, bias_1V=model.final_logits_bias)
+        config: Any = model.config
+        self.pad_id = int(config.pad_token_id)
+        self.start_id = int(config.decoder_start_token_id)
+
+    def embed(self, stack: str, ids_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+        positions_BLD = self.positions[stack](ids_BL, past_key_values_length=start)
+        return self.norm[stack](self.tokens[stack](ids_BL) + positions_BLD)
+
+    def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
+        table: Any = self.positions["decoder"]
+        # guesses may reach behind the last position; they are never kept
+        positions_RQ = positions_RQ.clamp(max=len(table.weight) - table.offset - 1)
+        positions_RQD = table(ids_RQ, position_ids=positions_RQ)[0]  # the table adds a dimension in front
+        return self.norm["decoder"](self.tokens["decoder"](ids_RQ) + positions_RQD)
+
+    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+        keys_T = torch.arange(num_keys, device=positions_RQ.device)
+        return self._masked(keys_T <= positions_RQ[:, None, :, None])
+
+    def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
+        return shift_right(labels_BT, start_id=self.start_id, pad_id=self.pad_id)
+
+    def self_bias(self, stack: str, mask_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+        visible = mask_BL[:, None, None, :]
+        if stack == "decoder":
+            positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+            visible = visible & (positions_L[None, :] <= positions_L[start:, None])
+        return self._masked(visible)
+
+    def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
+        return self._masked(mask_BS[:, None, None, :])
+
+    def _masked(self, visible: torch.Tensor) -> torch.Tensor:
+        dtype = self.head.weight.dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+    def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        return hidden_BLD
+
+    def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
+        return self.head(normed_ND)
+
+
+class BartFamily:
+    """See pipeline.families.base.Family."""
+
+    depth_keys: ClassVar[dict[str, str]] = {"encoder": "encoder_layers", "decoder": "decoder_layers"}
+    vocabulary_weights: ClassVar[tuple[str, ...]] = (
+        "model.shared.weight",
+        "lm_head.weight",
+        "model.encoder.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+        "final_logits_bias",
+    )
+    position_weights: ClassVar[tuple[str, ...]] = (
+        "model.encoder.embed_positions.weight",
+        "model.decoder.embed_positions.weight",
+    )
+
+    def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
+        return cast(nn.ModuleList, model.get_submodule(f"model.{stack}.layers"))
+
+    def layer_prefix(self, stack: str) -> str:
+        return f"model.{stack}.layers."
+
+    def is_shared_weight(self, name_in_layer: str) -> bool:
+        return False
+
+    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
+        return {"encoder_layers": num_layers[0], "decoder_layers": num_layers[1]}
+
+    def max_positions(self, config: Any) -> int | None:
+        return config.max_position_embeddings
+
+    def disable_layer_drop(self, model: nn.Module) -> None:
+        config: Any = model.config
+        config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+        for stack in ("encoder", "decoder"):
+            cast(Any, model.get_submodule(f"model.{stack}")).layerdrop = 0.0
+
+    def take_shared(self, model: nn.Module) -> BartShared:
+        return BartShared(cast(BartForConditionalGeneration, model))
+
+    def call_layer(
+        self,
+        layer: nn.Module,
+        hidden_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        inputs: StackInputs,
+        cache: EncoderDecoderCache | None = None,
+    ) -> torch.Tensor:
+        if encoded_BSD is None:
+            return layer(hidden_BLD, inputs.self_bias)
+        return layer(
+            hidden_BLD,
+            inputs.self_bias,
+            encoded_BSD,
+            encoder_attention_mask=inputs.cross_bias,
+            past_key_values=cache,
+        )
+
+    def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
+        attention: Any = cast(Any, layer).encoder_attn
+        width = attention.head_dim
+        return KeysValues(heads(attention.k_proj(encoded_BSD), width), heads(attention.v_proj(encoded_BSD), width))
+
+    def call_cached(
+        self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
+    ) -> torch.Tensor:
+        block = cast(Any, layer)
+        attention = block.self_attn
+        width, scale = attention.head_dim, attention.scaling
+        keys_RQHK, values_RQHK = (heads(each(hidden_RQD), width) for each in (attention.k_proj, attention.v_proj))
+        seen = cache.extend(KeysValues(keys_RQHK, values_RQHK))
+        attended_RQX = attend(heads(attention.q_proj(hidden_RQD), width), seen, inputs.self_bias, scale)
+        hidden_RQD = block.self_attn_layer_norm(hidden_RQD + attention.out_proj(attended_RQX))
+
+        attention = block.encoder_attn
+        queries_RQHK = heads(attention.q_proj(hidden_RQD), width)
+        attended_RQX = attend_across(queries_RQHK, cross, inputs.cross_bias, scale)
+        hidden_RQD = block.encoder_attn_layer_norm(hidden_RQD + attention.out_proj(attended_RQX))
+
+        forwarded_RQD = block.fc2(block.activation_fn(block.fc1(hidden_RQD)))
+        return block.final_layer_norm(hidden_RQD + forwarded_RQD)
+
+    def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
+        set_layer_index(layer, index)
+
+    def set_layers(self, model: nn.Module, encoder: nn.ModuleList, decoder: nn.ModuleList) -> None:
+        config: Any = copy.deepcopy(model.config)
+        config.update(self.depth_entries((len(encoder), len(decoder))))
+        inner: Any = model.get_submodule("model")
+        inner.encoder.layers, inner.decoder.layers = encoder, decoder
+        for part in (model, inner, inner.encoder, inner.decoder):
+            part.config = config
+
+    def attentions(self, layer: nn.Module) -> dict[str, Projections]:
+        found = {"self": cast(Any, layer).self_attn}
+        if hasattr(layer, "encoder_attn"):
+            found["cross"] = layer.encoder_attn
+        return {
+            name: Projections(each.q_proj, each.k_proj, each.num_heads, each.head_dim, each.scaling)
+            for name, each in found.items()
+        }
+
+    def lr_factor(self, name: str, config: Any) -> float:
+        """1 for all: BART scales its attention scores and starts all weights alike, so AdamW needs no help."""
+        return 1.0

@@ -1,0 +1,101 @@
+"""The recover stage: a short fine-tuning of one assembly, published only where it does not make it worse.
+
+It starts from the assembly's own checkpoint and trains all of that model on the references. What decides is the task
+metric on the validation part: losses of compressed models were seen to fall while their scores fell too. Only where the
+metric is the same does the loss decide.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.assemble import Parts, write_checkpoint
+from pipeline.config import Recipe
+from pipeline.data import IGNORED_LABEL, evaluation_batches
+from pipeline.decode import generate, load
+from pipeline.loop import Trainer, begin_stage
+from pipeline.rundir import RunDir, Stage, publish_folder
+from pipeline.scoring import References
+from pipeline.spans import Assembly
+from pipeline.teacher import full_model_task, load_model, save_trained
+from pipeline.world import World
+
+
+def recover(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
+    """Make RUN/recover/model, or say that tuning made the assembly worse and publish none. Collective over all ranks.
+
+    Raises:
+        ValueError: no assembly is named, or one that the library cannot make.
+    """
+    started_s = time.time()
+    settings = recipe.recover
+    if not settings.assembly:
+        raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
+    if settings.optim.num_steps == 0:
+        raise ValueError("recover.optim.num_steps is 0: there would be nothing to compare")
+    stage = Stage.of(recipe, run, "recover")
+    if begin_stage(stage, world, extend=extend):
+        return
+    start, tuned = stage.folder / "start", stage.folder / "tuned"
+    if world.is_main:
+        shutil.rmtree(run.recovered_model, ignore_errors=True)
+        parts = Parts.of(run)
+        parts.models.assembly(settings.assembly)  # refuses what does not fit
+        write_checkpoint(parts, Assembly.parse(settings.assembly), start)
+    world.barrier()
+    trainer = Trainer(
+        full_model_task(load_model(start)),
+        stage, world, optim=settings.optim, batch=recipe.distill.batch, loop=recipe.distill.loop,
+    )  # fmt: skip
+    trainer.train()
+    if world.is_main:
+        save_trained(load_model(start), stage, tuned, run.teacher_model)
+        before, after = (validate(folder, recipe, run, world) for folder in (start, tuned))
+        scores = {"before": asdict(before), "after": asdict(after)}
+        line = (
+            f"recover: {settings.assembly} on the validation part: BLEU {before.bleu:.2f} -> {after.bleu:.2f}, "
+            f"loss {before.loss:.3f} -> {after.loss:.3f}"
+        )
+        if after.is_worse_than(before):
+            shutil.rmtree(tuned)
+            stage.publish([], started_s=started_s, extra=scores)
+            print(f"{line}: worse, so nothing is published")
+            return
+        publish_folder(tuned, run.recovered_model)
+        stage.publish([run.recovered_model], started_s=started_s, extra=scores)
+        print(f"{line}: {run.recovered_model}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does on the validation part."""
+
+    bleu: float
+    loss: float
+    """Cross entropy with the references per token, in nats."""
+
+    def is_worse_than(self, other: Score) -> bool:
+        """A loss that is no number is worse than any."""
+        return self.bleu < other.bleu or (self.bleu == other.bleu and not self.loss <= other.loss)
+
+
+def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
+    """Score of a checkpoint folder on validation examples, decoded as stage evaluate decodes."""
+    model, tokenizer = load(folder, world.device)
+    outputs: list[str] = []
+    references: list[str] = []
+    loss, num_tokens = 0.0, 0
+    for batch in evaluation_batches(
+        run.data, "validation", recipe.distill.batch.tokens_per_micro_batch, recipe.recover.validation_examples
+    ):
+        sources = [ids[mask].tolist() for ids, mask in zip(batch.source_BS, batch.source_mask_BS, strict=True)]
+        targets = [labels[labels != IGNORED_LABEL].tolist() for labels in batch.labels_BT]
+        found, losses = generate(model, sources, targets, recipe)
+        loss, num_tokens = loss + sum(losses), num_tokens + sum(map(len, targets))
+        outputs += tokenizer.batch_decode(found, skip_special_tokens=True)
+        references += tokenizer.batch_decode(targets, skip_special_tokens=True)
+    metrics = References([[text] for text in references], [""] * len(references)).corpus_metrics
+    return Score(metrics["bleu"].corpus_score(outputs, None).score, loss / num_tokens)

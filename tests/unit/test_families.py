@@ -1,0 +1,124 @@
+"""What is peculiar to each family, against the unmodified Hugging Face model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from pipeline.families import StackInputs, family_of, set_layer_index
+from pipeline.teacher import load_model
+from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model, tiny_t5
+
+
+def parts(model):
+    """(family, shared parts, layers by stack) of a copy that is taken apart."""
+    family = family_of(model.config.model_type)
+    own = copy.deepcopy(model)
+    layers = {stack: list(family.layers(own, stack)) for stack in ("encoder", "decoder")}
+    return family, family.take_shared(own), layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_step_by_step_decode_through_renumbered_layers_equals_the_full_pass(kind):
+    """Layers out of their order, with indices of the new order: each finds its own keys and values in the cache."""
+    model = tiny_model(kind)
+    family, shared, layers = parts(model)
+    batch = random_batch(5)
+    bias = shared.self_bias("encoder", batch.source_mask_BS)
+    encoded_BSD = shared.embed("encoder", batch.source_BS)
+    for layer in layers["encoder"]:
+        encoded_BSD = family.call_layer(layer, encoded_BSD, None, StackInputs(bias))
+    encoded_BSD = shared.finish("encoder", encoded_BSD)
+    cross = shared.cross_bias(batch.source_mask_BS)
+    decoder = [layers["decoder"][i] for i in (5, 1, 3)]
+    for index, layer in enumerate(decoder):
+        set_layer_index(layer, index)
+    ids_BT = shared.decoder_inputs(batch.labels_BT)
+    ones_BT = torch.ones_like(ids_BT[:1], dtype=torch.bool)
+
+    def decode(start: int, stop: int, cache: EncoderDecoderCache | None) -> torch.Tensor:
+        hidden_BTD = shared.embed("decoder", ids_BT[:, start:stop], start)
+        inputs = StackInputs(shared.self_bias("decoder", ones_BT[:, :stop], start), cross)
+        for layer in decoder:
+            hidden_BTD = family.call_layer(layer, hidden_BTD, encoded_BSD, inputs, cache)
+        return shared.logits(shared.finish("decoder", hidden_BTD))
+
+    full = decode(0, ids_BT.shape[1], None)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    steps = [(0, 3), *((t, t + 1) for t in range(3, ids_BT.shape[1]))]
+    cached = torch.cat([decode(start, stop, cache) for start, stop in steps], dim=1)
+    torch.testing.assert_close(cached, full, atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == ids_BT.shape[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kind):
+    """T5: plain embeddings. BART: scaled or not, learned positions from offset 2, a norm of each stack's own."""
+    model = tiny_model(kind)
+    _, shared, _ = parts(model)
+    batch = random_batch(6)
+    ids_BT = model.prepare_decoder_input_ids_from_labels(batch.labels_BT)
+    assert torch.equal(shared.decoder_inputs(batch.labels_BT), ids_BT)
+    outputs = model(input_ids=batch.source_BS, decoder_input_ids=ids_BT, output_hidden_states=True)
+    assert torch.equal(shared.embed("encoder", batch.source_BS), outputs.encoder_hidden_states[0])
+    assert torch.equal(shared.embed("decoder", ids_BT), outputs.decoder_hidden_states[0])
+    assert torch.equal(shared.embed("decoder", ids_BT[:, 3:], 3), outputs.decoder_hidden_states[0][:, 3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_follows_the_last_layer_is_the_models_own(kind):
+    """Final norm (T5) or none (BART); tied and untied heads; v1.0's scale; BART's bias."""
+    model = tiny_model(kind)
+    _, shared, _ = parts(model)
+    ends = []
+    family_of(model.config.model_type).layers(model, "decoder")[-1].register_forward_hook(
+        lambda module, args, output: ends.append(output[0] if isinstance(output, tuple) else output)
+    )
+    batch = random_batch(7)
+    expected = hf_logits(model, batch)
+    logits = shared.logits(shared.finish("decoder", ends[0][batch.labels_BT != -100]))
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (kind in ("v1.0", "bart"))
+
+
+def test_only_t5_1_0_scales_its_states_before_the_head():
+    for kind, scale in (("v1.0", 32**-0.5), ("v1.1", 1.0)):
+        assert parts(tiny_t5(kind))[1].head.scale == scale
+
+
+def test_position_bias_is_taken_out_of_block_0_and_only_there():
+    family, shared, layers = parts(tiny_t5())
+    for stack in ("encoder", "decoder"):
+        names = {name for layer in layers[stack] for name, _ in layer.named_parameters()}
+        assert not any(family.is_shared_weight(name) for name in names)
+    assert {name for name, _ in shared.named_parameters() if "table" in name} == {
+        "bias.encoder.table.weight",
+        "bias.decoder.table.weight",
+    }
+
+
+def test_bart_never_drops_a_layer_in_training(tmp_path):
+    """The checkpoint asks for layer drop at 0.9: without the guard hardly a layer of a training step would run."""
+    model = tiny_bart()
+    model.save_pretrained(tmp_path)
+    batch = random_batch(8)
+    torch.manual_seed(0)
+    assert not torch.allclose(hf_logits(model.train(), batch), hf_logits(model.eval(), batch))
+    loaded = load_model(tmp_path)
+    assert torch.equal(hf_logits(loaded.train(), batch), hf_logits(model.eval(), batch))
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").train()
+    assert torch.equal(hf_logits(again, batch), hf_logits(model, batch))
+
+
+def test_longest_texts():
+    assert family_of("bart").max_positions(tiny_bart().config) == 40
+    assert family_of("mt5").max_positions(tiny_t5("mt5").config) is None

@@ -1,0 +1,173 @@
+"""Vocabulary trimming: the same tokens, logits and outputs on what is kept, and a refusal where they are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Tokenizer
+
+from data_prep.demo import make_corpus
+from data_prep.encode import Encoder, train_sentencepiece
+from pipeline import trim as trimming
+from pipeline.__main__ import main as pipeline_main
+from pipeline.trim import read_texts, trim
+from tests.tiny import tiny_t5
+
+SIZES = {"v1.0": 640, "v1.1": 640, "mt5": 512}  # v1.x: 100 extra ids and rows that no token has
+
+
+@pytest.fixture(scope="module")
+def german():
+    pairs = make_corpus(seed=0, num_pairs=2000, num_validation=1, num_test=1)["train"]
+    return [pair.target for pair in pairs], [pair.source for pair in pairs]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def original(request, german, tmp_path_factory):
+    """A folder whose vocabulary serves English and German."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train_sentencepiece([*german[0], *german[1]], 512, False, folder / "spiece.model")
+    num_extra = 0 if request.param == "mt5" else 100
+    T5Tokenizer.from_pretrained(folder, extra_ids=num_extra).save_pretrained(folder)
+    model = tiny_t5(request.param)
+    model.resize_token_embeddings(SIZES[request.param])
+    if request.param != "v1.0":
+        model.lm_head.weight.data = torch.randn_like(model.lm_head.weight)
+    model.generation_config.eos_token_id = [1]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trimmed(original, german, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "trimmed"
+    return out, trim(original, german[0], out)
+
+
+def models(original, trimmed):
+    return [AutoModelForSeq2SeqLM.from_pretrained(folder).eval() for folder in (original, trimmed[0])]
+
+
+def test_only_what_the_language_uses_is_kept(original, trimmed, german):
+    folder, summary = trimmed
+    kept = json.loads((folder / "kept_ids.json").read_text())["original_id_of"]
+    old, new = AutoTokenizer.from_pretrained(original), AutoTokenizer.from_pretrained(folder)
+    assert len(new) == len(kept) == summary["vocabulary_size"] <= len(old) - 30
+    assert len(kept) % 64 == 0
+    assert [new.convert_ids_to_tokens(i) for i in range(len(kept))] == old.convert_ids_to_tokens(kept)
+    assert (new.pad_token_id, new.eos_token_id, new.unk_token_id) == (0, 1, 2)
+    assert new.all_special_tokens == old.all_special_tokens
+    saved = summary["original_bytes"] - summary["bytes"]
+    rows = summary["original_vocabulary_size"] - len(kept)
+    num_tables = len({t.data_ptr() for n, t in load_file(original / "model.safetensors").items() if n in VOCABULARY})
+    assert abs(saved - 4 * 32 * rows * num_tables) < 2000  # headers
+    for batch in (german[0], german[0][:1]):
+        rows = old(batch).input_ids
+        assert [[kept[i] for i in row] for row in new(batch).input_ids] == rows
+        assert new.batch_decode(new(batch).input_ids, skip_special_tokens=True) == batch
+
+
+VOCABULARY = ("shared.weight", "lm_head.weight")
+
+
+def test_sentencepiece_reads_the_same_ids(trimmed, german):
+    """Data preparation reads spiece.model, evaluation tokenizer.json."""
+    folder, _ = trimmed
+    encoder, hf = Encoder(folder, 512, 512), AutoTokenizer.from_pretrained(folder)
+    assert encoder.info.kind == "sentencepiece"
+    texts = german[0][:300]
+    block = encoder.encode(texts, texts).block
+    ends = np.cumsum(block.source_lengths, dtype=np.int64)
+    assert [ids.tolist() for ids in np.split(block.source_ids, ends[:-1])] == hf(texts).input_ids
+
+
+def test_new_words_of_the_language_can_still_be_spelt(trimmed):
+    tokenizer = AutoTokenizer.from_pretrained(trimmed[0])
+    ids = tokenizer("nie gesehen").input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "nie gesehen"
+
+
+def test_outputs_are_those_of_the_original_that_may_not_leave_the_language(original, trimmed, german):
+    """Random models write anything, so the original is kept from tokens that the trimmed one has not."""
+    kept = json.loads((trimmed[0] / "kept_ids.json").read_text())["original_id_of"]
+    old_model, new_model = models(original, trimmed)
+    assert new_model.config.vocab_size == len(kept)
+    assert new_model.generation_config.eos_token_id == [1]
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (original, trimmed[0]))
+    removed = sorted(set(range(old_model.config.vocab_size)) - set(kept))
+    settings = {"max_new_tokens": 12, "renormalize_logits": True, "do_sample": False}
+    for num_beams in (1, 4):
+        theirs = old_model.generate(
+            **old(german[0][:16], return_tensors="pt", padding=True),
+            suppress_tokens=removed, num_beams=num_beams, **settings,
+        )  # fmt: skip
+        inputs = new(german[0][:16], return_tensors="pt", padding=True)
+        ours = new_model.generate(**inputs, num_beams=num_beams, **settings)
+        assert torch.equal(torch.tensor(kept)[ours], theirs)
+
+
+def damage_rows(monkeypatch):
+    real = trimming._trim_weights
+    monkeypatch.setattr(trimming, "_trim_weights", lambda folder, kept: real(folder, [*kept[1:], kept[0]]))
+
+
+def damage_pieces(monkeypatch):
+    real = trimming._trim_tokenizer
+
+    def swapped(folder, tokenizer, kept):
+        real(folder, tokenizer, kept)
+        saved = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = saved["model"]["vocab"]
+        vocabulary[5], vocabulary[6] = vocabulary[6], vocabulary[5]
+        (folder / "tokenizer.json").write_text(json.dumps(saved))
+
+    monkeypatch.setattr(trimming, "_trim_tokenizer", swapped)
+
+
+def lose_a_piece(monkeypatch):
+    real = trimming.kept_ids
+    monkeypatch.setattr(trimming, "kept_ids", lambda *args: [i for i in real(*args) if i != 40])
+
+
+@pytest.mark.parametrize("damage", [damage_rows, damage_pieces, lose_a_piece])
+def test_what_does_something_else_is_never_published(original, german, tmp_path, monkeypatch, damage):
+    damage(monkeypatch)
+    with pytest.raises(ValueError, match="not published"):
+        trim(original, german[0] + german[1], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_trimmed_is_said(original, german, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(original, path)
+    settings = json.loads((path / "generation_config.json").read_text()) | {"suppress_tokens": [7]}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="suppress_tokens"):
+        trim(path, german[0], tmp_path / "out")
+
+
+def test_texts_are_read_from_fields_and_lines(tmp_path):
+    records, lines = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    records.write_text('{"translation": {"en": "one", "de": "eins"}}\n{"translation": {"en": "two", "de": "zwei"}}\n')
+    lines.write_text("drei\nvier\n")
+    fields = ["translation.en", "translation.de"]
+    found = list(read_texts([records, lines], fields, "say: "))
+    assert found == ["say: one", "eins", "say: two", "zwei", "drei", "vier"]
+    with pytest.raises(ValueError, match="no field 'target'"):
+        list(read_texts([records], ["target"]))
+
+
+def test_the_command_says_what_it_saved(original, german, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"source": text, "target": text}) + "\n" for text in german[0][:50]))
+    pipeline_main(["trim", "--model", str(original), "--texts", str(texts), "--out", str(tmp_path / "out")])
+    assert "tokens kept" in capsys.readouterr().out
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.vocab_size % 64 == 0
+    with pytest.raises(SystemExit, match="2"):
+        pipeline_main(["trim", "--model", str(original), "--texts", str(tmp_path / "no.txt"), "--out", "x"])
