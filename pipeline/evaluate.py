@@ -1,14 +1,14 @@
 """Decode and score every system of a run in one batch that any number of workers share and any kill only pauses.
 
-The unit of work is (system, quality): decode the test part, score it. A worker takes a unit with a claim file and
-publishes outputs/<name>.jsonl, then scores/<name>.json, which carries the key that the result was made from; a result
-counts only when key, checksum and outputs agree, so whatever a kill or a bad disk leaves behind is simply done again.
-When all units are there, worker 0 alone measures latency, in one go for all systems, and writes scores.csv.
+Work is claimed as units through files: first (group, slice) units decode (pipeline/slices.py), then one unit a system
+scores it and publishes outputs/<name>.jsonl and scores/<name>.json with the key that the result was made from. A result
+counts only when key, checksum and outputs agree, so whatever a kill or a bad disk leaves behind is done again.
+When all scores are there, worker 0 alone measures costs, in one go for all systems, and writes scores.csv.
 
 Outputs are those of a plain `AutoModelForSeq2SeqLM.from_pretrained(folder).generate(...)` in the dtype of the
 checkpoint. Padding is masked exactly, so the company an example is decoded in changes logits only by the order of
-summation: about 1e-6 in float32, where another greedy output needs a near-tie (tests/end_to_end/test_evaluate.py
-compares 200 outputs with other batches); in bfloat16 the same noise is about 1e-2 and an output may change.
+summation: about 1e-6 in float32, where another output needs a near-tie (tests/end_to_end/test_evaluate.py compares 200
+outputs with other batches); in bfloat16 the same noise is about 1e-2 and an output may change.
 """
 
 from __future__ import annotations
@@ -20,105 +20,35 @@ import io
 import json
 import logging
 import shutil
+import sys
 import time
-from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 from pipeline.assemble import System
 from pipeline.config import Recipe
-from pipeline.decode import decode, device_name, latencies, load
+from pipeline.cost import Sample, costs, full_batch
+from pipeline.decode import device_name
+from pipeline.evaluation import Evaluation
 from pipeline.rundir import RunDir, Stage, sha256_file, write_atomic
-from pipeline.units import digest_of, publish_sealed, read_sealed, take_claim, touch
+from pipeline.scoring import p_values, quality_of
+from pipeline.slices import Plan, Workshop, agree_on_plan, merge, read_unit, tokenize
+from pipeline.tokenizer import load_tokenizer
+from pipeline.units import publish_sealed, read_sealed, take_claim, touch
 from pipeline.world import World
 
-NUM_BOOTSTRAP = 200
 POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is scored, on what, how."""
-
-    recipe: Recipe
-    run: RunDir
-    systems: list[System]
-    examples: list[dict[str, Any]]
-    test_sha256: str
-
-    @staticmethod
-    def load(recipe: Recipe, run: RunDir) -> Evaluation:
-        """Read systems.json and the test part.
-
-        Raises:
-            FileNotFoundError: a stage before this one has not published.
-            ValueError: an empty test part.
-        """
-        test, manifest = run.data / "test.jsonl", run.data / "manifest.json"
-        for path, stage in ((manifest, "data"), (test, "data"), (run.systems, "assemble")):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
-        systems = [System(**each) for each in json.loads(run.systems.read_text(encoding="utf-8"))["systems"]]
-        assert len({system.name for system in systems}) == len(systems)
-        assert sum(system.kind == "teacher" for system in systems) == 1
-        with open(test, encoding="utf-8") as file:
-            examples = [json.loads(line) for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
-        if not examples:
-            raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
-        return Evaluation(recipe, run, systems, examples, sha256_file(test))
-
-    @property
-    def folder(self) -> Path:
-        return self.run.stage("evaluate")
-
-    def texts(self, side: str) -> list[str]:
-        return [example[side] for example in self.examples]
-
-    @cached_property
-    def metrics(self) -> tuple[BLEU, CHRF]:
-        """Metric objects that hold the n-grams of the references, counted once for all systems."""
-        references = [self.texts("target")]
-        return BLEU(references=references), CHRF(references=references)
-
-    def result_paths(self, system: System) -> tuple[Path, Path]:
-        """(outputs, score) of a system; the score is published last."""
-        return self.folder / "outputs" / f"{system.name}.jsonl", self.folder / "scores" / f"{system.name}.json"
-
-    def latency_picks(self) -> list[dict[str, Any]]:
-        """Examples to time, spread evenly over the test part."""
-        count = min(self.recipe.evaluate.latency_examples, len(self.examples))
-        return [self.examples[i * len(self.examples) // count] for i in range(count)]
-
-    def key(self, system: System) -> dict[str, Any]:
-        """All that a quality result depends on; a result with another key is not this system's."""
-        files = folder_hashes(self.run.root / system.folder)
-        weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-        settings = self.recipe.evaluate
-        decoding = {
-            "num_beams": settings.num_beams,
-            "max_new_tokens": settings.max_new_tokens,
-            "max_source_tokens": self.recipe.data.max_source_tokens,
-            "num_examples": len(self.examples),
-        }
-        return {"weights": weights, "folder": digest_of(files), "test": self.test_sha256, "decoding": decoding}
-
-
-@cache
-def folder_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a checkpoint folder, by name; read once in a process."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json): run stage assemble again")
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "loss")
+TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "ms_per_token", "tokens_per_s", "tokens_per_s_low",
+         "tokens_per_s_high", "peak_memory_bytes")  # fmt: skip
 
 
 def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
-    """Score all systems of a run; worker 0 also times them and writes scores.csv.
+    """Score all systems of a run; worker 0 also measures what they cost and writes scores.csv.
 
     Workers need no connection to each other, only the run directory: start as many as there are devices, on as many
     machines, at any time. Workers other than 0 return when nothing is left to claim; worker 0 returns when all is done
@@ -126,10 +56,10 @@ def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
 
     Raises:
         FileNotFoundError: a stage before this one has not published.
-        ValueError: an empty test part.
+        ValueError: an empty test part, a damaged library, an example without a reference, two systems of one name.
     """
     started_s = time.time()
-    for library in ("sacrebleu", "transformers"):
+    for library in ("sacrebleu", "transformers", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     work = Evaluation.load(recipe, run)
@@ -142,12 +72,14 @@ def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
     scores = score_systems(work, world)
     if not world.is_main:
         return
-    times = measure_times(work, world)
-    rows = table_of(work, scores, times)
+    _warn(scores)
+    measured = measure_costs(work, scores, world)
+    rows = table_of(work, scores, measured)
     write_atomic(run.scores, csv_text(rows))
-    shutil.rmtree(work.folder / "claims", ignore_errors=True)
-    results = [path for system in work.systems for path in work.result_paths(system)]
-    stage.publish([run.scores, work.folder / "times.json", *results], started_s=started_s)
+    for leftover in ("claims", "units"):
+        shutil.rmtree(work.folder / leftover, ignore_errors=True)
+    results = [path for system in work.systems for path in work.result_paths(system) if path.is_file()]
+    stage.publish([run.scores, work.folder / "costs.json", *results], started_s=started_s)
     teacher = next(row for row in rows if row["kind"] == "teacher")
     print(
         f"evaluate: {len(work.systems)} systems x {len(work.examples)} examples, "
@@ -156,138 +88,201 @@ def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
 
 
 def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
-    """Score whatever no other worker has scored; on worker 0, return only when every system has a valid result."""
-    queue = sorted(work.systems, key=lambda system: (-system.bytes, system.name))  # long work first: even finish
-    scores: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(queue), desc="evaluate", unit="system", disable=None if world.is_main else True) as bar:
-        while True:
-            for system in queue:
-                if system.name in scores:
-                    continue
-                score = read_score(work, system)
-                if score is None and (claim := take_claim(work.folder / "claims", system.name)):
-                    # Another worker may have published and released between the look and the claim.
-                    score = read_score(work, system) or score_system(work, system, world.device, claim)
-                    claim.unlink(missing_ok=True)
-                if score is not None:
-                    scores[system.name] = score
-                    bar.update()
-            if len(scores) == len(queue) or not world.is_main:
-                return scores
-            time.sleep(POLL_S)
+    """Decode and score whatever no other worker has; on worker 0, return only when every system has a valid result."""
+    scores = {system.name: score for system in work.systems if (score := read_score(work, system))}
+    missing = [system for system in work.systems if system.name not in scores]
+    if not missing:
+        return scores
+    plan, workshop = agree_on_plan(work, missing), Workshop(work, world.device)
+    with tqdm(total=len(plan.units), desc="evaluate", unit="unit", disable=None if world.is_main else True) as bar:
+        _work_off(
+            work,
+            plan.units,
+            name=lambda unit: f"{plan.folder.name}.{unit[0]}.{unit[1]}",
+            is_done=lambda unit: read_unit(plan, *unit) is not None,
+            do=lambda unit, beat: workshop.do(plan, unit, beat),
+            wait=world.is_main,
+            progress=bar.update,
+        )
+    if not all(read_unit(plan, *unit) for unit in plan.units):
+        return scores  # others still decode, and will score
+    _work_off(
+        work,
+        missing,
+        name=lambda system: f"score.{system.name}",
+        is_done=lambda system: read_score(work, system) is not None,
+        do=lambda system, beat: score_system(work, system, plan, world.device),
+        wait=world.is_main,
+    )
+    return {system.name: score for system in work.systems if (score := read_score(work, system))}
+
+
+def _work_off(
+    work: Evaluation,
+    units: list[Any],
+    *,
+    name: Callable[[Any], str],
+    is_done: Callable[[Any], bool],
+    do: Callable[[Any, Callable[[], None]], None],
+    wait: bool,
+    progress: Callable[[], Any] = lambda: None,
+) -> None:
+    """Do every unit that nobody has done or claimed; with `wait`, return only when all are done."""
+    left = list(units)
+    while True:
+        for unit in list(left):
+            done = is_done(unit)
+            if not done and (claim := take_claim(work.folder / "claims", name(unit))):
+                # Another worker may have published and released between the look and the claim.
+                if not is_done(unit):
+                    do(unit, lambda claim=claim: touch(claim))  # type: ignore[misc]
+                claim.unlink(missing_ok=True)
+                done = True
+            if done:
+                left.remove(unit)
+                progress()
+        if not left or not wait:
+            return
+        time.sleep(POLL_S)
 
 
 def read_score(work: Evaluation, system: System) -> dict[str, Any] | None:
     """The published result of a system when it is whole and was made from today's inputs, else None."""
     outputs_path, score_path = work.result_paths(system)
     score = read_sealed(score_path)
-    if score is None or score["key"] != work.key(system) or not outputs_path.is_file():
+    if score is None or score["key"] != work.key(system):
         return None
-    return score if sha256_file(outputs_path) == score["outputs_sha256"] else None
+    if "failed" in score:
+        return score
+    return score if outputs_path.is_file() and sha256_file(outputs_path) == score["outputs_sha256"] else None
 
 
-def score_system(work: Evaluation, system: System, device: torch.device, claim: Path) -> dict[str, Any]:
-    """Decode and score one system and publish the result, outputs first."""
-    key = work.key(system)
-    model, tokenizer = load(work.run.root / system.folder, device)
-    decoded = decode(model, tokenizer, work.texts("source"), work.recipe, beat=lambda: touch(claim))
-    lines = [
-        {"id": example["id"], "source": example["source"], "reference": example["target"], "output": output}
-        for example, output in zip(work.examples, decoded.outputs, strict=True)
-    ]
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def score_system(work: Evaluation, system: System, plan: Plan, device: torch.device) -> None:
+    """Put a system's slices together, score it and publish the result, outputs first."""
+    merged = merge(plan, system.name, len(work.examples))
+    outputs_path, score_path = work.result_paths(system)
     score: dict[str, Any] = {
         "name": system.name,
         "kind": system.kind,
         "assembly": system.assembly,
-        "quality": quality_of(work, decoded.outputs),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(device),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "sacrebleu")},
-        "times": {"batch_pass_s": decoded.seconds, "tokens_per_s": decoded.num_tokens / decoded.seconds},
-        "outputs_sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "key": key,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "sacrebleu", "rouge-score")
+        },
+        "key": work.key(system),
     }
-    outputs_path, score_path = work.result_paths(system)
+    if isinstance(merged, str):
+        publish_sealed(score_path, {**score, "failed": merged})
+        return
+    outputs, losses, num_tokens = merged
+    lines = [
+        {"id": example["id"], "source": example["source"], "reference": texts[0], "output": output, "loss": loss}
+        | ({"references": list(texts)} if len(texts) > 1 else {})
+        for example, texts, output, (loss, _) in zip(work.examples, work.references.texts, outputs, losses, strict=True)
+    ]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    score |= {
+        "quality": quality_of(work.references, outputs, losses),
+        "num_tokens": num_tokens,
+        "num_empty": sum(not output.strip() for output in outputs),
+        "outputs_sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }
     write_atomic(outputs_path, content)
     publish_sealed(score_path, score)
-    return score
 
 
-def quality_of(work: Evaluation, outputs: list[str]) -> dict[str, Any]:
-    """BLEU with a 95 % bootstrap interval, chrF, and exact matches in percent."""
-    bleu, chrf = work.metrics
-    result: Any = bleu.corpus_score(outputs, None, n_bootstrap=NUM_BOOTSTRAP)
-    pairs = zip(outputs, work.texts("target"), strict=True)
-    num_exact = sum(output.strip() == target.strip() for output, target in pairs)
-    return {
-        "bleu": result.score,
-        "bleu_low": max(0.0, result._mean - result._ci),
-        "bleu_high": min(100.0, result._mean + result._ci),
-        "bleu_signature": str(bleu.get_signature()),
-        "chrf": chrf.corpus_score(outputs, None).score,
-        "chrf_signature": str(chrf.get_signature()),
-        "exact_match": 100 * num_exact / len(outputs),
-        "num_examples": len(outputs),
-    }
+def _warn(scores: dict[str, dict[str, Any]]) -> None:
+    """One line on standard error for each system whose scores mean nothing."""
+    for name, score in scores.items():
+        if "failed" in score:
+            print(f"warning: {name} is left out: {score['failed']}", file=sys.stderr)
+        elif score["num_empty"] == score["quality"]["num_examples"]:
+            print(f"warning: all outputs of {name} are empty: its scores say only that", file=sys.stderr)
 
 
-def measure_times(work: Evaluation, world: World) -> dict[str, dict[str, float]]:
-    """Latencies of all systems, by name, published as one file: they compare only when measured in one go."""
-    picks = work.latency_picks()
+def measure_costs(work: Evaluation, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
+    """Costs of all systems that were scored, by name, published as one file: they compare only when measured in one
+    go."""
+    count = min(work.recipe.evaluate.latency_examples, len(work.examples))
+    picks = [i * len(work.examples) // count for i in range(count)]
+    systems = [system for system in work.systems if "failed" not in scores[system.name]]
     key = {
-        "systems": {system.name: work.key(system) for system in work.systems},
-        "examples": [each["id"] for each in picks],
+        "systems": {system.name: work.key(system) for system in systems},
+        "examples": [work.examples[i]["id"] for i in picks],
         "device": device_name(world.device),
     }
-    path = work.folder / "times.json"
+    path = work.folder / "costs.json"
     published = read_sealed(path)
     if published is not None and published["key"] == key:
-        return published["times"]
-    folders = {system.name: work.run.root / system.folder for system in work.systems}
-    pairs = [(each["source"], each["target"]) for each in picks]
-    times = latencies(folders, pairs, work.recipe, world.device)
-    publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "times": times})
-    return times
+        return published["costs"]
+    settings = work.recipe.evaluate
+    tokenizer = load_tokenizer(work.run.teacher_model)
+    sources, targets = (tokenize(tokenizer, work, side) for side in ("source", "target"))
+    middle = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))[len(sources) // 2]
+    sample = Sample(
+        pairs=[(sources[i], min(len(targets[i]), settings.max_new_tokens)) for i in picks],
+        batch=full_batch(sources, settings.tokens_per_batch),
+        typical=(sources[middle], targets[middle]),
+        num_beams=settings.num_beams,
+    )
+    found = costs({system.name: work.folder_of(system) for system in systems}, sample, world.device)
+    publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
+    return found
 
 
 def table_of(
-    work: Evaluation, scores: dict[str, dict[str, Any]], times: dict[str, dict[str, float]]
+    work: Evaluation, scores: dict[str, dict[str, Any]], measured: dict[str, dict[str, float]]
 ) -> list[dict[str, str]]:
     """Rows of scores.csv in the order of systems.json; columns whose names start with time_ differ from run to run."""
-    teacher = next(system for system in work.systems if system.kind == "teacher")
+    teacher = work.teacher
+    if "failed" in scores[teacher.name]:
+        reason = scores[teacher.name]["failed"]
+        raise ValueError(f"the teacher could not be decoded ({reason}): there is nothing to compare with")
+    significance = _significance(work, scores)
     teacher_bleu = scores[teacher.name]["quality"]["bleu"]
     rows = []
     for system in work.systems:
-        quality, measured = scores[system.name]["quality"], times[system.name]
+        score, cost = scores[system.name], measured.get(system.name, {})
+        quality = score.get("quality", {})
+        latency = cost.get("latency_ms")
+        teacher_latency = measured.get(teacher.name, {}).get("latency_ms")
         values: dict[str, Any] = {
             "name": system.name,
             "kind": system.kind,
             "assembly": system.assembly,
             "requests": "; ".join(f"{preset} {ratio:g}" for preset, ratio in system.requests),
+            "failed": score.get("failed", ""),
             "encoder_layers": system.num_encoder_layers,
             "decoder_layers": system.num_decoder_layers,
             "ratio_layers": float(system.ratio_layers),
-            "ratio_non_embedding": teacher.num_non_embedding_parameters / system.num_non_embedding_parameters,
+            "ratio_non_embedding": teacher.num_non_embedding_parameters / max(1, system.num_non_embedding_parameters),
             "ratio_bytes": teacher.bytes / system.bytes,
             "parameters": system.num_parameters,
             "non_embedding_parameters": system.num_non_embedding_parameters,
             "bytes": system.bytes,
-            "bleu": quality["bleu"],
-            "bleu_low": quality["bleu_low"],
-            "bleu_high": quality["bleu_high"],
-            "chrf": quality["chrf"],
-            "exact_match": quality["exact_match"],
-            "percent_of_teacher": 100 * quality["bleu"] / teacher_bleu if teacher_bleu else "",
-            "examples": quality["num_examples"],
-            "time_latency_ms": measured["latency_ms"],
-            "time_ms_per_token": measured["ms_per_token"],
-            "time_speedup": times[teacher.name]["latency_ms"] / measured["latency_ms"],
-            "time_tokens_per_s": scores[system.name]["times"]["tokens_per_s"],
-            "time_batch_pass_s": scores[system.name]["times"]["batch_pass_s"],
+            "layer_flops": int(cost["layer_flops"]) if cost else "",
+            **{f"{name}{end}": quality.get(name + end, "") for name in METRICS for end in ("", "_low", "_high")},
+            "percent_of_teacher": 100 * quality["bleu"] / teacher_bleu if quality and teacher_bleu else "",
+            "p_value": significance.get(system.name, ""),
+            "examples": quality.get("num_examples", 0),
+            **{f"time_{name}": cost.get(name, "") for name in TIMES},
+            "time_speedup": teacher_latency / latency if latency and teacher_latency else "",
         }
         rows.append({name: f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in values.items()})
     return rows
+
+
+def _significance(work: Evaluation, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """p-values of the BLEU difference from the teacher."""
+    scored = [system for system in work.systems if "failed" not in scores[system.name]]
+    outputs = {system.name: read_outputs(work, system) for system in scored}
+    baseline = outputs.pop(work.teacher.name)
+    return p_values(work.references, baseline, outputs)
+
+
+def read_outputs(work: Evaluation, system: System) -> list[str]:
+    content = work.result_paths(system)[0].read_text(encoding="utf-8")
+    return [json.loads(line)["output"] for line in content.split("\n") if line]
 
 
 def csv_text(rows: list[dict[str, str]]) -> str:

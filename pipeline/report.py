@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -17,13 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import Recipe
+from pipeline.metrics import write_summary
 from pipeline.report_data import SERIES, Line, Report, Row, count_text, load_report, series
 from pipeline.report_page import render_page
 from pipeline.rundir import RunDir, write_atomic
 from pipeline.spans import PRESETS
 
 WIDTH_WITHOUT_TERMINAL = 200
-GROUPS = {"named": "by name", "finetuned": "fine-tuned"}
+GROUPS = {"named": "by name", "finetuned": "fine-tuned", "peer": "other"}
 COLUMNS = {  # name -> justification
     "asked by": "left",
     "asked": "right",
@@ -39,8 +40,14 @@ COLUMNS = {  # name -> justification
     "MB": "right",
     "ms": "right",
     "speed-up": "right",
+    "tokens/s": "right",
 }
-LEFT_OUT_WHEN_NARROW = ("enc+dec", "\u00b1", "exact %", "params", "MB")
+LEFT_OUT_WHEN_NARROW = ("enc+dec", "\u00b1", "exact %", "params", "MB", "tokens/s")
+QUANTITIES: dict[str, Callable[[Row], float | None]] = {  # less is better
+    "non-embedding parameters": lambda row: row.non_embedding_parameters,
+    "latency at batch 1 (ms)": lambda row: row.latency_ms,
+    "time a token at full batch (\u00b5s)": lambda row: 1e6 / row.tokens_per_s if row.tokens_per_s else None,
+}
 MARKS = {  # series: (marker, colour)
     "teacher": ("*", "#111111"),
     "size-first": ("o", "#0b62a4"),
@@ -48,6 +55,8 @@ MARKS = {  # series: (marker, colour)
     "named": ("s", "#1b7f5c"),
     "dropped": ("x", "#777777"),
     "finetuned": ("D", "#97326f"),
+    "searched": ("h", "#6a4bc4"),
+    "peer": ("P", "#7a5c00"),
 }
 
 
@@ -59,14 +68,31 @@ def report(recipe: Recipe, run: RunDir) -> None:
     """
     data = load_report(recipe, run)
     folder = run.stage("report")
-    write_atomic(folder / "scores.md", markdown(data))
-    write_atomic(folder / "quality.png", quality_picture(data))
+    write_atomic(folder / "scores.csv", run.scores.read_bytes())
+    picture, table = quality_picture(data), markdown(data)
+    write_atomic(folder / "quality.png", picture)
+    write_atomic(folder / "scores.md", table)
     write_atomic(folder / "report.html", render_page(data))
+    write_summary(run.tensorboard / "report", scalars(data), table, picture)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
     print_table(data, console)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def scalars(data: Report) -> dict[str, float]:
+    """Scores and costs by system, as TensorBoard's scalars."""
+    found: dict[str, float] = {}
+    for row in data.rows:
+        values: dict[str, float | None] = {
+            "bleu": row.bleu,
+            "percent_of_teacher": row.percent,
+            "latency_ms": row.latency_ms,
+        }
+        values |= {"tokens_per_s": row.tokens_per_s, "non_embedding_parameters": row.non_embedding_parameters}
+        found |= {f"{name}/{row.name}": value for name, value in values.items() if value is not None}
+    return found
 
 
 def cells(line: Line) -> list[str]:
@@ -77,16 +103,17 @@ def cells(line: Line) -> list[str]:
         f"{line.asked:g}" if line.asked else "",
         f"{row.ratio_layers:.2f}",
         row.layers,
-        row.assembly,
+        row.label,
         f"{row.bleu:.1f}",
         f"{(row.bleu_high - row.bleu_low) / 2:.1f}",
         f"{row.percent:.1f}" if row.percent is not None else "",
         f"{line.dropped.bleu:.1f}" if line.dropped else "",
-        f"{row.exact_match:.1f}",
+        f"{row.scores['exact_match']:.1f}",
         count_text(row.parameters),
         f"{row.bytes / 1e6:.1f}",
-        f"{row.latency_ms:.1f}",
-        f"{row.speedup:.2f}",
+        "" if row.latency_ms is None else f"{row.latency_ms:.1f}",
+        "" if row.speedup is None else f"{row.speedup:.2f}",
+        "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
     ]
 
 
@@ -124,35 +151,32 @@ def markdown(data: Report) -> str:
 
 
 def quality_picture(data: Report) -> bytes:
-    """BLEU against size and against latency, as PNG."""
+    """BLEU against size, latency and throughput, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
-    for axis, quantity, label in (
-        (axes[0], "non_embedding_parameters", "non-embedding parameters"),
-        (axes[1], "latency_ms", "latency at batch 1 (ms)"),
-    ):
-        for name, rows in series(data.rows).items():
-            _draw_series(axis, name, rows, quantity)
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 4.8), sharey=True, layout="constrained")
+    for axis, (label, quantity) in zip(axes, QUANTITIES.items(), strict=True):
+        measured = [row for row in data.rows if quantity(row) is not None]
+        for name, rows in series(measured).items():
+            _draw_series(axis, name, rows, [quantity(row) or 0.0 for row in rows])
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("BLEU")
     axes[0].xaxis.set_major_formatter(lambda value, _: count_text(value))
-    axes[1].legend(loc="center right", fontsize=9)
-    figure.suptitle(f"{data.name}: quality against size and latency")
+    axes[2].legend(loc="center right", fontsize=9)
+    figure.suptitle(f"{data.name}: quality against size, latency and throughput")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     pyplot.close(figure)
     return buffer.getvalue()
 
 
-def _draw_series(axis: Any, name: str, rows: list[Row], quantity: str) -> None:
+def _draw_series(axis: Any, name: str, rows: list[Row], x: list[float]) -> None:
     marker, colour = MARKS[name]
-    x = [getattr(row, quantity) for row in rows]
     y = [row.bleu for row in rows]
     below = [max(0.0, row.bleu - row.bleu_low) for row in rows]
     above = [max(0.0, row.bleu_high - row.bleu) for row in rows]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe
+from pipeline.config import SEARCHED, Recipe
 from pipeline.rundir import STAGES, RunDir, read_json, sha256_file
 from pipeline.spans import PRESETS
 
@@ -20,15 +20,30 @@ SERIES = {  # how a system is drawn: what it is called
     "teacher": "teacher",
     "size-first": "size-first",
     "speed-first": "speed-first",
+    "searched": "searched",
     "named": "asked for by name",
     "dropped": "layers dropped, no training",
     "finetuned": "small model fine-tuned directly",
+    "peer": "other models",
+}
+ASSEMBLIES = ("assembly",)  # kinds that one may choose
+METRICS = {  # column of scores.csv: what it is called
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "ter": "TER",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "exact_match": "exact %",
+    "loss": "loss",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One system of scores.csv. `percent` is the share of the teacher's BLEU, None when the teacher has none."""
+    """One system of scores.csv. `percent` is the share of the teacher's BLEU, None when the teacher has none; what was
+    not measured is None."""
 
     name: str
     kind: str
@@ -42,15 +57,35 @@ class Row:
     parameters: int
     non_embedding_parameters: int
     bytes: int
-    bleu: float
-    bleu_low: float
-    bleu_high: float
-    chrf: float
-    exact_match: float
+    scores: Mapping[str, float]
+    """By column: every metric, and its _low and _high."""
     percent: float | None
+    p_value: float | None
     examples: int
-    latency_ms: float
-    speedup: float
+    latency_ms: float | None
+    latency_ms_low: float | None
+    latency_ms_high: float | None
+    speedup: float | None
+    tokens_per_s: float | None
+    peak_memory_bytes: float | None
+    layer_flops: float | None
+
+    @property
+    def bleu(self) -> float:
+        return self.scores["bleu"]
+
+    @property
+    def bleu_low(self) -> float:
+        return self.scores["bleu_low"]
+
+    @property
+    def bleu_high(self) -> float:
+        return self.scores["bleu_high"]
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        return self.name if self.kind == "peer" else self.assembly
 
     @property
     def layers(self) -> str:
@@ -82,6 +117,10 @@ class Report:
 
     name: str
     rows: list[Row]
+    failed: list[tuple[str, str]]
+    """(system, why it could not be scored)."""
+    languages: dict[str, dict[str, dict[str, float]]]
+    """Scores by language and system; empty where the test part has one language."""
     differing: list[Differing]
     losses: dict[str, list[tuple[int, float]]]
     provenance: list[tuple[str, str]]
@@ -109,7 +148,7 @@ def load_report(recipe: Recipe, run: RunDir) -> Report:
     """
     if not run.scores.is_file():
         raise FileNotFoundError(f"{run.scores} is missing: run stage evaluate first")
-    rows = read_rows(run.scores)
+    rows, failed = read_rows(run.scores)
     folder = run.stage("evaluate")
     scores = {row.name: read_json(folder / "scores" / f"{row.name}.json") or {} for row in rows}
     teacher = next(row for row in rows if row.kind == "teacher")
@@ -119,70 +158,110 @@ def load_report(recipe: Recipe, run: RunDir) -> Report:
     return Report(
         name=recipe.name,
         rows=rows,
+        failed=failed,
+        languages=by_language(scores),
         differing=differing(outputs, teacher.name),
         losses=validation_losses(run.stage("distill") / "metrics.jsonl"),
         provenance=provenance(recipe, run, scores[teacher.name]),
-        weights=[(name, sha) for name, score in scores.items() for sha in score["key"]["weights"].values()],
+        weights=weight_hashes(run),
         seconds=[(name, stamp["seconds"]) for name, stamp in stamps if stamp and "seconds" in stamp],
     )
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of scores.csv, in its order."""
+def read_rows(path: Path) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Rows of scores.csv in its order, and (name, reason) of the systems that failed."""
     with open(path, encoding="utf-8", newline="") as file:
-        return [_row(values) for values in csv.DictReader(file)]
+        lines = list(csv.DictReader(file))
+    failed = [(values["name"], values["failed"]) for values in lines if values["failed"]]
+    return [_row(values) for values in lines if not values["failed"]], failed
 
 
 def _row(values: Mapping[str, str]) -> Row:
     requests = [each.rsplit(" ", 1) for each in values["requests"].split("; ") if each]
     integers = ("encoder_layers", "decoder_layers", "parameters", "non_embedding_parameters", "bytes", "examples")
-    floats = ("ratio_layers", "ratio_non_embedding", "ratio_bytes", "bleu", "bleu_low", "bleu_high", "chrf")
     numbers: dict[str, Any] = {name: int(values[name]) for name in integers}
-    numbers |= {name: float(values[name]) for name in (*floats, "exact_match")}
+    numbers |= {name: float(values[name]) for name in ("ratio_layers", "ratio_non_embedding", "ratio_bytes")}
+    times = ("latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "tokens_per_s", "peak_memory_bytes")
+    numbers |= {name: _number(values[f"time_{name}"]) for name in times}
+    columns = [metric + end for metric in METRICS for end in ("", "_low", "_high")]
     return Row(
         name=values["name"],
         kind=values["kind"],
         assembly=values["assembly"],
         requests=tuple((preset, float(ratio)) for preset, ratio in requests),
-        percent=float(values["percent_of_teacher"]) if values["percent_of_teacher"] else None,
-        latency_ms=float(values["time_latency_ms"]),
-        speedup=float(values["time_speedup"]),
+        scores={column: float(values[column]) for column in columns if values[column]},
+        percent=_number(values["percent_of_teacher"]),
+        p_value=_number(values["p_value"]),
+        layer_flops=_number(values["layer_flops"]),
         **numbers,
     )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def by_language(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{language: {system: {metric: score}}}."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for system, score in scores.items():
+        for language, quality in score["quality"].get("languages", {}).items():
+            found.setdefault(language, {})[system] = {name: quality[name] for name in METRICS if name in quality}
+    return found
+
+
+def weight_hashes(run: RunDir) -> list[tuple[str, str]]:
+    """(file, sha256) of every checkpoint that the assemble stage has published."""
+    stamp = read_json(run.stage("assemble") / "stage.json") or {}
+    files = stamp.get("outputs", {})
+    return [(name, entry["sha256"]) for name, entry in files.items() if name.endswith(".safetensors")]
 
 
 def table_lines(rows: Sequence[Row]) -> list[Line]:
     """The teacher, then each preset's assemblies by ratio, then those asked for by name, then what was fine-tuned."""
     dropped = {row.assembly: row for row in rows if row.kind == "dropped"}
     lines = [Line("teacher", None, row, None) for row in rows if row.kind == "teacher"]
-    for preset in PRESETS:
+    for preset in (*PRESETS, SEARCHED):
         asked = [(ratio, row) for row in rows for each, ratio in row.requests if each == preset]
         lines += [
             Line(preset, ratio, row, dropped.get(row.assembly))
             for ratio, row in sorted(asked, key=lambda each: each[0])
         ]
-    named = [row for row in rows if row.kind == "assembly" and not row.requests]
-    lines += [Line("named", None, row, dropped.get(row.assembly)) for row in named]
-    return lines + [Line("finetuned", None, row, None) for row in rows if row.kind == "finetuned"]
+    for group, rows_of_group in series(rows).items():
+        if group not in ("teacher", "dropped", *PRESETS, SEARCHED):
+            for row in rows_of_group[::-1]:
+                beside = dropped.get(row.assembly) if row.kind in ASSEMBLIES else None
+                lines.append(Line(group, None, row, beside))
+    return lines
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Systems by how they are drawn; an assembly that both presets ask for is in both series."""
+    """Systems by how they are drawn; an assembly that several presets ask for is in the series of each."""
     found: dict[str, list[Row]] = {name: [] for name in SERIES}
     for row in rows:
+        presets = {preset for preset, _ in row.requests} & {*PRESETS, SEARCHED}
         if row.kind == "assembly":
-            presets = {preset for preset, _ in row.requests} or {"named"}
-            for name in presets:
+            for name in presets or {"named"}:
                 found[name].append(row)
         else:
-            found[row.kind].append(row)
+            found[row.kind if row.kind in SERIES else "peer"].append(row)
     return {name: sorted(each, key=lambda row: row.non_embedding_parameters) for name, each in found.items() if each}
+
+
+def frontier(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> list[Row]:
+    """Teacher and assemblies that no other of them beats in BLEU at the same quantity or less, smallest first."""
+    measured = [(quantity(row), row) for row in rows if row.kind in ("teacher", *ASSEMBLIES)]
+    best: list[Row] = []
+    for _, row in sorted(((q, row) for q, row in measured if q is not None), key=lambda each: (each[0], -each[1].bleu)):
+        if not best or row.bleu > best[-1].bleu:
+            best.append(row)
+    return best
 
 
 def headlines(rows: Sequence[Row]) -> list[tuple[int, Row | None]]:
     """For each share of the teacher's BLEU, the smallest assembly that keeps it, by non-embedding parameters."""
     assemblies = sorted(
-        (row for row in rows if row.kind == "assembly" and row.percent is not None),
+        (row for row in rows if row.kind in ASSEMBLIES and row.percent is not None),
         key=lambda row: (row.non_embedding_parameters, -row.bleu),
     )
     return [
@@ -194,7 +273,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[int, Row | None]]:
 def notable(rows: Sequence[Row]) -> list[Row]:
     """Assemblies worth reading: those of the headlines and the coarsest, each once, larger first."""
     found = {row.name: row for _, row in headlines(rows) if row is not None}
-    assemblies = [row for row in rows if row.kind == "assembly"]
+    assemblies = [row for row in rows if row.kind in ASSEMBLIES]
     if assemblies:
         coarsest = min(assemblies, key=lambda row: row.non_embedding_parameters)
         found[coarsest.name] = coarsest
@@ -203,12 +282,10 @@ def notable(rows: Sequence[Row]) -> list[Row]:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; none when there is no such file. An unfinished last line is left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
+    if not path.is_file():
+        return []
+    # not splitlines(): a text may hold other line separators than the one that ends a record
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def differing(outputs: Mapping[str, list[dict[str, Any]]], teacher: str) -> list[Differing]:
@@ -265,10 +342,9 @@ def provenance(recipe: Recipe, run: RunDir, teacher_score: Mapping[str, Any]) ->
         ("Data plan", plan_hash or (f"sha256 {sha256_file(manifest)} of manifest.json" if manifest.is_file() else "")),
         ("Module library", f"sha256 {sha256_file(library)} of library.json" if library.is_file() else ""),
         ("Test", f"{quality['num_examples']} examples, test.jsonl sha256 {key['test']}"),
-        ("BLEU", quality["bleu_signature"]),
-        ("chrF", quality["chrf_signature"]),
+        *((METRICS.get(name, "ROUGE"), signature) for name, signature in quality["signatures"].items()),
         ("Decoding", ", ".join(f"{name} {value}" for name, value in key["decoding"].items())),
-        ("Computed in", f"{teacher_score['dtype']} on {teacher_score['device']}"),
+        ("Computed on", teacher_score["device"]),
         ("Versions", ", ".join(f"{name} {version}" for name, version in teacher_score["versions"].items())),
         ("The same again", f"python -m pipeline run --config {run.recipe}"),
         ("Only this page", f"python -m pipeline report --config {run.recipe}"),

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report_data import SERIES, Report, Row, count_text, series
+from pipeline.report_data import ASSEMBLIES, METRICS, SERIES, Report, Row, count_text, frontier, series
 from pipeline.spans import PRESETS
 
 TEMPLATE = "report_page.html.j2"
@@ -22,8 +22,10 @@ SHAPES = {  # series -> outline around (0, 0), about 14 wide
     "size-first": "M-6.5,0A6.5,6.5 0 1 0 6.5,0A6.5,6.5 0 1 0 -6.5,0Z",
     "speed-first": "M0,-5.2L5,3.6L-5,3.6Z",
     "named": "M-5,-5H5V5H-5Z",
+    "searched": "M-4,-5.5L4,-5.5L6.5,0L4,5.5L-4,5.5L-6.5,0Z",
     "dropped": "M-4.5,-4.5L4.5,4.5M-4.5,4.5L4.5,-4.5",
     "finetuned": "M0,-7L7,0L0,7L-7,0Z",
+    "peer": "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
 }
 LABEL_GAP = 44  # between the labels of two points, in pixels
 
@@ -37,23 +39,32 @@ def render_page(data: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["count"] = count_text
-    charts = [
+    environment.filters |= {"count": count_text, "number": number}
+    charts = []
+    for title, quantity, label, text_of in (
+        ("Quality against size", lambda row: row.non_embedding_parameters, "non-embedding parameters", count_text),
+        ("Quality against latency", lambda row: row.latency_ms, "ms for one example at batch 1", "{:g}".format),
         (
-            "Quality against size",
-            scatter(data.rows, lambda row: row.non_embedding_parameters, "non-embedding parameters", count_text),
+            "Quality against throughput",
+            lambda row: 1e6 / row.tokens_per_s if row.tokens_per_s else None,
+            "microseconds a token at full batch",
+            "{:g}".format,
         ),
-        (
-            "Quality against latency",
-            scatter(data.rows, lambda row: row.latency_ms, "ms for one example at batch 1", "{:g}".format),
-        ),
-    ]
+    ):
+        if any(quantity(row) is not None for row in data.rows):
+            charts.append((title, scatter(data.rows, quantity, label, text_of)))
     return environment.get_template(TEMPLATE).render(
         data=data,
         charts=charts,
+        metrics=[(name, label) for name, label in METRICS.items() if name in data.teacher.scores],
         legend=[(name, SERIES[name], mark(name)) for name in series(data.rows)],
         losses=loss_chart(data.losses) if data.losses else None,
     )
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number with so many decimals; empty when it was not measured."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def bleu_axis(rows: Sequence[Row]) -> Axis:
     """BLEU from 0; where the assemblies all lie high, their part gets two thirds of the height."""
     bottom, top = HEIGHT - BOTTOM, TOP
     high = min(100.0, 5 * math.ceil(max(row.bleu_high for row in rows) / 5 + 0.2))
-    low = 5.0 * math.floor(min(row.bleu_low for row in rows if row.kind in ("teacher", "assembly")) / 5 - 0.2)
+    low = 5.0 * math.floor(min(row.bleu_low for row in rows if row.kind in ("teacher", *ASSEMBLIES)) / 5 - 0.2)
     if low < 0.4 * high:
         return Axis(((0.0, bottom), (high, top)), nice_ticks(0, high, 6))
     broken = bottom - (bottom - top) / 3
@@ -92,11 +103,12 @@ def bleu_axis(rows: Sequence[Row]) -> Axis:
 
 
 def scatter(
-    rows: Sequence[Row], quantity: Callable[[Row], float], label: str, text_of: Callable[[float], str]
+    rows: Sequence[Row], quantity: Callable[[Row], float | None], label: str, text_of: Callable[[float], str]
 ) -> Markup:
-    """BLEU against a quantity of the systems, with 95 % intervals and a hover text on each point."""
+    """BLEU against a quantity of the systems: 95 % intervals, a hover text on each point, the line of the best."""
     y = bleu_axis(rows)
-    most = max(quantity(row) for row in rows) * 1.04
+    quantities = {row.name: found for row in rows if (found := quantity(row)) is not None}
+    most = max(quantities.values()) * 1.04
     x = Axis(((0.0, LEFT), (most, WIDTH - RIGHT)), nice_ticks(0, most, 6))
     parts = [_frame(x, y, label, text_of)]
     if len(y.knots) > 2:
@@ -106,35 +118,48 @@ def scatter(
                 LEFT, _n(level), WIDTH - RIGHT - LEFT, _n(HEIGHT - BOTTOM - level)
             )
         )
-    groups = series(rows)
+    best = frontier(rows, quantity)
+    path = " ".join(f"{_n(x(quantities[row.name]))},{_n(y(row.bleu))}" for row in best)
+    parts.append(Markup('<polyline class="frontier" points="{}"/>').format(path))
+    groups = series([row for row in rows if row.name in quantities])
     labelled: list[tuple[float, float]] = []
-    for name in [each for each in ("dropped", "finetuned", "named", *PRESETS, "teacher") if each in groups]:
-        points = sorted((quantity(row), row.bleu, row) for row in groups[name])
-        if name in PRESETS:
-            path = " ".join(f"{_n(x(across))},{_n(y(bleu))}" for across, bleu, _ in points)
-            parts.append(Markup('<polyline class="{}" points="{}"/>').format(name, path))
-        for across, bleu, row in points:
-            place = (x(across), y(bleu))
+    for name in [each for each in ("dropped", "finetuned", "peer", "searched", "named", *PRESETS) if each in groups]:
+        for row in groups[name]:
+            place = (x(quantities[row.name]), y(row.bleu))
             parts.append(_point(name, row, place, y))
-            if name in PRESETS and all(math.dist(place, other) > LABEL_GAP for other in labelled):
+            is_best = row in best and name in (*PRESETS, "searched", "named")
+            if is_best and all(math.dist(place, other) > LABEL_GAP for other in labelled):
                 labelled.append(place)
-                aside, down, anchor = (9, 14, "start") if name == "speed-first" else (-9, -7, "end")
                 ratio = f"{row.ratio_layers:.3g}\u00d7"
-                parts.append(_text(place[0] + aside, place[1] + down, ratio, f"{name} {anchor}"))
-    return _svg(f"BLEU against {label} of {len(rows)} systems; the table below holds the numbers", parts)
+                parts.append(_text(place[0] - 9, place[1] - 7, ratio, f"{name} end"))
+    for row in groups.get("teacher", []):
+        parts.append(_point("teacher", row, (x(quantities[row.name]), y(row.bleu)), y))
+    return _svg(f"BLEU against {label} of {len(quantities)} systems; the table below holds the numbers", parts)
+
+
+def describe(name: str, row: Row) -> str:
+    """What one reads when pointing at a system."""
+    share = f", {row.percent:.1f} % of the teacher" if row.percent is not None else ""
+    parts = [
+        f"{row.name} ({SERIES[name]}): {row.bleu:.1f} BLEU ({row.bleu_low:.1f} to {row.bleu_high:.1f}){share}",
+        f"{row.layers} layers, {row.ratio_layers:.2f}\u00d7 fewer" if row.ratio_layers else f"{row.layers} layers",
+        f"{count_text(row.non_embedding_parameters)} non-embedding parameters",
+    ]
+    if row.latency_ms is not None and row.speedup is not None:
+        parts.append(f"{row.latency_ms:.1f} ms, {row.speedup:.2f}\u00d7 faster")
+    if row.tokens_per_s is not None:
+        parts.append(f"{row.tokens_per_s:,.0f} tokens/s at full batch")
+    return "; ".join(parts)
 
 
 def _point(name: str, row: Row, place: tuple[float, float], y: Axis) -> Markup:
-    share = f", {row.percent:.1f} % of the teacher" if row.percent is not None else ""
-    title = (
-        f"{row.name} ({SERIES[name]}): {row.bleu:.1f} BLEU ({row.bleu_low:.1f} to {row.bleu_high:.1f}){share}; "
-        f"{row.layers} layers, {row.ratio_layers:.2f}\u00d7 fewer; {count_text(row.non_embedding_parameters)} "
-        f"non-embedding parameters; {row.latency_ms:.1f} ms, {row.speedup:.2f}\u00d7 faster"
-    )
+    text = describe(name, row)
     return Markup(
-        '<g class="{} point"><title>{}</title><line x1="{x}" x2="{x}" y1="{}" y2="{}"/>'
+        '<g class="{} point" tabindex="0" data-name="{}" aria-label="{}"><line x1="{x}" x2="{x}" y1="{}" y2="{}"/>'
         '<path transform="translate({x} {})" d="{}"/></g>'
-    ).format(name, title, _n(y(row.bleu_low)), _n(y(row.bleu_high)), _n(place[1]), SHAPES[name], x=_n(place[0]))
+    ).format(
+        name, row.name, text, _n(y(row.bleu_low)), _n(y(row.bleu_high)), _n(place[1]), SHAPES[name], x=_n(place[0])
+    )
 
 
 def mark(name: str) -> Markup:

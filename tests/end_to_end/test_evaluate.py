@@ -6,36 +6,44 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from pipeline import units
+from pipeline.assemble import Parts, System, describe, write_checkpoint
 from pipeline.config import EvaluateConfig, Recipe
 from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
-from pipeline.evaluate import evaluate, folder_hashes
-from pipeline.rundir import RunDir
+from pipeline.evaluate import evaluate
+from pipeline.evaluation import folder_hashes
+from pipeline.rundir import RunDir, sha256_file
+from pipeline.spans import Assembly
 from pipeline.world import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_EXAMPLES = 200
 NUM_NEW_TOKENS = 12
 SETTINGS = {"max_examples": NUM_EXAMPLES, "max_new_tokens": NUM_NEW_TOKENS, "tokens_per_batch": 500}
-SYSTEMS = (  # name, kind, assembly, requests, layers of a stack
-    ("e1x2-d1x2", "teacher", "e1x2-d1x2", [], 2),
-    ("e2-d2", "assembly", "e2-d2", [["size-first", 2.0], ["speed-first", 2.0]], 1),
-    ("drop-e2-d2", "dropped", "e2-d2", [], 1),
-    ("e1x2-d2", "assembly", "e1x2-d2", [["speed-first", 1.33]], 2),
-    ("finetuned-e2-d2", "finetuned", "e2-d2", [], 1),
+SYSTEMS = (  # name, kind, assembly, requests
+    ("e1x2-d1x2", "teacher", "e1x2-d1x2", []),
+    ("e2-d2", "assembly", "e2-d2", [["size-first", 2.0], ["speed-first", 2.0]]),
+    ("drop-e2-d2", "dropped", "e2-d2", []),
+    ("e1x2-d2", "assembly", "e1x2-d2", [["speed-first", 1.33]]),
+    ("finetuned-e2-d2", "finetuned", "e2-d2", []),
 )
 PLAIN_PROCESS = """
 import importlib.util, json, sys
@@ -56,17 +64,22 @@ print(json.dumps(outputs))
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory up to the assemble stage; the references are the teacher's own outputs."""
     root = tmp_path_factory.mktemp("inputs")
+    run = RunDir(root)
     generator = random.Random(0)
     words = ("one", "two", "three", "monday", "march", "euro", "metre", "clock", "half", "past", "quarter", "to")
-    sources = [" ".join(generator.choices(words, k=generator.randrange(1, 9))) for _ in range(NUM_EXAMPLES + 10)]
+    sources = [" ".join(generator.choices(words, k=generator.randrange(1, 9))) for _ in range(2 * NUM_EXAMPLES)]
     tokenizer = train_tokenizer(root / "tokenizer", sources)
-    systems = [write_system(root, tokenizer, seed, *system) for seed, system in enumerate(SYSTEMS)]
-    (root / "assemble/systems.json").write_text(json.dumps({"systems": systems}))
+    write_model(run.teacher_model, tokenizer, seed=0, depth=2)
+    write_model(run.stage("baseline") / "model", tokenizer, seed=1, depth=1)
+    write_library(run, seed=2)
+    systems = [write_system(run, *system) for system in SYSTEMS]
+    run.systems.write_text(json.dumps({"systems": [asdict(system) for system in systems]}))
     (root / "assemble/stage.json").write_text(json.dumps({"outputs_hash": "of the systems"}))
-    references = plain_outputs(root / systems[0]["folder"], sources)
-    records = [
-        {"id": f"{i}", "source": s, "target": r} for i, (s, r) in enumerate(zip(sources, references, strict=True))
+    references = plain_outputs(run.teacher_model, sources)
+    pairs = [(source, text) for source, text in zip(sources, references, strict=True) if text.strip()][
+        : NUM_EXAMPLES + 10
     ]
+    records = [{"id": f"{i}", "source": source, "target": text} for i, (source, text) in enumerate(pairs)]
     (root / "data").mkdir()
     (root / "data/test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (root / "data/manifest.json").write_text(json.dumps({"plan_hash": "of the data"}))
@@ -98,12 +111,10 @@ def train_tokenizer(folder: Path, sentences: list[str]) -> T5Tokenizer:
     return T5Tokenizer.from_pretrained(folder, extra_ids=0)
 
 
-def write_system(
-    root: Path, tokenizer: T5Tokenizer, seed: int, name: str, kind: str, assembly: str, requests: list[Any], depth: int
-) -> dict[str, Any]:
-    """A random T5 whose outputs depend on its inputs, and its entry in systems.json."""
+def write_model(folder: Path, tokenizer: T5Tokenizer, seed: int, depth: int, d_ff: int = 64) -> None:
+    """A random T5 whose outputs depend on its inputs."""
     torch.manual_seed(seed)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": depth, "num_decoder_layers": depth}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": d_ff, "num_heads": 4, "num_layers": depth, "num_decoder_layers": depth}
     model = T5ForConditionalGeneration(
         T5Config(**sizes, vocab_size=len(tokenizer), decoder_start_token_id=0, tie_word_embeddings=False)
     )
@@ -111,23 +122,34 @@ def write_system(
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     torch.nn.init.normal_(model.lm_head.weight)
-    folder = root / "assemble/models" / name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "name": name,
-        "kind": kind,
-        "folder": f"assemble/models/{name}",
-        "assembly": assembly,
-        "requests": requests,
-        "num_encoder_layers": depth,
-        "num_decoder_layers": depth,
-        "ratio_layers": 2 / depth,
-        "num_parameters": num_parameters,
-        "num_non_embedding_parameters": num_parameters - 2 * 32 * len(tokenizer),
-        "bytes": (folder / "model.safetensors").stat().st_size,
+
+
+def write_library(run: RunDir, seed: int) -> None:
+    """A module library of one random modular layer a stack, of granularity 2."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in load_file(run.teacher_model / "model.safetensors").items():
+        stack, _, rest = name.partition(".block.1.")
+        if rest:
+            noise = torch.randn(weight.shape, generator=generator)
+            weights[f"{stack}.0-1.{rest}"] = weight + noise * weight.std() if weight.dim() == 2 else weight.clone()
+    run.library.mkdir(parents=True)
+    save_file(weights, run.library / "modular.safetensors")
+    manifest = {
+        "spans": {"encoder": ["0-1"], "decoder": ["0-1"]},
+        "teacher_sha256": sha256_file(run.teacher_model / "model.safetensors"),
+        "modular_sha256": sha256_file(run.library / "modular.safetensors"),
     }
+    (run.library / "library.json").write_text(json.dumps(manifest))
+
+
+def write_system(run: RunDir, name: str, kind: str, assembly: str, requests: list[Any]) -> System:
+    folder = run.stage("baseline") / "model" if kind == "finetuned" else run.stage("assemble") / "models" / name
+    if kind != "finetuned":
+        write_checkpoint(Parts.of(run), Assembly.parse(assembly), folder, dropped=kind == "dropped")
+    return replace(describe(run, folder, kind, name, Assembly.parse(assembly)), requests=requests)
 
 
 def plain_outputs(folder: Path, sources: list[str]) -> list[str]:
@@ -144,7 +166,7 @@ def start_worker(root: Path, rank: int = 0, size: int = 1) -> subprocess.Popen[b
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
 
 
-def evaluate_here(root: Path, **settings: int) -> None:
+def evaluate_here(root: Path, **settings: Any) -> None:
     """Evaluate in this process."""
     folder_hashes.cache_clear()
     config = EvaluateConfig(**{**SETTINGS, "latency_examples": 3, **settings})
@@ -165,19 +187,19 @@ def when_published(root: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_mtime_ns for path in (root / "evaluate/scores").glob("*.json")}
 
 
-def kill_when(worker: subprocess.Popen[bytes], root: Path, num_scores: int) -> None:
-    """SIGKILL a worker's process group when so many systems are scored and, if any is left, the next one is begun."""
-    deadline_s = time.monotonic() + 60
-    while True:
-        scored = set(when_published(root))
-        claimed = {path.name.rpartition(".")[0] for path in (root / "evaluate/claims").glob("[!.]*")}
-        if len(scored) >= num_scores and (claimed - scored or len(scored) == len(SYSTEMS)):
-            break
+def kill_when(worker: subprocess.Popen[bytes], root: Path, num_units: int, num_scores: int) -> None:
+    """SIGKILL a worker's process group when so many units are decoded and so many systems are scored."""
+    deadline_s = time.monotonic() + 120
+    while len(units_done(root)) < num_units or len(when_published(root)) < num_scores:
         assert worker.poll() is None, "the worker ended before it could be killed"
         assert time.monotonic() < deadline_s
         time.sleep(0.002)
     os.killpg(worker.pid, signal.SIGKILL)
     assert worker.wait() == -signal.SIGKILL
+
+
+def units_done(root: Path) -> list[str]:
+    return [path.name for path in (root / "evaluate/units").glob("plan-*/[!.]*.json")]
 
 
 def test_scores(finished: Path) -> None:
@@ -196,8 +218,8 @@ def test_scores(finished: Path) -> None:
 def test_killed_and_resumed_equals_uninterrupted(inputs: Path, finished: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(inputs, root)
-    for num_scores in (2, len(SYSTEMS)):  # while systems are scored, and while they are timed
-        kill_when(start_worker(root), root, num_scores)
+    for progress in ((1, 0), (3, 2), (4, len(SYSTEMS))):  # while decoding, while scoring, while costs are measured
+        kill_when(start_worker(root), root, *progress)
         assert not (root / "evaluate/scores.csv").exists()
     kept = when_published(root)
     assert start_worker(root).wait() == 0
@@ -218,7 +240,8 @@ def test_two_workers_equal_one(inputs: Path, finished: Path, tmp_path: Path) -> 
 def test_worker_0_takes_over_from_a_killed_worker(inputs: Path, finished: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(inputs, root)
-    kill_when(start_worker(root, rank=1, size=2), root, num_scores=2)
+    kill_when(start_worker(root, rank=1, size=2), root, num_units=1, num_scores=0)
+    assert not when_published(root)
     evaluate_here(root)
     assert table(root) == table(finished)
 
@@ -228,11 +251,11 @@ def test_what_is_damaged_is_done_again(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, root)
     before = when_published(root)
     score = root / "evaluate/scores/e2-d2.json"
-    score.write_text(score.read_text().replace('"bleu": ', '"bleu": 9'))  # still JSON
+    score.write_text(score.read_text().replace('"chrf_low": ', '"chrf_low": 9'))  # still JSON
     (root / "evaluate/scores/e1x2-d2.json").write_text('{"name": "e1x')
     with open(root / "evaluate/outputs/drop-e2-d2.jsonl", "a", encoding="utf-8") as file:
         file.write("{}\n")
-    (root / "evaluate/times.json").write_text("[]")
+    (root / "evaluate/costs.json").write_text("[]")
     evaluate_here(root)
     assert table(root) == table(finished)
     assert outputs(root) == outputs(finished)
@@ -252,21 +275,25 @@ def test_other_weights_or_settings_are_scored_anew(finished: Path, tmp_path: Pat
     root = tmp_path / "run"
     shutil.copytree(finished, root)
     before = when_published(root)
-    models = root / "assemble/models"
-    shutil.copy2(models / "drop-e2-d2/model.safetensors", models / "e2-d2/model.safetensors")
+    shutil.copy2(root / "teacher/model/tokenizer.json", root / "baseline/model/another.json")
+    run = RunDir(root)
+    shutil.rmtree(run.library)
+    write_library(run, seed=7)
     evaluate_here(root)
-    assert {name for name, instant in when_published(root).items() if before[name] != instant} == {"e2-d2"}
-    rows = {row["name"]: row for row in table(root)}
-    assert rows["e2-d2"]["bleu"] == rows["drop-e2-d2"]["bleu"]
+    changed = {name for name, instant in when_published(root).items() if before[name] != instant}
+    assert changed == {"e2-d2", "e1x2-d2", "finetuned-e2-d2"}, "not the teacher, nor what has only its layers"
+    rows, old = ({row["name"]: row for row in table(each)} for each in (root, finished))
+    assert rows["e2-d2"]["chrf"] != old["e2-d2"]["chrf"]
+    assert rows["finetuned-e2-d2"] == old["finetuned-e2-d2"]
     evaluate_here(root, max_new_tokens=5)
     assert all(before[name] != instant for name, instant in when_published(root).items())
 
 
 @pytest.mark.parametrize("name", ["e1x2-d1x2", "e1x2-d2"])
 def test_a_process_without_this_project_decodes_the_same(finished: Path, tmp_path: Path, name: str) -> None:
-    scored = [json.loads(line) for line in outputs(finished)[f"{name}.jsonl"].decode().splitlines()]
+    scored = [json.loads(line) for line in outputs(finished)[f"{name}.jsonl"].decode().split("\n") if line]
     assert len(scored) == 200
-    assert len({record["output"] for record in scored}) > 30, "outputs that hardly differ prove nothing"
+    assert len({record["output"] for record in scored}) > 20, "outputs that hardly differ prove nothing"
     folder = finished / "assemble/models" / name
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     plain = subprocess.run(
@@ -275,6 +302,108 @@ def test_a_process_without_this_project_decodes_the_same(finished: Path, tmp_pat
         capture_output=True, text=True, check=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert json.loads(plain.stdout) == [record["output"] for record in scored]
+
+
+def edit_systems(root: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    systems = json.loads(RunDir(root).systems.read_text())["systems"]
+    change(systems)
+    RunDir(root).systems.write_text(json.dumps({"systems": systems}))
+
+
+def edit_examples(root: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    path = root / "data/test.jsonl"
+    records = change([json.loads(line) for line in path.read_text().split("\n") if line])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def damage_library(root: Path) -> None:
+    path = RunDir(root).library / "modular.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "settings", "message"),
+    [
+        (lambda root: edit_examples(root, lambda records: []), {}, "no test examples in .*test.jsonl"),
+        (
+            lambda root: edit_examples(root, lambda records: [*records[:3], {**records[3], "target": None}]),
+            {},
+            r"example 3 \(3\) of .* has no reference",
+        ),
+        (
+            lambda root: edit_systems(root, lambda systems: systems[1].update(assembly="e2-x")),
+            {},
+            "'e2-x' is not an assembly",
+        ),
+        (damage_library, {}, "modular.safetensors does not match .*library.json: it is damaged"),
+        (lambda root: None, {"folders": ("e2-d2={root}/baseline/model",)}, "two systems are called e2-d2"),
+        (lambda root: None, {"folders": ("{root}/nowhere",)}, "nowhere is not a Hugging Face folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    inputs: Path, tmp_path: Path, damage: Callable[[Path], None], settings: dict[str, Any], message: str
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(inputs, root)
+    damage(root)
+    folders = tuple(text.format(root=root) for text in settings.get("folders", ()))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        evaluate_here(root, folders=folders)
+    assert "\n" not in str(caught.value)
+
+
+def test_peers_enter_the_table_and_empty_outputs_are_told(
+    inputs: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    mute = tmp_path / "mute"
+    shutil.copytree(root / "baseline/model", mute)
+    weights = load_file(mute / "model.safetensors")
+    silent = {**weights, "shared.weight": torch.zeros_like(weights["shared.weight"])}  # all logits 0: padding wins
+    save_file(silent, mute / "model.safetensors", metadata={"format": "pt"})
+    unlike = tmp_path / "unlike"  # what Rules do not carry goes through transformers' own generate
+    shutil.copytree(RunDir(root).teacher_model, unlike)
+    config = json.loads((unlike / "generation_config.json").read_text())
+    (unlike / "generation_config.json").write_text(json.dumps({**config, "encoder_no_repeat_ngram_size": 30}))
+    evaluate_here(root, folders=(str(mute), f"by-generate={unlike}"))
+    rows = {row["name"]: row for row in table(root)}
+    assert rows["mute"]["kind"] == rows["by-generate"]["kind"] == "peer"
+    assert rows["mute"]["bleu"] == "0.0000"
+    for column in ("bleu", "chrf", "rougeL", "parameters", "encoder_layers"):
+        assert rows["by-generate"][column] == rows["e1x2-d1x2"][column], column
+    assert float(rows["by-generate"]["loss"]) == pytest.approx(float(rows["e1x2-d1x2"]["loss"]), abs=2e-4)
+    assert [line for line in capsys.readouterr().err.split("\n") if "empty" in line] == [
+        "warning: all outputs of mute are empty: its scores say only that"
+    ]
+
+
+def test_what_runs_out_of_memory_is_marked_and_the_others_go_on(finished: Path, tmp_path: Path) -> None:
+    """The memory is really short: the process may take no more than what one peer's weights need."""
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    large = tmp_path / "large"
+    tokenizer = T5Tokenizer.from_pretrained(RunDir(root).teacher_model)
+    write_model(large, tokenizer, seed=3, depth=1, d_ff=300_000)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (in_use + 100 * 2**20,) * 2)
+            evaluate_here(root, folders=(str(large),))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    rows = {row["name"]: row for row in table(root)}
+    assert rows["large"]["failed"] == "out of memory"
+    assert rows["large"]["bleu"] == rows["large"]["percent_of_teacher"] == ""
+    assert [row for name, row in rows.items() if name != "large"] == table(finished)
 
 
 def test_missing_stages_are_named(inputs: Path, tmp_path: Path) -> None:

@@ -15,12 +15,28 @@ from rich.console import Console
 from pipeline.config import Recipe
 from pipeline.evaluate import csv_text
 from pipeline.report import cells, markdown, print_table, report
-from pipeline.report_data import Row, count_text, headlines, load_report, read_jsonl, series, table_lines
+from pipeline.report_data import (
+    METRICS,
+    Row,
+    count_text,
+    frontier,
+    headlines,
+    load_report,
+    read_jsonl,
+    series,
+    table_lines,
+)
 from pipeline.report_page import SHAPES, Axis, bleu_axis, nice_ticks, render_page
 from pipeline.rundir import RunDir
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "line", "rect", "polyline"}
+
+
+def digest_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
 SYSTEMS = (  # name, kind, assembly, requests, layers of each stack, BLEU, ms
     ("e1x6-d1x6", "teacher", "e1x6-d1x6", "", (6, 6), 98.0, 60.0),
     ("e2x3-d2x3", "assembly", "e2x3-d2x3", "size-first 2", (3, 3), 97.1, 30.0),
@@ -39,14 +55,16 @@ def scores_row(
 ) -> dict[str, str]:
     size = 100_000 * sum(layers)
     values: dict[str, Any] = {
-        "name": name, "kind": kind, "assembly": assembly, "requests": requests,
+        "name": name, "kind": kind, "assembly": assembly, "requests": requests, "failed": "",
         "encoder_layers": layers[0], "decoder_layers": layers[1], "ratio_layers": 12 / sum(layers),
         "ratio_non_embedding": 1_200_000 / size, "ratio_bytes": 1_250_000 / (size + 50_000),
         "parameters": size + 50_000, "non_embedding_parameters": size, "bytes": 4 * (size + 50_000),
-        "bleu": bleu, "bleu_low": max(0.0, bleu - 1), "bleu_high": min(100.0, bleu + 1), "chrf": bleu,
-        "exact_match": bleu, "percent_of_teacher": 100 * bleu / 98, "examples": 8,
-        "time_latency_ms": ms, "time_speedup": 60 / ms,
+        "layer_flops": 2 * size, "percent_of_teacher": 100 * bleu / 98, "p_value": "" if kind == "teacher" else 0.04,
+        "examples": 8, "time_latency_ms": ms, "time_latency_ms_low": ms - 1, "time_latency_ms_high": ms + 1,
+        "time_speedup": 60 / ms, "time_tokens_per_s": 50_000 / ms, "time_peak_memory_bytes": 5 * size,
     }  # fmt: skip
+    for metric in METRICS:
+        values |= {metric: bleu, f"{metric}_low": max(0.0, bleu - 1), f"{metric}_high": min(100.0, bleu + 1)}
     return {key: str(value) for key, value in values.items()}
 
 
@@ -56,11 +74,14 @@ def run(tmp_path: Path) -> RunDir:
     folder = tmp_path / "evaluate"
     for each in ("scores", "outputs"):
         (folder / each).mkdir(parents=True)
-    (folder / "scores.csv").write_text(csv_text([scores_row(*system) for system in SYSTEMS]))
+    failed = {**scores_row("e1x2-d6", "assembly", "e1x2-d6", "", (2, 1), 0.0, 1.0), "failed": "out of memory"}
+    failed |= {name: "" for name in failed if name.startswith(("time_", *METRICS, "percent", "p_value"))}
+    (folder / "scores.csv").write_text(csv_text([*(scores_row(*system) for system in SYSTEMS), failed]))
     for name, *_ in SYSTEMS:
-        quality = {"num_examples": 8, "bleu_signature": "nrefs:1|case:mixed", "chrf_signature": EVIL}
+        quality: dict[str, Any] = {"num_examples": 8, "signatures": {"bleu": "nrefs:1|case:mixed", "chrf": EVIL}}
+        quality["languages"] = {"de": {"bleu": 40.0 + len(name)}, EVIL: {"bleu": 1.0}}
         key = {
-            "weights": {"model.safetensors": hashlib.sha256(name.encode()).hexdigest()},
+            "weights": {},
             "test": "ab",
             "decoding": {},
         }
@@ -72,6 +93,9 @@ def run(tmp_path: Path) -> RunDir:
             for i, end in enumerate(ends)
         ]
         (folder / f"outputs/{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "assemble").mkdir()
+    weights = {f"models/{name}/model.safetensors": {"sha256": digest_of(name)} for name, *_ in SYSTEMS}
+    (tmp_path / "assemble/stage.json").write_text(json.dumps({"outputs": weights}))
     (tmp_path / "data").mkdir()
     (tmp_path / "data/manifest.json").write_text(json.dumps({"plan_hash": "hash-of-the-plan"}))
     (tmp_path / "distill").mkdir()
@@ -117,13 +141,14 @@ def test_page_is_whole_and_refers_to_nothing_outside(page: str) -> None:
     parsed = Page(page)
     assert not [each for each in parsed.attributes if each[1] in ("src", "href", "xlink:href", "action", "data")]
     assert not re.search(r"https?:|//[a-z]|@import|url\(", page.replace("http://www.w3.org/2000/svg", ""))
-    assert {tag for tag, _, _ in parsed.attributes}.isdisjoint({"script", "link", "img", "iframe"})
+    assert {tag for tag, _, _ in parsed.attributes}.isdisjoint({"link", "img", "iframe"})
+    assert page.count("<script") == page.count('<script>\n"use strict";') == 1, "only our own"
     assert "prefers-color-scheme: dark" in page
     assert all(f"--{name}:" in page for name in SHAPES)
 
 
 def test_page_escapes_every_text(page: str) -> None:
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert "&lt;script&gt;" in page
     texts = "".join(Page(page).texts)
     assert f"{EVIL} 3" in texts, "a source is shown as it is"
@@ -131,8 +156,11 @@ def test_page_escapes_every_text(page: str) -> None:
 
 
 def test_page_says_what_was_measured(page: str) -> None:
-    texts = " ".join(" ".join(Page(page).texts).split())
-    for expected in ("hash-of-the-plan", "nrefs:1|case:mixed", "float32 on cpu", hashlib.sha256(b"e6-d6").hexdigest()):
+    parsed = Page(page)
+    texts = " ".join(
+        " ".join([*parsed.texts, *(value for _, name, value in parsed.attributes if name == "aria-label")]).split()
+    )
+    for expected in ("hash-of-the-plan", "nrefs:1|case:mixed", "Computed on cpu", digest_of("e6-d6")):
         assert expected in texts
     assert "Smallest that keeps 99 % of the teacher's BLEU 2\u00d7 fewer layers e2x3-d2x3" in texts
     assert "Smallest that keeps 95 % of the teacher's BLEU 2.4\u00d7 fewer layers e3x2-d2x3" in texts
@@ -155,7 +183,7 @@ def test_table_lines_are_in_order_with_dropping_beside(run: RunDir) -> None:
     ]
     assert cells(data.lines[1]) == [
         "size-first", "2", "2.00", "3+3", "e2x3-d2x3", "97.1", "1.0", "99.1", "4.0", "97.1",
-        "650 K", "2.6", "30.0", "2.00",
+        "650 K", "2.6", "30.0", "2.00", "1,667",
     ]  # fmt: skip
 
 
@@ -164,8 +192,9 @@ def test_headlines_take_the_smallest_that_keeps_enough() -> None:
         return Row(
             name=name, kind=kind, assembly=name, requests=(), encoder_layers=1, decoder_layers=1, ratio_layers=1.0,
             ratio_non_embedding=1.0, ratio_bytes=1.0, parameters=size, non_embedding_parameters=size, bytes=size,
-            bleu=percent or 0.0, bleu_low=0.0, bleu_high=0.0, chrf=0.0, exact_match=0.0, percent=percent, examples=1,
-            latency_ms=1.0, speedup=1.0,
+            scores={"bleu": percent or 0.0}, percent=percent, p_value=None, examples=1, latency_ms=1.0,
+            latency_ms_low=1.0, latency_ms_high=1.0, speedup=1.0, tokens_per_s=None, peak_memory_bytes=None,
+            layer_flops=None,
         )  # fmt: skip
 
     smaller = [row("a", 5, 99.0), row("b", 4, 99.5), row("c", 3, 97.9), row("d", 1, 99, "dropped")]
@@ -191,6 +220,27 @@ def test_an_assembly_of_both_presets_is_drawn_in_both(run: RunDir) -> None:
     assert found["named"] == ["e3x2-d2x3"]
 
 
+def test_the_frontier_is_what_none_beats(run: RunDir) -> None:
+    rows = load_report(Recipe(), run).rows
+    by_size = [row.name for row in frontier(rows, lambda row: row.non_embedding_parameters)]
+    assert by_size == ["e6-d6", "e3x2-d2x3", "e2x3-d2x3", "e1x6-d1x6"]
+    assert [row.name for row in frontier(rows, lambda row: row.latency_ms)] == [
+        "e6-d6", "e1x4.2-d6", "e2x3-d2x3", "e1x6-d1x6",
+    ]  # fmt: skip
+
+
+def test_what_failed_is_named_and_not_drawn(run: RunDir, page: str) -> None:
+    data = load_report(Recipe(), run)
+    assert data.failed == [("e1x2-d6", "out of memory")]
+    assert "e1x2-d6" not in {row.name for row in data.rows}
+    assert "Left out: <code>e1x2-d6</code>, out of memory." in page
+
+
+def test_languages_have_their_own_scores(page: str) -> None:
+    assert "By language" in page
+    assert f"<td>{40.0 + len('e2x3-d2x3'):.1f}</td>" in page
+
+
 def test_terminal_table_fits(run: RunDir) -> None:
     data = load_report(Recipe(), run)
     for width, exact in ((200, True), (84, False)):
@@ -212,7 +262,9 @@ def test_report_writes_all_files(run: RunDir, capsys: pytest.CaptureFixture[str]
     report(Recipe(), run)
     folder = run.stage("report")
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in folder.iterdir()} == {"quality.png", "report.html", "scores.md"}
+    assert {path.name for path in folder.iterdir()} == {"quality.png", "report.html", "scores.csv", "scores.md"}
+    (events,) = (run.tensorboard / "report").iterdir()
+    assert events.stat().st_size > (folder / "quality.png").stat().st_size / 2
     assert "report.html" in capsys.readouterr().out
     before = (folder / "report.html").read_bytes()
     report(Recipe(), run)

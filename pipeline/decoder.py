@@ -1,0 +1,126 @@
+"""One step of cached decoding through an assembled decoder: what greedy decoding and beam search are made of.
+
+Shapes: B examples, R rows (examples, or examples x beams), Q new tokens of a row, T tokens so far, L most tokens, S
+source tokens, D model width, H heads, K width of a head, V vocabulary, N states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.families import StackInputs
+from pipeline.families.base import Family, KeysValues
+
+# elements of logits held at once: on a CPU so few that they stay in its cache
+MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Decoding settings; see transformers' GenerationConfig for their meaning."""
+
+    start_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    processors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Changes scores [R, V] given the tokens so far [R, T]; None where nothing does."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One assembled decoder."""
+
+    family: Family
+    shared: Any
+    layers: Sequence[nn.Module]
+    vocabulary_size: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the decoder reads of the encoder's output, for B examples."""
+
+    cross: Sequence[KeysValues]
+    """For each decoder layer, [B, S, H, K]."""
+    bias: torch.Tensor
+    """[B, 1, 1, S]."""
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.bias)
+
+    def select(self, examples: torch.Tensor) -> Memory:
+        cross = [KeysValues(each.keys[examples], each.values[examples]) for each in self.cross]
+        return Memory(cross, self.bias[examples])
+
+
+class StaticCache:
+    """Self-attention's keys and values of one layer in buffers of a fixed size, [R, L, H, K].
+
+    Rows may stand at different positions: what lies behind a row's position is left over, masked, and overwritten.
+    """
+
+    def __init__(self, like: KeysValues, num_rows: int, length: int) -> None:
+        shape = (num_rows, length, *like.keys.shape[2:])
+        self.keys, self.values = like.keys.new_zeros(shape), like.values.new_zeros(shape)
+        self.positions_RQ = torch.empty(0)
+        self.num_keys = 0
+
+    @staticmethod
+    def of(first: KeysValues, rows: torch.Tensor, length: int) -> StaticCache:
+        """A cache that begins with some rows of these keys and values [B, T, H, K]."""
+        cache, filled = StaticCache(first, len(rows), length), slice(0, min(length, first.keys.shape[1]))
+        cache.keys[:, filled], cache.values[:, filled] = first.keys[rows, filled], first.values[rows, filled]
+        return cache
+
+    def at(self, positions_RQ: torch.Tensor, num_keys: int) -> StaticCache:
+        """Where the next call writes, [R or 1, Q], and how much it reads."""
+        self.positions_RQ, self.num_keys = positions_RQ, num_keys
+        return self
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        place: tuple[Any, torch.Tensor] = (slice(None), self.positions_RQ[0])  # all rows at the same
+        if len(self.positions_RQ) > 1:
+            place = (torch.arange(len(self.keys), device=self.keys.device)[:, None], self.positions_RQ)
+        self.keys[place], self.values[place] = new.keys, new.values
+        return KeysValues(self.keys[:, : self.num_keys], self.values[:, : self.num_keys])
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+        filled = slice(0, self.num_keys)
+        keys, values = self.keys[rows, filled], self.values[rows, filled]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+        self.keys[:, filled], self.values[:, filled] = keys, values
+
+
+def step(
+    decoder: Decoder, caches: Sequence[StaticCache], memory: Memory, tokens_RQ: torch.Tensor, positions_RQ: torch.Tensor
+) -> torch.Tensor:
+    """Finished decoder states [R, Q, D] of new tokens at these positions [R or 1, Q]."""
+    num_keys = int(positions_RQ.max()) + 1
+    inputs = StackInputs(decoder.shared.bias_at(positions_RQ, num_keys), memory.bias)
+    hidden_RQD = decoder.shared.embed_at(tokens_RQ, positions_RQ)
+    for layer, cache, cross in zip(decoder.layers, caches, memory.cross, strict=True):
+        hidden_RQD = decoder.family.call_cached(layer, hidden_RQD, cache.at(positions_RQ, num_keys), cross, inputs)
+    return decoder.shared.finish("decoder", hidden_RQD)
+
+
+def best_tokens(decoder: Decoder, finished_RQD: torch.Tensor) -> torch.Tensor:
+    """The likeliest token after each state, [R, Q]."""
+    parts = finished_RQD.flatten(0, 1).split(logits_at_once(decoder, finished_RQD.device))
+    found = [decoder.shared.logits(part_ND).float().argmax(-1) for part_ND in parts]
+    return torch.cat(found).view(finished_RQD.shape[:2])
+
+
+def logits_at_once(decoder: Decoder, device: torch.device) -> int:
+    """For how many states logits are computed at once."""
+    return max(1, MAX_LOGITS[device.type] // decoder.vocabulary_size)

@@ -1,0 +1,178 @@
+"""What an evaluation is of: systems, test examples, settings; and the key that a result must carry to count."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from pipeline.assemble import System
+from pipeline.config import Recipe
+from pipeline.rundir import RunDir, sha256_file
+from pipeline.scoring import References
+from pipeline.spans import Assembly, Span, kept_layers
+from pipeline.together import Member
+from pipeline.units import digest_of
+from pipeline.views import check_library
+
+VIEWS = ("teacher", "assembly", "dropped")  # kinds that are paths through teacher and library
+LAYER_KEYS = (("num_layers", "encoder_layers"), ("num_decoder_layers", "decoder_layers"))
+VOCABULARY = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is scored, on what, how."""
+
+    recipe: Recipe
+    run: RunDir
+    systems: list[System]
+    examples: list[dict[str, Any]]
+    test_sha256: str
+
+    @staticmethod
+    def load(recipe: Recipe, run: RunDir) -> Evaluation:
+        """Read systems.json, the folders of peers and the test part.
+
+        Raises:
+            FileNotFoundError: a stage before this one has not published, or a peer's folder is missing.
+            ValueError: an empty test part, an example without a reference, two systems of one name, an assembly that
+                does not parse.
+        """
+        test, manifest = run.data / "test.jsonl", run.data / "manifest.json"
+        for path, stage in ((manifest, "data"), (test, "data"), (run.systems, "assemble")):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
+        systems = [System(**each) for each in json.loads(run.systems.read_text(encoding="utf-8"))["systems"]]
+        systems += [peer(text) for text in recipe.evaluate.folders]
+        _check_systems(systems, run)
+        with open(test, encoding="utf-8") as file:
+            examples = [json.loads(line) for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
+        _check_examples(examples, test)
+        return Evaluation(recipe, run, systems, examples, sha256_file(test))
+
+    @property
+    def folder(self) -> Path:
+        return self.run.stage("evaluate")
+
+    @property
+    def teacher(self) -> System:
+        return next(system for system in self.systems if system.kind == "teacher")
+
+    def system(self, name: str) -> System:
+        return next(system for system in self.systems if system.name == name)
+
+    @cached_property
+    def references(self) -> References:
+        texts = [each.get("references") or [each["target"]] for each in self.examples]
+        return References(texts, [each.get("language", "") for each in self.examples])
+
+    def result_paths(self, system: System) -> tuple[Path, Path]:
+        """(outputs, score) of a system; the score is published last."""
+        return self.folder / "outputs" / f"{system.name}.jsonl", self.folder / "scores" / f"{system.name}.json"
+
+    def folder_of(self, system: System) -> Path:
+        return self.run.root / system.folder
+
+    def member(self, system: System) -> Member:
+        """The paths of a view."""
+        assembly = Assembly.parse(system.assembly)
+        paths = []
+        for tiling in (assembly.encoder, assembly.decoder):
+            kept = system.kind == "dropped"
+            paths.append(tuple(Span(i, i) for i in kept_layers(tiling)) if kept else tiling.spans)
+        return Member(system.name, *paths)
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        return check_library(self.run)
+
+    def key(self, system: System) -> dict[str, Any]:
+        """All that a quality result depends on; a result with another key is not this system's."""
+        settings = self.recipe.evaluate
+        decoding = {
+            "num_beams": settings.num_beams,
+            "max_new_tokens": settings.max_new_tokens,
+            "max_source_tokens": self.recipe.data.max_source_tokens,
+            "max_target_tokens": self.recipe.data.max_target_tokens,
+            "num_examples": len(self.examples),
+        }
+        if system.kind in VIEWS:
+            member = self.member(system)
+            has_modular = any(span.num_layers > 1 for span in (*member.encoder, *member.decoder))
+            weights = {"kind": system.kind, "assembly": system.assembly, "teacher": self._weights["teacher_sha256"]}
+            weights |= {"modular": self._weights["modular_sha256"]} if has_modular else {}
+        else:
+            weights = {"folder": digest_of(folder_hashes(self.folder_of(system)))}
+        return {"weights": weights, "test": self.test_sha256, "decoding": decoding}
+
+
+def _check_systems(systems: list[System], run: RunDir) -> None:
+    twice = [name for name, count in Counter(system.name for system in systems).items() if count > 1]
+    if twice:
+        raise ValueError(f"two systems are called {twice[0]}: give a peer another name (evaluate.folders: NAME=FOLDER)")
+    if sum(system.kind == "teacher" for system in systems) != 1:
+        raise ValueError(f"{run.systems} must hold exactly one teacher: run stage assemble again")
+    for system in systems:
+        if system.kind in VIEWS:
+            Assembly.parse(system.assembly)
+
+
+def _check_examples(examples: list[dict[str, Any]], test: Path) -> None:
+    if not examples:
+        raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
+    for place, example in enumerate(examples):
+        texts = example.get("references") or [example.get("target", "")]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"example {place} ({example.get('id')}) of {test} has no reference: scores need one")
+
+
+@cache
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a checkpoint folder, by name; read once in a process."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json): run stage assemble again")
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def peer(text: str) -> System:
+    """A Hugging Face folder, given as FOLDER or NAME=FOLDER, as a system of the table.
+
+    Raises:
+        FileNotFoundError: it is no checkpoint folder with safetensors.
+    """
+    name, _, path = text.rpartition("=")
+    folder = Path(path).resolve()
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it needs config.json and *.safetensors")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    encoder, decoder = (next((getattr(config, k) for k in keys if hasattr(config, k)), 0) for keys in LAYER_KEYS)
+    counts = {tensor: math.prod(shape) for file in weights for tensor, shape in _shapes(file).items()}
+    total, embeddings = sum(counts.values()), sum(n for tensor, n in counts.items() if tensor.endswith(VOCABULARY))
+    return System(
+        name=name or folder.name,
+        kind="peer",
+        folder=str(folder),
+        assembly="",
+        requests=(),
+        num_encoder_layers=encoder,
+        num_decoder_layers=decoder,
+        ratio_layers=0.0,
+        num_parameters=total,
+        num_non_embedding_parameters=total - embeddings,
+        bytes=sum(file.stat().st_size for file in weights),
+    )
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file, from its header alone: it may be larger than the memory."""
+    with open(file, "rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

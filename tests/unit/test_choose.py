@@ -1,0 +1,113 @@
+"""The command lines that read published scores: which assembly fits a budget, and what two systems differ in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import AutoModelForSeq2SeqLM
+
+from pipeline import choose, compare
+from pipeline.report_data import read_rows
+from pipeline.rundir import RunDir
+from tests.unit.test_assemble import make_run
+from tests.unit.test_report import run  # noqa: F401 a fixture
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [
+        ({"keep": 0.99}, "e2x3-d2x3"),
+        ({"keep": 0.97}, "e3x2-d2x3"),
+        ({"keep": 0.9}, "e6-d6"),
+        ({"latency_ms": 20.0}, "e1x4.2-d6"),
+        ({"latency_ms": 1000.0}, "e1x6-d1x6"),
+        ({"num_bytes": 2.3e6}, "e3x2-d2x3"),
+        ({"num_bytes": 2.3e6, "latency_ms": 28.0}, "e6-d6"),
+        ({"keep": 0.97, "latency_ms": 29.5}, "e1x4.2-d6"),
+    ],
+)
+def test_the_choice(run: RunDir, budget, name):  # noqa: F811
+    assert choose.choose(read_rows(run.scores)[0], **budget).name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a budget"),
+        (["--latency-ms", "1"], "no assembly of this run fits; the fastest is e6-d6 with 12.0 ms"),
+        (["--bytes", "10K"], "the smallest is e6-d6 with 1000000 bytes"),
+        (["--keep", "1.2"], "e1x6-d1x6 keeps most, 100.0 %"),
+        (["--keep", "98"], "write 0.98 for 98 %"),
+        (["--bytes", "many"], "'many' is not a size"),
+    ],
+)
+def test_what_does_not_fit_is_told(run: RunDir, arguments, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        choose.main(["--run", str(run.root), *arguments])
+
+
+def test_sizes():
+    assert [choose.bytes_of(text) for text in ("300M", "1.5G", "200Mi", "2KB", "7")] == [
+        3e8,
+        1.5e9,
+        200 * 2**20,
+        2e3,
+        7,
+    ]
+
+
+def test_the_choice_is_exported_as_a_checkpoint(run: RunDir, tmp_path, capsys):  # noqa: F811
+    made, _ = make_run(tmp_path / "made", "v1.1")
+    (row,) = [row for row in read_rows(run.scores)[0] if row.name == "e6-d6"]
+    choose.export(made, row, tmp_path / "out")
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.num_layers == 1
+    with pytest.raises(ValueError, match="is not empty"):
+        choose.export(made, replace(row, assembly="e1x6-d1x6"), tmp_path / "out")
+    choose.main(["--run", str(run.root), "--keep", "0.9"])
+    assert capsys.readouterr().out.startswith("e6-d6: 90.0 BLEU (91.8 % of the teacher), 1+1 layers (6.00x fewer)")
+
+
+def give_references(run: RunDir) -> None:  # noqa: F811
+    """References that can be told apart."""
+    for path in (run.stage("evaluate") / "outputs").glob("*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().split("\n") if line]
+        lines = [{**record, "reference": f"word {record['id']} end of it"} for record in records]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_two_systems_are_compared(run: RunDir, capsys):  # noqa: F811
+    give_references(run)
+    compare.main(["e1x6-d1x6", f"{run.root}:e6-d6", "--run", str(run.root)])
+    out = capsys.readouterr().out
+    assert "A e1x6-d1x6, B e6-d6, 8 test examples" in out
+    assert "1 of 8 outputs changed" in out
+    assert "-8.0  (p = " in out
+    assert "B         word 3 <script>alert('x')</script>" in out
+
+
+def test_two_runs_are_compared(run: RunDir, capsys):  # noqa: F811
+    give_references(run)
+    compare.main([str(run.root), str(run.root)])
+    out = capsys.readouterr().out
+    assert out.count("+0.0") == out.count("1.000") == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["e6-d7", "e6-d6"], "has no system e6-d7: did you mean e6-d6"),
+        (["nowhere:e6-d6", "e6-d6"], "run stage evaluate first"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(run: RunDir, arguments, message):  # noqa: F811
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compare.main([*arguments, "--run", str(run.root)])
+
+
+def test_other_examples_are_refused(run: RunDir):  # noqa: F811
+    path = run.stage("evaluate") / "outputs/e6-d6.jsonl"
+    path.write_text(path.read_text().replace('"id": "3"', '"id": "9"'))
+    with pytest.raises(ValueError, match="not scored on the same examples"):
+        compare.main(["e1x6-d1x6", "e6-d6", "--run", str(run.root)])

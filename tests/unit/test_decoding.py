@@ -1,0 +1,111 @@
+"""Cached decoding of views gives the tokens that transformers' generate gives on the exported folders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+
+from pipeline.assemble import Parts, write_checkpoint
+from pipeline.cost import padded
+from pipeline.decode import up_to_end
+from pipeline.greedy import NOTHING, lay_out_drafts
+from pipeline.prefixes import count_layers, count_prefixes
+from pipeline.spans import Assembly
+from pipeline.together import LayerCalls, Member, decode_together, rules_of
+from pipeline.views import load_pool
+from tests.tiny import KINDS
+from tests.unit.test_assemble import make_run
+
+ASSEMBLIES = ("e1x6-d1x6", "e1x6-d2x3", "e2x3-d2x3", "e2x3-d6", "e1x4.2-d3x2")
+MAX_NEW = 11
+SETTINGS = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "beams, early": {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
+    "beams, never": {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.5},
+    "greedy, changed scores": {"no_repeat_ngram_size": 2, "min_length": 4, "repetition_penalty": 1.3},
+    "beams, changed scores": {
+        "num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 5, "forced_bos_token_id": 7, "forced_eos_token_id": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, tmp_path_factory):
+    """A run with a teacher and a library of random weights, and the exported folders."""
+    run, _ = make_run(tmp_path_factory.mktemp("run"), request.param)
+    for text in ASSEMBLIES:
+        write_checkpoint(Parts.of(run), Assembly.parse(text), run.root / text)
+    return run
+
+
+def texts(seed: int, count: int, longest: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [[*torch.randint(2, 64, (length,), generator=generator).tolist(), 1] for length in lengths]
+
+
+def members() -> list[Member]:
+    parsed = {text: Assembly.parse(text) for text in ASSEMBLIES}
+    return [Member(text, each.encoder.spans, each.decoder.spans) for text, each in parsed.items()]
+
+
+def by_transformers(folder, sources, settings) -> list[list[int]]:
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    source_BS, mask_BS = padded(sources, model)
+    ids_BT = model.generate(input_ids=source_BS, attention_mask=mask_BS, max_new_tokens=MAX_NEW, **settings)[:, 1:]
+    return [up_to_end(ids, {model.config.eos_token_id}) for ids in ids_BT.tolist()]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_are_those_of_generate(run, name):
+    settings, sources = SETTINGS[name], texts(1, 12, 10)
+    pool = load_pool(run.teacher_model, torch.device("cpu"), run.library)
+    config = pool.model.generation_config.to_dict()
+    pool.model.generation_config = GenerationConfig(**{**config, **settings, "num_beams": 1})
+    rules = rules_of(pool.model, MAX_NEW, settings.get("num_beams", 1))
+    expected = {text: by_transformers(run.root / text, sources, settings) for text in ASSEMBLIES}
+    references = [[*output[: 1 + i], 5, 1] for i, output in enumerate(expected[ASSEMBLIES[0]])]
+    found = decode_together(pool, members(), sources, references, rules)
+    assert {text: found[text].tokens for text in ASSEMBLIES} == expected
+    assert len({tuple(output) for each in expected.values() for output in each}) > 5, "outputs that hardly differ"
+
+
+def test_losses_are_those_of_the_exported_models(run):
+    sources, references = texts(1, 7, 10), texts(2, 7, 15)
+    pool = load_pool(run.teacher_model, torch.device("cpu"), run.library)
+    found = decode_together(pool, members(), sources, references, rules_of(pool.model, 3, 1))
+    for text in ASSEMBLIES:
+        model = AutoModelForSeq2SeqLM.from_pretrained(run.root / text).eval()
+        for source, reference, loss in zip(sources, references, found[text].losses, strict=True):
+            labels = torch.tensor([reference])
+            with torch.no_grad():
+                mean = model(input_ids=torch.tensor([source]), labels=labels).loss
+            assert loss == pytest.approx(float(mean) * len(reference), rel=1e-5)
+
+
+def test_layers_are_called_once_for_each_distinct_prefix(run):
+    calls = LayerCalls()
+    pool = load_pool(run.teacher_model, torch.device("cpu"), run.library)
+    decode_together(pool, members(), texts(1, 3, 5), texts(2, 3, 5), rules_of(pool.model, 3, 1), calls)
+    encoders = [member.encoder for member in members()]
+    assert calls.encoder == count_prefixes(encoders) == 6 + 3 + 1 < count_layers(encoders)
+    # e1x6: 6 + 3, e2x3: 3 + 1, e1x4.2: 2
+    assert calls.decoder == 9 + 4 + 2
+
+
+def test_what_generate_would_do_and_rules_do_not_carry_is_refused(run):
+    pool = load_pool(run.teacher_model, torch.device("cpu"))
+    pool.model.generation_config.encoder_no_repeat_ngram_size = 3
+    with pytest.raises(ValueError, match="encoder_no_repeat_ngram_size"):
+        rules_of(pool.model, 3, 1)
+
+
+def test_drafts_are_laid_side_by_side():
+    class Rules:
+        max_new_tokens = 3
+
+    laid = lay_out_drafts([[[5], [6, 7]], [[1, 2, 3, 4], []]], Rules(), torch.device("cpu"))  # type: ignore[arg-type]
+    n = NOTHING
+    assert laid.tolist() == [[n, 5, n, n, n, n, 1, 2, 3, n], [n, 6, 7, n, n, n, n, n, n, n]]

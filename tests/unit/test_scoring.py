@@ -1,0 +1,106 @@
+"""Scores are those of the sacrebleu command line and of rouge-score, to the last digit."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from pipeline.scoring import ROUGE_TYPES, References, bleu, p_values, quality_of
+
+WORDS = (
+    "ein", "zwei", "Häuser,", "\u201ealte\u201c", "Straßen\u2028", "&", "schöne", "Gärten;", "3.5", "km", "\u2013",
+    "und", "dann?", "(nichts)",
+)  # fmt: skip
+
+
+def corpus(seed: int, count: int, changes: float) -> tuple[list[list[str]], list[str]]:
+    """(references, one, two or three for each example; outputs that depart from the first here and there)."""
+    generator = random.Random(seed)
+    references, outputs = [], []
+    for _ in range(count):
+        text = generator.choices(WORDS, k=generator.randrange(2, 15))
+        others = [generator.sample(text, len(text)) for _ in range(generator.randrange(3))]
+        references.append([" ".join(each) for each in (text, *others)])
+        outputs.append(" ".join(w if generator.random() > changes else generator.choice(WORDS) for w in text))
+    return references, outputs
+
+
+def test_scores_are_those_of_the_command_line(tmp_path):
+    texts, outputs = corpus(0, 60, 0.3)
+    texts = [[*each[:1], *each[1:2], *each[:1]][:2] for each in texts]  # two each, as the command line wants it
+    clean = [[text.replace("\u2028", "") for text in each] for each in texts]
+    outputs = [text.replace("\u2028", "") for text in outputs]
+    streams = [[each[i] for each in clean] for i in range(2)]
+    for name, lines in (("0", streams[0]), ("1", streams[1]), ("out", outputs)):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", "0", "1", "-i", "out", "-m", "bleu", "chrf", "ter", "-w", "12"]
+    done = subprocess.run([*command, "--format", "json"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = {each["name"].lower().removesuffix("2"): each["score"] for each in json.loads(done.stdout)}
+    quality = quality_of(References(clean, [""] * 60), outputs, [])
+    assert {name: round(quality[name], 12) for name in ("bleu", "chrf", "ter")} == expected
+    assert "nrefs:2" in quality["signatures"]["bleu"]
+
+
+def test_rouge_is_that_of_rouge_score():
+    texts, outputs = corpus(1, 40, 0.4)
+    scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=False)
+    found = [scorer.score_multi(each, output) for each, output in zip(texts, outputs, strict=True)]
+    quality = quality_of(References(texts, [""] * 40), outputs, [])
+    for name in ROUGE_TYPES:
+        assert quality[name] == float(np.mean([100 * each[name].fmeasure for each in found])), name
+
+
+def test_intervals_hold_the_score_and_the_loss_is_per_token():
+    texts, outputs = corpus(2, 50, 0.3)
+    losses = [(float(i), 1 + i % 3) for i in range(50)]
+    quality = quality_of(References(texts, [""] * 50), outputs, losses)
+    assert quality["loss"] == sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    for name in ("bleu", "chrf", "ter", *ROUGE_TYPES, "exact_match", "loss"):
+        low, high = quality[f"{name}_low"], quality[f"{name}_high"]
+        assert low < high, name
+        assert low - 2 <= quality[name] <= high + 2, name
+    assert quality == quality_of(References(texts, [""] * 50), outputs, losses), "the same each time"
+    json.dumps(quality)
+
+
+def test_any_reference_makes_a_match_exact():
+    references = References([["a b", "c d"], ["e"], ["f"]], [""] * 3)
+    assert quality_of(references, ["c d ", "e", "x"], [])["exact_match"] == pytest.approx(200 / 3)
+
+
+def test_languages_are_scored_by_themselves():
+    texts, outputs = corpus(3, 40, 0.2)
+    languages = ["de", "fr"] * 20
+    outputs[1::2] = ["nothing alike here at all"] * 20
+    quality = quality_of(References(texts, languages), outputs, [(1.0, 2)] * 40)
+    french, german = quality["languages"]["fr"], quality["languages"]["de"]
+    assert german["num_examples"] == french["num_examples"] == 20
+    assert german["bleu"] > 50 > 5 > french["bleu"]
+    alone = quality_of(References(texts[::2], ["de"] * 20), outputs[::2], [(1.0, 2)] * 20)
+    assert german == alone
+
+
+def test_significance_tells_better_from_alike():
+    texts, outputs = corpus(4, 80, 0.1)
+    _, worse = corpus(4, 80, 0.6)
+    references = References(texts, [""] * 80)
+    found = p_values(references, outputs, {"same": list(outputs), "worse": worse})
+    assert found["worse"] < 0.01
+    assert found["same"] == 1.0
+    assert p_values(references, outputs, {}) == {}
+
+
+def test_outputs_that_are_all_empty_score_nothing():
+    quality = quality_of(References([["a b c d e"], ["f g h i j"]], ["", ""]), ["", ""], [])
+    assert quality["bleu"] == quality["chrf"] == quality["rougeL"] == quality["exact_match"] == 0.0
+    assert quality["ter"] == 100.0
+
+
+def test_bleu_of_a_corpus():
+    assert bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(100.0)
