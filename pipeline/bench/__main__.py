@@ -7,7 +7,16 @@ import sys
 from importlib import import_module
 
 # name -> module with add_arguments(parser) and main(arguments); a new benchmark is a new line
-BENCHES = {"kernels": "pipeline.bench.kernels"}
+BENCHES = {
+    "ablation": "pipeline.bench.ablation",
+    "data": "pipeline.bench.data",
+    "checkpoint": "pipeline.bench.checkpoint",
+    "evaluate": "pipeline.bench.evaluate",
+    "kernels": "pipeline.bench.kernels",
+    "search": "pipeline.bench.search",
+    "switch": "pipeline.bench.switch",
+    "step": "pipeline.bench.step",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

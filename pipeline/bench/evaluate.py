@@ -1,0 +1,228 @@
+"""All systems of a run in one batch that shares, against a loop of transformers' generate over the exported folders."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import random
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from pipeline.bench import Measure, report
+from pipeline.cli import parse_recipe, recipe_parser
+from pipeline.cost import padded
+from pipeline.decode import batches_of, load, up_to_end
+from pipeline.evaluation import VIEWS, Evaluation
+from pipeline.prefixes import count_layers, count_prefixes
+from pipeline.rundir import RunDir
+from pipeline.slices import tokenize
+from pipeline.spans import STACKS, Assembly, Span, tilings
+from pipeline.together import LayerCalls, Member, decode_together, rules_of
+from pipeline.views import load_pool
+
+NUM_UNIFORM = 50
+GEMM_SIZE = 768
+
+
+@dataclass
+class Result:
+    """What one side made, and how long each group of systems took."""
+
+    tokens: dict[str, list[list[int]]] = field(default_factory=dict)
+    seconds: float = 0.0
+    calls: LayerCalls = field(default_factory=LayerCalls)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory with exported models")
+    parser.add_argument("--examples", type=int, default=500, help="test examples, from the start of the test part")
+    parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th system (the teacher always)")
+    parser.add_argument("--repeats", type=int, default=1, help="times both sides take turns; medians are reported")
+    parser.add_argument("--no-dropped", action="store_true", help="without the layer-dropping baselines")
+    parser.add_argument("--write", type=Path, default=None, help="folder for a Markdown file of the results")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    for library in ("sacrebleu", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    work = _load(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ours, baseline = [], []
+    for _ in range(arguments.repeats):
+        ours.append(_together(work, device))
+        baseline.append(_one_by_one(work, device))
+    best = sorted(ours, key=lambda each: each.seconds)[len(ours) // 2]
+    theirs = sorted(baseline, key=lambda each: each.seconds)[len(baseline) // 2]
+    views = [work.member(system) for system in work.systems if system.kind in VIEWS]
+    encoders = [member.encoder for member in views]
+    num_slices = len(_slices(work))
+    measures = [
+        Measure(
+            "evaluate", "wall time", best.seconds, theirs.seconds, "transformers generate, folder by folder", "s",
+            _floor_s(work, best, device),
+        ),
+        Measure(
+            "evaluate", "encoder layer calls", best.calls.encoder,
+            num_slices * sum(len(path) for path in encoders), "each system by itself", "calls",
+            num_slices * count_prefixes(encoders),
+        ),
+    ]  # fmt: skip
+    report("evaluate", measures, _notes(work, best, theirs, arguments), arguments.write)
+
+
+def _load(arguments: argparse.Namespace) -> Evaluation:
+    run = RunDir(arguments.run)
+    if not run.recipe.is_file():
+        raise FileNotFoundError(f"{run.recipe} is missing: give a finished run with --run")
+    recipe, _ = parse_recipe(recipe_parser("bench", ""), ["--config", str(run.recipe), "--run_dir", str(arguments.run)])
+    settings = replace(recipe.evaluate, max_examples=arguments.examples, num_beams=arguments.num_beams)
+    work = Evaluation.load(replace(recipe, evaluate=settings), run)
+    kept = [each for each in work.systems if not (arguments.no_dropped and each.kind == "dropped")]
+    chosen = [each for i, each in enumerate(kept) if each.kind == "teacher" or i % arguments.every == 0]
+    return replace(work, systems=chosen)
+
+
+def _slices(work: Evaluation) -> list[list[int]]:
+    """The same batches for both sides."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work.run.teacher_model, local_files_only=True)
+    lengths = [len(ids) for ids in tokenize(tokenizer, work, "source")]
+    return batches_of(lengths, work.recipe.evaluate.tokens_per_batch)
+
+
+def _together(work: Evaluation, device: torch.device) -> Result:
+    """Ours: weights loaded once; the losses of the references come with it."""
+    result, started_s = Result(), time.perf_counter()
+    settings = work.recipe.evaluate
+    views = [system for system in work.systems if system.kind in VIEWS]
+    groups = [views, *([system] for system in work.systems if system.kind not in VIEWS)]
+    for systems in groups:
+        is_library = systems is views
+        folder = work.run.teacher_model if is_library else work.folder_of(systems[0])
+        pool = load_pool(folder, device, work.run.library if is_library else None)
+        rules = rules_of(pool.model, settings.max_new_tokens, settings.num_beams)
+        whole = {stack: tuple(pool.layers[stack]) for stack in STACKS}
+        members = [
+            work.member(each) if is_library else Member(each.name, whole["encoder"], whole["decoder"])
+            for each in systems
+        ]
+        sources, references = (tokenize(pool.tokenizer, work, side) for side in ("source", "target"))
+        calls = LayerCalls()
+        for places in _slices(work):
+            own_sources, own_references = ([side[i] for i in places] for side in (sources, references))
+            found = decode_together(pool, members, own_sources, own_references, rules, calls)
+            for name, outputs in found.items():
+                _put(result, name, places, outputs.tokens, len(sources))
+        if is_library:
+            result.calls = calls
+        del pool
+        gc.collect()
+    result.seconds = time.perf_counter() - started_s
+    return result
+
+
+def _one_by_one(work: Evaluation, device: torch.device) -> Result:
+    """The baseline: from_pretrained (sdpa) and generate for each folder, in the same batches, sorted by length."""
+    result, started_s = Result(), time.perf_counter()
+    settings = work.recipe.evaluate
+    for system in work.systems:
+        model, tokenizer = load(work.folder_of(system), device)
+        assert model.config._attn_implementation == "sdpa"
+        sources = tokenize(tokenizer, work, "source")
+        eos = model.generation_config.eos_token_id
+        for places in _slices(work):
+            source_BS, mask_BS = padded([sources[i] for i in places], model)
+            with torch.inference_mode():
+                ids_BT = model.generate(
+                    input_ids=source_BS, attention_mask=mask_BS, max_new_tokens=settings.max_new_tokens,
+                    num_beams=settings.num_beams, do_sample=False,
+                )[:, 1:].tolist()  # fmt: skip
+            tokens = [up_to_end(ids, {eos} if isinstance(eos, int) else set(eos)) for ids in ids_BT]
+            _put(result, system.name, places, tokens, len(sources))
+        del model
+        gc.collect()
+    result.seconds = time.perf_counter() - started_s
+    return result
+
+
+def _put(result: Result, name: str, places: list[int], tokens: list[list[int]], count: int) -> None:
+    outputs = result.tokens.setdefault(name, [[] for _ in range(count)])
+    for place, ids in zip(places, tokens, strict=True):
+        outputs[place] = ids
+
+
+def _floor_s(work: Evaluation, result: Result, device: torch.device) -> float:
+    """Seconds of the matrix products alone: every weight once for each token it must see, at the speed of a large
+    product measured now. Encoder layers count once for each distinct prefix, decoder layers and head once for each
+    output token."""
+    sources = tokenize(transformers.AutoTokenizer.from_pretrained(work.run.teacher_model), work, "source")
+    num_source, flops = sum(map(len, sources)), 0.0
+    pool = load_pool(work.run.teacher_model, device, work.run.library)
+    members = [work.member(system) for system in work.systems if system.kind in VIEWS]
+    prefixes = {member.encoder[: i + 1] for member in members for i in range(len(member.encoder))}
+    for prefix in prefixes:
+        flops += 2.0 * num_source * _weights(pool.layers["encoder"][prefix[-1]])
+    head = pool.shared.head.weight.numel()
+    for member in members:
+        num_tokens = sum(map(len, result.tokens[member.name]))
+        flops += 2.0 * num_tokens * (head + sum(_weights(layer) for layer in pool.path("decoder", member.decoder)))
+    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(2))
+    times = []
+    for _ in range(10):
+        started_s = time.perf_counter()
+        (left @ right).sum().item()
+        times.append(time.perf_counter() - started_s)
+    return flops / (2.0 * GEMM_SIZE**3 / min(times))
+
+
+def _weights(layer: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+
+
+def _notes(work: Evaluation, ours: Result, theirs: Result, arguments: argparse.Namespace) -> str:
+    different = {
+        name: sum(a != b for a, b in zip(outputs, theirs.tokens[name], strict=True))
+        for name, outputs in ours.tokens.items()
+    }
+    count = sum(map(len, ours.tokens.values()))
+    settings = work.recipe.evaluate
+    lines = [
+        f"{len(work.systems)} systems of {work.run.root.name} x {len(work.examples)} examples, "
+        f"{settings.num_beams} beam(s), at most {settings.max_new_tokens} new tokens, batches of "
+        f"{settings.tokens_per_batch} source tokens, {torch.get_num_threads()} thread(s); loading is counted on both "
+        "sides; ours computes the losses of the references too.",
+        f"Outputs that differ: {sum(different.values())} of {count}; by system "
+        f"{json.dumps({name: each for name, each in different.items() if each})}.",
+        *_shares(work),
+    ]
+    return "\n\n".join(lines)
+
+
+def _shares(work: Evaluation) -> list[str]:
+    """Distinct prefixes as a share of the encoder layers of all systems, counted by arithmetic."""
+    assemblies = [
+        Assembly.parse(each.assembly).encoder for each in work.systems if each.kind in ("teacher", "assembly")
+    ]
+    searched = [Assembly.parse(each.assembly).encoder for each in work.systems if each.kind == "searched"]
+    manifest = json.loads((work.run.library / "library.json").read_text(encoding="utf-8"))
+    num_layers = manifest["num_layers"]["encoder"]
+    spans = [Span(*map(int, text.split("-"))) for text in manifest["spans"]["encoder"]]
+    every = list(tilings(num_layers, spans))
+    drawn = random.Random(0).choices(every, k=NUM_UNIFORM)
+    found = []
+    for name, group in (("presets", assemblies), (f"{NUM_UNIFORM} drawn uniformly", drawn), ("searched", searched)):
+        if group:
+            distinct, naive = count_prefixes(t.spans for t in group), sum(t.num_layers for t in group)
+            unlike = count_layers(t.spans for t in group)
+            found.append(
+                f"Encoder layer calls of {name}: {distinct} distinct prefixes, {distinct / naive:.0%} of the {naive} "
+                f"layers of all systems, {distinct / unlike:.0%} of the {unlike} of distinct encoders."
+            )
+    return found

@@ -1,0 +1,127 @@
+"""A training step of the engine: bytes moved, memory, and time against the same step in plain PyTorch.
+
+Each part starts its own ranks with torchrun (pipeline/bench/step_ranks.py) and prints what rank 0 measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.bench import Measure, report
+from pipeline.estimate import GIB
+from pipeline.world import free_port
+
+PARTS = ("traffic", "memory", "overhead", "gpu")
+TOLERANCE = 1e-9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="what to measure; may be given again (default: all)"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, in turns (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the overhead part (default 2)")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the table to DIR as Markdown, too")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    has_gpu = torch.cuda.is_available()
+    parts = arguments.part or ["traffic", "gpu"] if has_gpu else arguments.part or ["traffic", "memory", "overhead"]
+    if "gpu" in parts and not has_gpu:
+        raise ValueError("--part gpu, but torch sees no CUDA device")
+    measures: list[Measure] = []
+    notes: list[str] = []
+    for part in parts:
+        found = MEASURED[part](arguments)
+        measures += found[0]
+        notes.append(found[1])
+    report("step", measures, "\n".join(notes), arguments.write)
+
+
+def _ranks(part: str, num_ranks: int, threads: int = 1, **options: Any) -> dict[str, Any]:
+    """Run a part on real ranks and return what rank 0 found."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(num_ranks),
+            "--master-port",
+            str(free_port()),
+        ]
+        command = [sys.executable, *torchrun, "-m", "pipeline.bench.step_ranks", part, str(path), json.dumps(options)]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        if done.returncode:
+            raise ValueError(f"part {part} failed with exit code {done.returncode}; what it said stands above")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _traffic(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
+    found = _ranks("traffic", 2)
+    for name, (counted, formula) in found["exact"].items():
+        if abs(counted - formula) > TOLERANCE * formula:
+            raise ValueError(f"{name}: counted {counted} bytes, but the formula gives {formula}")
+    mib = 2**20
+    rows = [(name, counted, formula, "closed formula", formula) for name, (counted, formula) in found["exact"].items()]
+    gathered, drawn = found["exact"]["gathered in a step, layers"][0], found["drawn"]
+    rows.append(("gathered in a step, layers", gathered, drawn, "only what was drawn", drawn))
+    rows.append(("gathered in a step, zero3 with prefetching", found["prefetching"], gathered, "without", drawn))
+    measures = [
+        Measure("step", name, a / mib, b / mib, baseline, "MiB", floor / mib) for name, a, b, baseline, floor in rows
+    ]
+    return measures, (
+        f"Traffic: {found['setting']}; counted at torch.distributed on one of 2 ranks, whole tensors, of which a rank\n"
+        "receives half. Formula: every leaf once forward and once backward, the rest as often as it is called; P_m\n"
+        "reduced once in each micro-batch."
+    )
+
+
+def _memory(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
+    found = _ranks("memory", 2)
+    rows = [
+        ("resident memory of a rank over an idle one", found["peak"], found["estimate"], "estimate", found["floor"])
+    ]
+    rows.append(("private memory while loading", found["loading"], found["shards"], "shards", found["shards"]))
+    measures = [
+        Measure("step", name, a / GIB, b / GIB, baseline, "GiB", floor / GIB) for name, a, b, baseline, floor in rows
+    ]
+    return measures, f"Memory: {found['setting']}."
+
+
+def _overhead(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
+    found = _ranks("overhead", 1, threads=arguments.threads, steps=arguments.steps)
+    measures = [
+        Measure("step", f"step time, {name}", found["ours"][name], found["plain"][name], "plain PyTorch", "s", floor)
+        for name, floor in found["floor"].items()
+    ]
+    return (
+        measures,
+        f"Overhead: {found['setting']}; median of {arguments.steps} steps in turns.\nProfile: {found['profile']}",
+    )
+
+
+def _gpu(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
+    found = _ranks("gpu", torch.cuda.device_count(), steps=arguments.steps)
+    measures = [
+        Measure("step", f"step time, {name}", row["seconds"], row["baseline"], row["baseline_name"], "s", row["floor"])
+        for name, row in found["rows"].items()
+    ]
+    memory = found["memory"]
+    measures.append(
+        Measure("step", "memory at its fullest", memory["peak"] / GIB, memory["estimate"] / GIB, "estimate", "GiB",
+                memory["floor"] / GIB)
+    )  # fmt: skip
+    return measures, f"GPU: {found['setting']}.\n{found['summary']}"
+
+
+MEASURED = {"traffic": _traffic, "memory": _memory, "overhead": _overhead, "gpu": _gpu}

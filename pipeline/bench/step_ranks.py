@@ -1,0 +1,241 @@
+"""What the ranks of `python -m pipeline.bench step` run, one process each under torchrun: a function for each part.
+
+Shapes: B examples, S source tokens, T target tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import T5ForConditionalGeneration
+
+from pipeline.bench.step_model import (
+    SETTINGS,
+    Counted,
+    Plain,
+    PrivatePeak,
+    draw_of,
+    drawn_elements,
+    flops_of,
+    in_fp32,
+    loss_of,
+    matmul_flops,
+    new_engine,
+    new_task,
+    p_numel,
+    profile_of,
+    random_batch,
+    read_prefetch,
+    reset_peak,
+    resident,
+    t5,
+    timed_step,
+)
+from pipeline.config import BatchConfig, DistillConfig, LoopConfig, LossConfig
+from pipeline.engine import join_world
+from pipeline.estimate import Machine, memory, plan, sizes_of
+from pipeline.modes import Mode
+from pipeline.teacher import load_model
+
+BUCKET = 20_000_000
+"""Elements of reduction buffer and prefetching in the memory part, so that it fits a machine of 16 GiB."""
+
+
+def traffic(folder: str) -> dict[str, Any]:
+    """Bytes of one step in zero3, whose draws differ between ranks and micro-batches, and what the formula says."""
+    counted = Counted()
+    world = join_world()
+    num_micro_batches, vocab_size = 3, 512
+    found = {}
+    for name, prefetch in (("exact", 0), ("prefetching", read_prefetch())):
+        task = new_task(T5ForConditionalGeneration(t5(6, 256, 512, vocab_size)))
+        sizes = sizes_of(task.module, task.leaf_classes)
+        path = in_fp32("zero3", folder, stage3_prefetch_bucket_size=prefetch)
+        engine = new_engine(task, world, path, num_micro_batches)
+        for step in range(4):
+            counted.take()
+            for m in range(num_micro_batches):
+                index = m * world.size + world.rank
+                batch = random_batch(index, (2, 12, 6), vocab_size, world.device)
+                engine.backward(loss_of(engine, task, step, batch, num_micro_batches * world.size))
+            engine.step(1e-3)
+            found[name] = counted.take()
+    draws = [draw_of(task, 3, m * world.size + world.rank) for m in range(num_micro_batches)]
+    world.close()
+    leaves = sum(leaf.num_parameters for leaf in sizes.leaves)
+    # called forward and backward: last norms 2 and 1, position biases 1 and 0; the tied embedding is kept from its
+    # first use in a forward or backward to its last
+    module: Any = task.module
+    counts = ((module.shared.embedding, 2), (module.shared.bias, 1), (module.shared.norm, 3))
+    rest = sum(times * p_numel(parameter) for part, times in counts for parameter in part.parameters())
+    gathered, reduced = found["exact"]
+    return {
+        "exact": {
+            "gathered in a step, layers": (gathered - 4 * rest * num_micro_batches, 4 * 2 * leaves * num_micro_batches),
+            "gathered in a step, all": (gathered, 4 * (2 * leaves + rest) * num_micro_batches),
+            "reduced in a step": (reduced, 4 * sizes.num_trained * num_micro_batches),
+        },
+        "prefetching": found["prefetching"][0] - 4 * rest * num_micro_batches,
+        "drawn": 4 * sum(drawn_elements(sizes, draw) for draw in draws),
+        "setting": f"T5 6+6, granularities 2, 3, 6, fp32, {num_micro_batches} micro-batches a rank",
+    }
+
+
+def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[str, Any]:
+    """Growth of resident memory over an idle rank: joined, with every module loaded, and a model-sized nothing."""
+    world = join_world()
+    model_folder = Path(folder) / "model"
+    config = t5(num_layers, d_model, 2048)
+    if world.is_main:
+        T5ForConditionalGeneration(config).save_pretrained(model_folder, max_shard_size="100TB")
+    world.barrier()
+    idle = resident()
+    reset_peak()
+    teacher = load_model(model_folder)
+    task = new_task(teacher)
+    del teacher
+    path = in_fp32("zero3", folder, reduce_bucket_size=BUCKET, stage3_prefetch_bucket_size=BUCKET)
+    loading = PrivatePeak()
+    engine = new_engine(task, world, path)
+    loading_peak = loading.stop() - idle["RssAnon"]
+    sizes = sizes_of(task.module, task.leaf_classes)
+    reset_peak()
+    shape_BST = (2, 24, 8)
+    for step in range(3):
+        batch = random_batch(step * world.size + world.rank, shape_BST, config.vocab_size, world.device)
+        engine.backward(loss_of(engine, task, step, batch, world.size))
+        engine.step(1e-4)
+    peak = resident()["VmHWM"] - idle["VmRSS"]
+    world.close()
+    mode = Mode.of(path, world.size, world.size)
+    needs = memory(sizes, mode, shape_BST[0] * (shape_BST[1] + shape_BST[2]), recompute=False)
+    shards = needs.device["weights"] + needs.device["fp32 weights and moments"] + needs.device["gradients"] / 2
+    return {
+        "peak": peak,
+        "estimate": needs.device_total,
+        "floor": 4 * sizes.num_frozen / world.size + 16 * sizes.num_trained / world.size,
+        "loading": loading_peak,
+        "shards": shards,
+        "setting": f"zero3 in fp32 on 2 ranks, {sizes.num_trained:,} trainable and {sizes.num_frozen:,} frozen; GiB: "
+        + ", ".join(f"{name} {count / 2**30:.2f}" for name, count in needs.device.items()),
+    }
+
+
+def overhead(folder: str, steps: int) -> dict[str, Any]:
+    """One rank of zero3 against plain PyTorch, in turns: 12+12 layers, d 768, 8 x 128/32 tokens."""
+    world = join_world()
+    config = t5(12, 768, 2048)
+    torch.manual_seed(0)
+    teacher = T5ForConditionalGeneration(config)
+    plain_task = new_task(copy.deepcopy(teacher))
+    for parameter in plain_task.module.parameters():
+        parameter.data = parameter.data.clone()  # plain PyTorch trains in place
+    task = new_task(teacher)
+    sizes = sizes_of(task.module, task.leaf_classes)
+    ours, plain = new_engine(task, world, "zero3_cpu"), Plain(plain_task)
+    times: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+    shape_BST = (8, 128, 32)
+    flops = []
+    for step in range(-2, steps):
+        batch = random_batch(step + 2, shape_BST, config.vocab_size, world.device)
+        for name, side, side_task in (("ours", ours, task), ("plain", plain, plain_task)):
+            found = timed_step(side, side_task, step + 2, batch)
+            if step >= 0:
+                times[name].append(found)
+        flops.append(flops_of(sizes, draw_of(task, step + 2, batch.index), shape_BST))
+    profile = (
+        profile_of(lambda: timed_step(ours, task, steps + 2, batch)),
+        profile_of(lambda: timed_step(plain, plain_task, steps + 2, batch)),
+    )
+    world.close()
+    medians = {side: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for side, rows in times.items()}
+    peak = matmul_flops(world.device)
+    floor = statistics.mean(flops) / peak
+    return {
+        **medians,
+        "floor": {"whole": floor, "forward": floor, "backward": floor, "optimizer": floor},
+        "profile": f"ours {profile[0]}; plain {profile[1]}",
+        "setting": f"1 rank, T5 12+12, d 768, {sizes.num_trained:,} trainable, fp32, batch 8, 128/32 tokens, "
+        f"{torch.get_num_threads()} threads; matmul peak {peak / 1e9:.0f} GFLOP/s",
+    }
+
+
+def gpu(folder: str, steps: int) -> dict[str, Any]:
+    """A T5-large-sized teacher (24+24, d 1024), granularities 2, 3, 6, 32 x 512/128 tokens on every GPU: under the
+    configuration that `auto` takes, and the same without distillation losses."""
+    world = join_world()
+    config = t5(24, 1024, 2816)
+    shape_BST = (32, 512, 128)
+    batch_config = BatchConfig(tokens_per_micro_batch=32 * 640, micro_batches_per_step=world.size)
+    plain_losses = DistillConfig(local_steps=0, optim=SETTINGS.optim, losses=LossConfig(hidden=0.0, logit=0.0))
+    rows: dict[str, Any] = {}
+    for name, settings in (("distillation", SETTINGS), ("task loss alone", plain_losses)):
+        torch.manual_seed(0)
+        task = new_task(T5ForConditionalGeneration(config), settings)
+        sizes = sizes_of(task.module, task.leaf_classes)
+        loop = LoopConfig(ds_config="auto")
+        ds_config, paragraph = plan(sizes, Machine.of(world), batch_config, loop)
+        engine = new_engine(task, world, ds_config)
+        torch.cuda.reset_peak_memory_stats()
+        seconds, flops = [], []
+        for step in range(steps + 3):
+            batch = random_batch(step * world.size + world.rank, shape_BST, config.vocab_size, world.device)
+            found = timed_step(engine, task, step, batch)
+            if step >= 3:
+                seconds.append(found["whole"])
+                flops.append(flops_of(sizes, draw_of(task, step, batch.index), shape_BST))
+        rows[name] = {"seconds": statistics.median(seconds), "flops": statistics.mean(flops)}
+        if name == "distillation":
+            needs = memory(sizes, Mode.of(ds_config, world.size, world.ranks_per_node), 32 * 640, recompute=False)
+            peak_memory = {
+                "peak": torch.cuda.max_memory_allocated(),
+                "estimate": needs.device_total,
+                "floor": needs.device["weights"] + needs.device["fp32 weights and moments"],
+            }
+        del engine, task
+        torch.cuda.empty_cache()
+    peak = matmul_flops(world.device)
+    world.close()
+    ours, alone = rows["distillation"], rows["task loss alone"]
+    tokens = shape_BST[0] * (shape_BST[1] + shape_BST[2]) * world.size
+    return {
+        "rows": {
+            "distillation": {
+                "seconds": ours["seconds"],
+                "baseline": alone["seconds"],
+                "baseline_name": "without distillation losses",
+                "floor": ours["flops"] / peak,
+            }
+        },
+        "memory": peak_memory,
+        "setting": f"{world.size} x {torch.cuda.get_device_name()}, {paragraph}",
+        "summary": f"{tokens / ours['seconds']:,.0f} tokens/s; useful FLOPs "
+        f"{ours['flops'] / ours['seconds'] / peak:.1%} of the matmul peak of {peak / 1e12:.0f} TFLOP/s",
+    }
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "traffic": traffic,
+    "memory": memory_part,
+    "overhead": overhead,
+    "gpu": gpu,
+}
+
+
+def main(part: str, path: str, options: str) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    found = PARTS[part](folder=str(Path(path).parent), **json.loads(options))
+    if int(os.environ["RANK"]) == 0:
+        Path(path).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
