@@ -1,13 +1,20 @@
 """python -m pipeline STAGE --config RECIPE [--any.field value ...]
 
-run        all stages in order, each in its own processes; stages that are done are skipped
+run        all stages in order, each in its own processes; stages that are done are skipped (--dry-run: only say so)
+fetch      download what the recipe names as hub:owner/name, on a machine with internet
 teacher    train, fine-tune or take the teacher            (under torchrun or srun)
 distill    train the modular layers of all granularities   (under torchrun or srun)
 baseline   shrink and fine-tune one small model directly   (under torchrun or srun)
+search     find the assemblies that lose least under any budget
+recover    tune one assembly for a while, and keep it if it is not worse    (under torchrun or srun)
 assemble   put checkpoints of all asked ratios together
 evaluate   score and time all of them in one batch
 report     the table, scores.csv, report.html and the pictures
-doctor     check this machine: packages, ranks, MPI, kernels
+compare    two systems or two runs: differences with significance, and what changed
+choose     the assembly that fits a budget of latency, bytes or quality; exports it
+trim       drop the vocabulary that the languages in use never need, from a T5 or mT5 folder
+doctor     check this machine or allocation: each line is ok, or says what to do
+checkpoint list, verify or export the checkpoints of a run
 """
 
 from __future__ import annotations
@@ -15,14 +22,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from pipeline.cli import EXIT_MISTAKE, die_with_parent, parse_recipe, recipe_parser, run_program
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir
 
-TRAINING = ("teacher", "distill", "baseline")
-STAGES = ("run", *TRAINING, "assemble", "evaluate", "report", "doctor")
+TRAINING = ("teacher", "distill", "baseline", "recover")
+TOOLS = ("compare", "choose", "trim")
+STAGES = ("run", "fetch", *TRAINING, "search", "assemble", "evaluate", "report", "doctor")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,33 +44,59 @@ def main(arguments: Sequence[str]) -> None:
 
         bench_main(rest)
         return
+    if name == "checkpoint":
+        from pipeline.checkpoints import main as checkpoint_main
+
+        run_program(lambda: checkpoint_main(rest), verbose="--verbose" in rest)
+        return
+    if name in TOOLS:
+        tool = import_module(f"pipeline.{name}").main
+        run_program(lambda: tool(rest), verbose="--verbose" in rest)
+        return
     if name not in STAGES:
-        print(f"error: unknown stage {name!r}: choose from {', '.join(STAGES)}", file=sys.stderr)
+        print(f"error: unknown stage {name!r}: choose from {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)
         raise SystemExit(EXIT_MISTAKE)
     run_program(lambda: _run_stage(name, rest), verbose="--verbose" in rest)
 
 
 def _run_stage(name: str, arguments: Sequence[str]) -> None:
-    if name == "doctor":
-        from pipeline.doctor import doctor
-
-        doctor()
-        return
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun starts workers in sessions of their own, out of a kill's reach
         die_with_parent()
     parser = recipe_parser(f"python -m pipeline {name}", __doc__ or "")
     if name == "run" or name in TRAINING:
         parser.add_argument("--extend", action="store_true", help="Continue with a schedule other than the one begun.")
+    if name == "run":
+        parser.add_argument("--dry-run", action="store_true", help="Check everything, say what would be done, and end.")
     recipe, options = parse_recipe(parser, arguments)
     run = RunDir(Path(recipe.resolved_run_dir))
-    if name == "run":
+    if name == "doctor":
+        from pipeline.doctor import doctor
+
+        doctor(run.root)
+    elif name == "run":
         from pipeline.run import run_all
 
-        run_all(recipe, run, extend=options["extend"], verbose=options["verbose"])
+        run_all(recipe, run, extend=options["extend"], dry_run=options["dry_run"], verbose=options["verbose"])
+    elif name == "fetch":
+        _fetch(recipe)
     elif name in TRAINING:
         _train(name, recipe, run, extend=options["extend"])
     else:
         _program(name)(recipe, run)
+
+
+def _fetch(recipe: Recipe) -> None:
+    from data_prep.hub import PREFIX, data_files, fetch, names_data
+
+    names = sorted({each for each in (recipe.teacher.folder, recipe.data.tokenizer) if each.startswith(PREFIX)})
+    for each in names:
+        print(f"{each} -> {fetch(each)}")
+    inputs = [name for each in recipe.data.all_sets for name in (*each.train, *each.validation, *each.test)]
+    for each in filter(names_data, inputs):
+        for name, path in data_files(each, download=True):
+            print(f"{name} -> {path}")
+    if not names and not any(map(names_data, inputs)):
+        print(f"nothing to fetch: teacher.folder, data.tokenizer and the data's files name no {PREFIX}owner/name")
 
 
 def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
@@ -72,6 +107,8 @@ def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
         from pipeline.teacher import train_teacher as train
     elif name == "distill":
         from pipeline.distill import train_modular as train
+    elif name == "recover":
+        from pipeline.recover import recover as train
     else:
         from pipeline.baselines import train_baseline as train
     train(recipe, run, world, extend=extend)
@@ -80,6 +117,10 @@ def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
 
 def _program(name: str) -> Callable[[Recipe, RunDir], None]:
     """Late imports: a report should not wait for torch."""
+    if name == "search":
+        from pipeline.search import search
+
+        return search
     if name == "assemble":
         from pipeline.assemble import assemble
 

@@ -1,28 +1,45 @@
-"""Sharded checkpoints: each rank writes its slices of the trainable parameters; the manifest is published last.
+"""Saving beside training, and resuming from the newest checkpoint that verifies, on any number of ranks.
 
-A checkpoint holds no teacher and is never unpickled: safetensors slices (name, offset; fp32 weight and AdamW moments)
-and JSON. Loading puts slices together by name and offset, so another number of ranks is the same code path.
+A save copies this rank's slices to host memory, which is all that training waits for, and hands them to a thread. The
+threads of all ranks write, exchange checksums over a process group of their own, and rank 0's publishes by a rename.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
+from pipeline.checkpoint_format import (
+    FORMAT_VERSION,
+    Slice,
+    Snapshot,
+    checkpoint_name,
+    checkpoints,
+    damage,
+    fill,
+    rank_file,
+    read_manifest,
+    remove_checkpoint,
+    seal,
+    step_of,
+)
 from pipeline.data import Cursor
-from pipeline.engine import Engine
-from pipeline.rundir import read_json, sha256_file, sync_folder, write_atomic
+from pipeline.rundir import difference, sync_folder, write_atomic
 from pipeline.schedule import phase_start
 from pipeline.world import World, logger_of
+
+
+class Sharded(Protocol):
+    """What a checkpointer needs of an engine; see pipeline.engine.Engine."""
+
+    def slices(self) -> Iterable[Slice]: ...
+
+    def restored(self, num_steps: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -35,167 +52,204 @@ class TrainState:
     """Position in the data after them."""
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay."""
+
+    last: int
+    """The newest ones."""
+    every_steps: int = 0
+    """Those of every so many steps, too; 0 for none."""
+    best: bool = False
+    """The one with the lowest mean validation loss, too."""
+
+    def chosen(self, losses: Mapping[int, float | None]) -> set[int]:
+        """Steps to keep of the published ones, whose validation losses (where there are any) are given."""
+        steps = sorted(losses)
+        kept = set(steps[-self.last :])
+        if self.every_steps:
+            kept |= {step for step in steps if step % self.every_steps == 0}
+        validated = {step: loss for step, loss in losses.items() if loss is not None}
+        if self.best and validated:
+            kept.add(min(validated, key=lambda step: (validated[step], -step)))
+        return kept
+
+
 class Checkpointer:
     """Checkpoints of one training run, in one folder that all ranks see.
 
     Args:
-        inputs: what the run was started with; kept in the manifest for people who read it.
+        inputs: what the run was started with; a checkpoint of other identity is refused.
+        product: JSON that the export of a checkpoint needs to know, such as spans and the teacher's hash.
     """
 
-    def __init__(self, folder: Path, world: World, *, keep: int, inputs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep: Keep,
+        inputs: dict[str, Any],
+        product: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.world = world
         self.keep = keep
         self.inputs = inputs
+        self.product = dict(product or {})
         self.restored_inputs = inputs
         """What the run was started with that the restored checkpoint comes from."""
+        self._group = world.side_group()
+        self._snapshot: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for abandoned in folder.glob(".*.tmp"):
                 shutil.rmtree(abandoned)
         world.barrier()
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
-        """Write and publish the state of all ranks. Collective."""
-        final = self.folder / f"step_{state.step:08d}"
-        temporary = self.folder / f".{final.name}.tmp"
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        self.world.barrier()
-        _write_rank(temporary, self.world.rank, engine)
-        self.world.barrier()
-        if self.world.is_main:
-            self._publish(temporary, final, state)
-        self.world.barrier()
-        return final
+    def save(self, engine: Sharded, state: TrainState, validation: Mapping[str, float] | None = None) -> None:
+        """Take a snapshot and have it written while training goes on; first waits for the save before. Collective.
 
-    def _publish(self, temporary: Path, final: Path, state: TrainState) -> None:
-        entries = [
-            json.loads((temporary / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(self.world.size)
-        ]
+        Args:
+            validation: validation losses at this step, where they were computed.
+
+        Raises:
+            RuntimeError: the save before failed, on this rank or another.
+        """
+        self.finish()
+        slices = list(engine.slices())
+        self._snapshot = self._snapshot or Snapshot(slices)
+        self._snapshot.take(slices)
         manifest = {
+            "format": FORMAT_VERSION,
             "step": state.step,
             "cursor": state.cursor.to_dict(),
             "num_ranks": self.world.size,
-            "files": {entry["file"]: entry for entry in entries},
+            "validation": dict(validation or {}),
             "inputs": self.inputs,
+            "product": self.product,
         }
-        write_atomic(temporary / "manifest.json", json.dumps(manifest))
-        shutil.rmtree(final, ignore_errors=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(self._snapshot, manifest), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """The save that was begun last has ended with an error, which finish() raises."""
+        return self._error is not None
+
+    def finish(self) -> None:
+        """Wait until the save that was begun last is published.
+
+        Raises:
+            RuntimeError: it was not, on this rank or another; its cause is the error, where this rank has it.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise RuntimeError(f"saving to {self.folder} failed: {self._error}") from self._error
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Whatever ends training, the save that was begun is waited for."""
+        try:
+            self.finish()
+        except RuntimeError as unsaved:
+            if error is None:
+                raise
+            logger_of(self.world).warning("%s", unsaved)
+
+    def _write(self, snapshot: Snapshot, manifest: dict[str, Any]) -> None:
+        """What the thread does. Every rank takes part in both exchanges, whatever happens to it in between."""
+        try:
+            final = self.folder / checkpoint_name(manifest["step"])
+            temporary = self.folder / f".{final.name}.tmp"
+            entries = self._together(partial(self._write_rank, snapshot, temporary))
+            manifest["files"] = {rank_file(rank): entry for rank, entry in enumerate(entries)}
+            self._together(partial(self._publish, temporary, final, manifest))
+        except BaseException as error:
+            self._error = error
+
+    def _write_rank(self, snapshot: Snapshot, temporary: Path) -> dict[str, Any]:
+        temporary.mkdir(exist_ok=True)
+        return snapshot.write(temporary / rank_file(self.world.rank))
+
+    def _publish(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
+        write_atomic(temporary / "manifest.json", seal(manifest))
+        if final.exists():  # one that did not verify
+            remove_checkpoint(final)
         temporary.rename(final)
         sync_folder(self.folder)
-        for old in checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+        # those of later steps were passed over as damaged: they are replaced when their step is saved again
+        published = {step_of(path): path for path in checkpoints(self.folder) if step_of(path) <= manifest["step"]}
+        kept = self.keep.chosen({step: _mean_loss(path) for step, path in published.items()})
+        for step in published.keys() - kept:
+            remove_checkpoint(published[step])
 
-    def restore(self, engine: Engine, restarts: Sequence[int] = ()) -> TrainState | None:
-        """Load the newest checkpoint that verifies into the engine; None when there is none. Collective.
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Results of `work` of all ranks; an error on one is an error on all, which names the rank.
+
+        Only for the thread, or while there is none.
+        """
+        result, failure, cause = None, None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure, cause = f"{type(error).__name__}: {error}", error
+        outcomes = self.world.gather((result, failure), self._group)
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+        if failures:
+            raise RuntimeError("; ".join(failures)) from cause
+        return [value for value, _ in outcomes]
+
+    def restore(self, engine: Sharded, restarts: Sequence[int] = ()) -> TrainState | None:
+        """Load the newest checkpoint that verifies into the engine; None when none was published. Collective.
 
         Args:
             restarts: steps at which the optimizer's moments started anew.
+
+        Raises:
+            ValueError: the checkpoint is of a run with another identity, or none of the published ones verifies.
         """
-        for folder in reversed(checkpoints(self.folder)):
-            broken = damage(folder) if self.world.is_main else None
-            if self.world.any(broken is not None):
+        names = self._together(lambda: [path.name for path in checkpoints(self.folder)])[0]
+        for name in reversed(names):
+            folder = self.folder / name
+            found = self._together(partial(damage, folder, self.world.rank, self.world.size))
+            broken = next((text for text in found if text is not None), None)
+            if broken is not None:
                 logger_of(self.world).warning("checkpoint %s is damaged (%s): trying the one before", folder, broken)
                 continue
-            self.restored_inputs = (read_json(folder / "manifest.json") or {})["inputs"]
-            return _load(folder, engine, restarts)
+            return self._load(folder, engine, restarts)
+        if names:
+            raise ValueError(
+                f"no checkpoint in {self.folder} verifies ({', '.join(names)}): remove that folder to start again"
+            )
         return None
 
+    def _load(self, folder: Path, engine: Sharded, restarts: Sequence[int]) -> TrainState:
+        manifest = read_manifest(folder)
+        identity = self.inputs.get("identity", {})
+        if manifest["inputs"].get("identity", {}) != identity:
+            changed = difference(manifest["inputs"].get("identity", {}), identity)
+            raise ValueError(f"checkpoint {folder} is of another run ({changed}): set these back, or choose a run_dir")
+        fill(engine.slices(), folder)
+        engine.restored(manifest["step"] - phase_start(manifest["step"], restarts))
+        self.restored_inputs = manifest["inputs"]
+        return TrainState(manifest["step"], Cursor.from_dict(manifest["cursor"]))
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*/manifest.json"))
 
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a published checkpoint, or None when every file has its size and sha256."""
+def _mean_loss(checkpoint: Path) -> float | None:
+    """Mean of the validation losses at a checkpoint's step; None where there are none, or it is damaged."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        return f"manifest.json is not JSON: {error}"
-    for name, entry in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All trained weights of a checkpoint in fp32, put together from every rank's slices."""
-    weights: dict[str, torch.Tensor] = {}
-    missing: dict[str, int] = {}
-    for stored in _stored_slices(checkpoint):
-        flat = weights.setdefault(stored.name, torch.empty(stored.shape, dtype=torch.float32)).view(-1)
-        flat[stored.start : stored.stop] = stored.read("weight", stored.start, stored.stop)
-        missing[stored.name] = missing.get(stored.name, flat.numel()) - (stored.stop - stored.start)
-    assert not any(missing.values()), (
-        f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
-    )
-    return weights
-
-
-def _write_rank(folder: Path, rank: int, engine: Engine) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    index: dict[str, Any] = {}
-    for part in engine.slices():
-        stop = part.offset + part.tensors["weight"].numel()
-        index[part.name] = {"shape": part.shape, "start": part.offset, "stop": stop}
-        for key, tensor in part.tensors.items():
-            tensors[f"{key}/{part.name}"] = tensor.detach().cpu().clone()
-    path = folder / f"rank_{rank}.safetensors"
-    save_file(tensors, path, metadata={"index": json.dumps(index)})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_atomic(folder / f"rank_{rank}.json", json.dumps(entry))
-
-
-@dataclass(frozen=True)
-class _StoredSlice:
-    """Elements start..stop of a flattened parameter, as one rank wrote them."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    file: Any
-
-    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop of the weight or a moment; both within this slice."""
-        return self.file.get_slice(f"{key}/{self.name}")[start - self.start : stop - self.start]
-
-
-def _stored_slices(checkpoint: Path) -> Iterator[_StoredSlice]:
-    for path in sorted(checkpoint.glob("rank_*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name, entry in json.loads(file.metadata()["index"]).items():
-                yield _StoredSlice(name, tuple(entry["shape"]), entry["start"], entry["stop"], file)
-
-
-@torch.no_grad()
-def _load(checkpoint: Path, engine: Engine, restarts: Sequence[int]) -> TrainState:
-    wanted = {part.name: part for part in engine.slices()}
-    missing = {name: part.tensors["weight"].numel() for name, part in wanted.items()}
-    for stored in _stored_slices(checkpoint):
-        part = wanted.get(stored.name)
-        if part is None:
-            continue
-        assert stored.shape == part.shape, f"{part.name} is {stored.shape} in the checkpoint, {part.shape} in the model"
-        start = max(stored.start, part.offset)
-        stop = min(stored.stop, part.offset + part.tensors["weight"].numel())
-        if start >= stop:
-            continue
-        for key, target in part.tensors.items():
-            target[start - part.offset : stop - part.offset] = stored.read(key, start, stop).to(target.device)
-        missing[part.name] -= stop - start
-    assert not any(missing.values()), (
-        f"{checkpoint} lacks parts of {[name for name, count in missing.items() if count]}"
-    )
-    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    step = manifest["step"]
-    engine.restored(step - phase_start(step, restarts))
-    return TrainState(step, Cursor.from_dict(manifest["cursor"]))
+        losses = read_manifest(checkpoint)["validation"]
+    except (ValueError, OSError):
+        return None
+    return sum(losses.values()) / len(losses) if losses else None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.config import Recipe
@@ -54,7 +55,7 @@ def run_program(program: Callable[[], None], *, verbose: bool) -> None:
     """Run a program; a user's mistake becomes one line on standard error and exit code 2."""
     try:
         program()
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if verbose:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -72,9 +73,19 @@ def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by its name in pipeline/recipes/."""
     for candidate in (Path(name), RECIPES / f"{name}.yaml"):
         if candidate.is_file():
+            _check_yaml(candidate)
             return candidate
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     raise ValueError(f"no recipe {name!r}: give the path of a YAML file or one of {', '.join(known)}")
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a recipe: it must hold fields and their values, such as `name: summaries`")
 
 
 def field_names(config_class: type[Any], prefix: str = "") -> list[str]:

@@ -1,28 +1,38 @@
 """Training input: (data, cursor) -> the micro-batches of one step. Order is a function, position is a value.
 
-The order of an epoch depends on (seed, epoch) and the batch geometry only, never on ranks: examples are permuted, cut
-into windows, sorted by length inside a window so that both sides are bucketed, cut into micro-batches under a token
-budget, and the micro-batches of the window are permuted again. Nothing is carried from one window to the next.
+The order of an epoch depends on (seed, epoch) and the batch geometry only, never on ranks or workers: the blocks of the
+data are permuted and their examples cut into windows; inside a window examples are shuffled, sorted so that both
+lengths are bucketed, cut into micro-batches under a token budget, and the micro-batches are permuted. Nothing is
+carried from one window to the next, and only the blocks of a window are read, so any place of an epoch is reached at
+once. Threads read the next window and make the next step while the caller computes.
+
+A mixture with weights takes from every set exactly its share of every window. Each set is a stream of its own passes,
+every example once a pass; an epoch of the mixture is as many examples as all sets have together.
 
 Shapes: B examples, S source tokens, T target tokens (both padded to the longest of the micro-batch).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 
-from data_prep.partition import permutation
-from data_prep.shards import Examples, read_manifest, read_split
+from data_prep.batching import cut_by_tokens, sort_by_lengths
+from data_prep.partition import Mixture, permutation
+from data_prep.reader import Examples, SplitReader
+from data_prep.shards import read_manifest
 
 IGNORED_LABEL = -100  # what cross entropy leaves out
-_ORDER_OF_EXAMPLES, _ORDER_OF_MICRO_BATCHES = 1, 2  # streams of the keyed permutation
-_BUCKETS_PER_DOUBLING = 8  # of source lengths: finer fills the encoder better, coarser the decoder
+_ORDER_OF_EXAMPLES, _ORDER_OF_MICRO_BATCHES, _ORDER_OF_BLOCKS = 1, 2, 3  # streams of the keyed permutation
+_WINDOWS_KEPT = 3  # the one before, the current and the next
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,21 @@ class StepBatch:
     num_micro_batches_with_data: int
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Examples in the order of their micro-batches, their places in the split, and the steps as cuts of that order."""
+
+    examples: Examples
+    places: np.ndarray
+    steps: list[list[slice]]
+
+
 class Batches:
     """Steps of training input from a finished data directory.
 
+    `num_workers` threads make the micro-batches of the next step ahead of time; 0 makes each step when it is asked for.
     Raises ValueError where the longest example exceeds the token budget or the world does not divide the global batch,
-    and what read_manifest and read_split raise.
+    and what read_manifest and SplitReader raise.
     """
 
     def __init__(
@@ -84,31 +104,38 @@ class Batches:
         seed: int,
         tokens_per_micro_batch: int,
         micro_batches_per_step: int,
-        window_examples: int = 4096,
+        window_examples: int = 25_600,
+        num_workers: int = 1,
     ) -> None:
         for name, value in (("micro_batches_per_step", micro_batches_per_step), ("window_examples", window_examples)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: choose at least 1")
         manifest = read_manifest(Path(data_dir))
         self.micro_batches_per_step = micro_batches_per_step
-        self._collator = _Collator(read_split(Path(data_dir), manifest, split), manifest.pad_id)
-        self._collator.check_budget(tokens_per_micro_batch)
+        self._reader = SplitReader(Path(data_dir), manifest, split)
+        _check_budget(self._reader, tokens_per_micro_batch)
+        self._order = _Order(self._reader, [each["weight"] for each in manifest.sets], seed)
+        self._pad_id = manifest.pad_id
         self._seed = seed
         self._budget = tokens_per_micro_batch
         self._window_examples = window_examples
-        self.num_examples = len(self._collator.source_lengths)
+        self.num_examples = len(self._reader)
         self.windows_per_epoch = -(-self.num_examples // window_examples)
-        # One epoch and two windows are enough: steps go forward.
-        self._order = lru_cache(maxsize=1)(self._order_of_epoch)
-        self._plan = lru_cache(maxsize=2)(self._plan_of_window)
+        self._windows: OrderedDict[tuple[int, int], Future[_Window]] = OrderedDict()
+        self._lock = Lock()
+        self._window_thread = ThreadPoolExecutor(1, "data-window")
+        self._step_thread = ThreadPoolExecutor(1, "data-step") if num_workers else None
+        self._workers = ThreadPoolExecutor(num_workers, "data-worker") if num_workers else None
+        self._ahead: dict[tuple[Cursor, int, int], Future[tuple[StepBatch, Cursor]]] = {}
 
     def step(self, cursor: Cursor, rank: int, world: int) -> tuple[StepBatch, Cursor]:
         """The step at `cursor`: micro-batches m of the global batch with m % world == rank, and the cursor after it."""
         self._check_world(rank, world)
-        groups = self._plan(cursor.epoch, cursor.window)
-        if not 0 <= cursor.step_in_window < len(groups):
-            raise ValueError(f"{cursor} is outside this data; it was saved with other data or batch settings")
-        return self._step_batch(groups[cursor.step_in_window], rank, world), self._next(cursor, len(groups))
+        waiting = self._ahead.pop((cursor, rank, world), None)
+        batch, after = waiting.result() if waiting else self._make_step(cursor, rank, world)
+        if self._step_thread:
+            self._ahead = {(after, rank, world): self._step_thread.submit(self._make_step, after, rank, world)}
+        return batch, after
 
     def steps(self, cursor: Cursor, rank: int, world: int) -> Iterator[tuple[StepBatch, Cursor]]:
         """Steps from `cursor` without end, each with the cursor after it."""
@@ -117,18 +144,40 @@ class Batches:
             yield batch, cursor
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Steps of one epoch; epochs differ by a few, because windows fill their last step up."""
-        return sum(len(self._plan_of_window(epoch, window)) for window in range(self.windows_per_epoch))
+        """Steps of one epoch, which takes reading all of it; epochs differ by a few, because windows fill their last
+        step up."""
+        return sum(len(self._load_window(epoch, window).steps) for window in range(self.windows_per_epoch))
 
     def longest_step(self, rank: int, world: int) -> StepBatch:
-        """A step of the largest micro-batches in the data, to run first: what does not fit in memory fails early.
+        """A step of the largest micro-batches that the data can give, to run first: what does not fit in memory fails
+        early.
 
-        Every rank alternates between the longest examples, the longest sources and the longest targets.
+        Every rank alternates between the longest example, the longest source and the longest target, each repeated
+        until the budget is full.
         """
         self._check_world(rank, world)
-        extremes = self._collator.extremes(self._budget)
+        extremes = [self._extreme(side) for side in range(3)]
         group = [extremes[index // world % len(extremes)] for index in range(self.micro_batches_per_step)]
-        return self._step_batch(group, rank, world)
+        window = _Window(
+            self._reader.read(np.concatenate(group)),
+            np.concatenate(group),
+            [
+                [
+                    slice(end - len(part), end)
+                    for part, end in zip(group, np.cumsum([len(p) for p in group]), strict=True)
+                ]
+            ],
+        )
+        return self._step_batch(window, 0, rank, world)
+
+    def _extreme(self, side: int) -> np.ndarray:
+        """The place of the example that is longest on a side (0 both, 1 source, 2 target), as often as fits."""
+        column = self._reader.index[("longest_pair", "longest_source", "longest_target")[side]]
+        block = int(column.argmax())
+        source, target = (lengths.astype(np.int64) for lengths in self._reader.block(block).lengths)
+        lengths = (source + target, source, target)[side]
+        row = int(lengths.argmax())
+        return np.full(self._budget // int(source[row] + target[row]), self._reader.starts[block] + row)
 
     def _check_world(self, rank: int, world: int) -> None:
         if world < 1 or self.micro_batches_per_step % world:
@@ -138,38 +187,98 @@ class Batches:
             )
         assert 0 <= rank < world
 
-    def _step_batch(self, group: list[np.ndarray], rank: int, world: int) -> StepBatch:
-        collator = self._collator
-        mine = range(rank, self.micro_batches_per_step, world)
-        empty = np.empty(0, dtype=np.int64)
-        everything = np.concatenate([*group, empty])
+    def _make_step(self, cursor: Cursor, rank: int, world: int) -> tuple[StepBatch, Cursor]:
+        window = self._window(cursor.epoch, cursor.window)
+        if not 0 <= cursor.step_in_window < len(window.steps):
+            raise ValueError(f"{cursor} is outside this data; it was saved with other data or batch settings")
+        self._fetch(*self._after_window(cursor))
+        return self._step_batch(window, cursor.step_in_window, rank, world), self._next(cursor, len(window.steps))
+
+    def _step_batch(self, window: _Window, step: int, rank: int, world: int) -> StepBatch:
+        cuts = window.steps[step]
+        indices = range(rank, self.micro_batches_per_step, world)
+        mine = [cuts[index] if index < len(cuts) else slice(0, 0) for index in indices]
+        run = self._workers.map if self._workers else map
+        source, target = window.examples.source_offsets, window.examples.target_offsets
         return StepBatch(
-            micro_batches=[collator.micro_batch(m, group[m] if m < len(group) else empty) for m in mine],
-            num_source_tokens=int(collator.source_lengths[everything].sum()),
-            num_target_tokens=int(collator.target_lengths[everything].sum()),
-            num_micro_batches_with_data=len(group),
+            micro_batches=list(run(lambda m, cut: _micro_batch(window, m, cut, self._pad_id), indices, mine)),
+            num_source_tokens=sum(int(source[cut.stop] - source[cut.start]) for cut in cuts),
+            num_target_tokens=sum(int(target[cut.stop] - target[cut.start]) for cut in cuts),
+            num_micro_batches_with_data=len(cuts),
         )
 
     def _next(self, cursor: Cursor, steps_in_window: int) -> Cursor:
         if cursor.step_in_window + 1 < steps_in_window:
             return Cursor(cursor.epoch, cursor.window, cursor.step_in_window + 1)
+        return Cursor(*self._after_window(cursor), 0)
+
+    def _after_window(self, cursor: Cursor) -> tuple[int, int]:
         if cursor.window + 1 < self.windows_per_epoch:
-            return Cursor(cursor.epoch, cursor.window + 1, 0)
-        return Cursor(cursor.epoch + 1, 0, 0)
+            return cursor.epoch, cursor.window + 1
+        return cursor.epoch + 1, 0
 
-    def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        return permutation(self.num_examples, self._seed, epoch, _ORDER_OF_EXAMPLES)
-
-    def _plan_of_window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
-        """The steps of a window, each the example ids of its micro-batches with data (the last step may have fewer)."""
-        start = window * self._window_examples
-        examples = self._order(epoch)[start : start + self._window_examples]
+    def _window(self, epoch: int, window: int) -> _Window:
         if not 0 <= window < self.windows_per_epoch:
             raise ValueError(f"window {window} is outside 0..{self.windows_per_epoch - 1}; the cursor is of other data")
-        micro_batches = self._collator.cut(self._collator.sort(examples), self._budget)
-        order = permutation(len(micro_batches), self._seed, epoch, _ORDER_OF_MICRO_BATCHES, window)
+        return self._fetch(epoch, window).result()
+
+    def _fetch(self, epoch: int, window: int) -> Future[_Window]:
+        """Have a window read in the background, once."""
+        with self._lock:
+            if (epoch, window) not in self._windows:
+                self._windows[epoch, window] = self._window_thread.submit(self._load_window, epoch, window)
+                while len(self._windows) > _WINDOWS_KEPT:
+                    self._windows.popitem(last=False)
+            return self._windows[epoch, window]
+
+    def _load_window(self, epoch: int, window: int) -> _Window:
+        start = window * self._window_examples
+        stop = min(start + self._window_examples, self.num_examples)
+        places = self._order.places(epoch * self.num_examples + start, epoch * self.num_examples + stop)
+        places = places[permutation(len(places), self._seed, epoch, _ORDER_OF_EXAMPLES, window)]
+        examples, order, cuts = _bucketed(self._reader.read(places), self._budget)
+        micro_batches = [cuts[m] for m in permutation(len(cuts), self._seed, epoch, _ORDER_OF_MICRO_BATCHES, window)]
         size = self.micro_batches_per_step
-        return [[micro_batches[m] for m in order[first : first + size]] for first in range(0, len(order), size)]
+        steps = [micro_batches[first : first + size] for first in range(0, len(cuts), size)]
+        return _Window(examples, places[order], steps)
+
+
+class _Order:
+    """Which example stands at every position of the endless stream of training: pure arithmetic on the index."""
+
+    def __init__(self, reader: SplitReader, weights: list[int], seed: int) -> None:
+        self._sizes, self._starts, self._seed = reader.index["examples"], reader.starts, seed
+        used = [(blocks, weight) for blocks, weight in zip(reader.blocks_of_sets, weights, strict=True) if len(blocks)]
+        # Without weights all sets are one stream: every example once an epoch.
+        self._mixture = Mixture([weight for _, weight in used] if all(weights) else [1])
+        self._streams = [blocks for blocks, _ in used] if all(weights) else [np.concatenate([b for b, _ in used])]
+        self._pass = lru_cache(maxsize=2 * len(self._streams))(self._order_of_pass)
+
+    def places(self, start: int, stop: int) -> np.ndarray:
+        """Places in the split of the examples at positions start..stop-1, int64, the sets one after the other."""
+        ranges = zip(self._mixture.taken(start).tolist(), self._mixture.taken(stop).tolist(), strict=True)
+        return np.concatenate([self._places_of_stream(k, *taken) for k, taken in enumerate(ranges)])
+
+    def _places_of_stream(self, stream: int, start: int, stop: int) -> np.ndarray:
+        size = int(self._sizes[self._streams[stream]].sum())
+        parts = [np.empty(0, dtype=np.int64)]
+        while start < stop:
+            number, first = divmod(start, size)
+            last = min(first + stop - start, size)
+            blocks, ends = self._pass(stream, number)
+            begin, end = np.searchsorted(ends, (first, last - 1), side="right").tolist()
+            chosen = blocks[begin : end + 1]
+            before = int(ends[begin]) - int(self._sizes[chosen[0]])
+            runs = [np.arange(self._starts[block], self._starts[block] + self._sizes[block]) for block in chosen]
+            parts.append(np.concatenate(runs)[first - before : last - before])
+            start += last - first
+        return np.concatenate(parts)
+
+    def _order_of_pass(self, stream: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of a stream in the order of one pass, and after how many examples each ends."""
+        blocks = self._streams[stream]
+        blocks = blocks[permutation(len(blocks), self._seed, number, _ORDER_OF_BLOCKS, stream)]
+        return blocks, np.cumsum(self._sizes[blocks])
 
 
 def evaluation_batches(
@@ -177,83 +286,54 @@ def evaluation_batches(
 ) -> list[MicroBatch]:
     """A split, or an evenly spaced part of it, as micro-batches sorted by length; the same on every rank and call."""
     manifest = read_manifest(Path(data_dir))
-    collator = _Collator(read_split(Path(data_dir), manifest, split), manifest.pad_id)
-    collator.check_budget(tokens_per_micro_batch)
-    num_examples = len(collator.source_lengths)
-    wanted = num_examples if max_examples is None else min(max_examples, num_examples)
+    reader = SplitReader(Path(data_dir), manifest, split)
+    _check_budget(reader, tokens_per_micro_batch)
+    wanted = len(reader) if max_examples is None else min(max_examples, len(reader))
     if wanted < 1:
         raise ValueError(f"max_examples is {max_examples}: choose at least 1")
-    chosen = np.arange(wanted, dtype=np.int64) * num_examples // wanted
-    cut = collator.cut(collator.sort(chosen), tokens_per_micro_batch)
-    return [collator.micro_batch(index, examples) for index, examples in enumerate(cut)]
+    places = np.arange(wanted, dtype=np.int64) * len(reader) // wanted
+    examples, order, cuts = _bucketed(reader.read(places), tokens_per_micro_batch)
+    window = _Window(examples, places[order], [])
+    return [_micro_batch(window, index, cut, manifest.pad_id) for index, cut in enumerate(cuts)]
 
 
-class _Collator:
-    """Lengths, bucketing and padding of one split."""
-
-    def __init__(self, examples: Examples, pad_id: int) -> None:
-        self._examples = examples
-        self._pad_id = pad_id
-        self.source_lengths = examples.source_lengths
-        self.target_lengths = examples.target_lengths
-
-    def check_budget(self, tokens_per_micro_batch: int) -> None:
-        longest = int((self.source_lengths + self.target_lengths).max())
-        if tokens_per_micro_batch < longest:
-            raise ValueError(
-                f"tokens_per_micro_batch is {tokens_per_micro_batch}, but the longest example has {longest} tokens "
-                f"(source and target): choose at least {longest}"
-            )
-
-    def sort(self, examples: np.ndarray) -> np.ndarray:
-        """Order example ids so that neighbours are alike in both lengths.
-
-        By bucket of source lengths, inside a bucket by target length, up in one bucket and down in the next, so that
-        a micro-batch that spans two buckets still holds similar targets.
-        """
-        source, target = self.source_lengths[examples], self.target_lengths[examples]
-        fraction, exponent = np.frexp(source)  # exact, unlike a logarithm: source = fraction * 2^exponent
-        bucket = exponent * _BUCKETS_PER_DOUBLING + np.floor((2 * fraction - 1) * _BUCKETS_PER_DOUBLING).astype(int)
-        return examples[np.lexsort((examples, source, np.where(bucket % 2 == 0, target, -target), bucket))]
-
-    def cut(self, examples: np.ndarray, budget: int) -> list[np.ndarray]:
-        """Cut sorted example ids into micro-batches of at most `budget` padded tokens, both sides together."""
-        micro_batches: list[np.ndarray] = []
-        first = longest_source = longest_target = 0
-        lengths = zip(self.source_lengths[examples].tolist(), self.target_lengths[examples].tolist(), strict=True)
-        for position, (source, target) in enumerate(lengths):
-            longest_source, longest_target = max(longest_source, source), max(longest_target, target)
-            if (position + 1 - first) * (longest_source + longest_target) > budget:
-                micro_batches.append(examples[first:position])
-                first, longest_source, longest_target = position, source, target
-        micro_batches.append(examples[first:])
-        return micro_batches
-
-    def extremes(self, budget: int) -> list[np.ndarray]:
-        """Example ids of the micro-batches with the longest examples, the longest sources and the longest targets."""
-        source, target = self.source_lengths, self.target_lengths
-        orders = (np.argsort(-key, kind="stable") for key in (source + target, source, target))
-        return [self.cut(order[: max(1, budget // 2)], budget)[0] for order in orders]
-
-    def micro_batch(self, index: int, examples: np.ndarray) -> MicroBatch:
-        """Pad the given examples to their longest; none gives the empty micro-batch."""
-        data = self._examples
-        source_BS, source_mask_BS = _padded(data.source_ids, data.source_offsets, examples, self._pad_id)
-        labels_BT, _ = _padded(data.target_ids, data.target_offsets, examples, IGNORED_LABEL)
-        if len(examples) == 0:
-            # A fully masked row would make attention divide by zero; the token weighs nothing, as no label counts.
-            source_mask_BS[:] = True
-        return MicroBatch(index, examples, *map(torch.from_numpy, (source_BS, source_mask_BS, labels_BT)))
+def _check_budget(reader: SplitReader, tokens_per_micro_batch: int) -> None:
+    longest = int(reader.index["longest_pair"].max())
+    if tokens_per_micro_batch < longest:
+        raise ValueError(
+            f"tokens_per_micro_batch is {tokens_per_micro_batch}, but the longest example has {longest} tokens "
+            f"(source and target): choose at least {longest}"
+        )
 
 
-def _padded(ids: np.ndarray, offsets: np.ndarray, examples: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `examples` as int64 [B, L] padded with `fill`, and the bool mask [B, L]; [1, 1] of `fill` for none."""
-    if len(examples) == 0:
+def _bucketed(examples: Examples, budget: int) -> tuple[Examples, np.ndarray, list[slice]]:
+    """Examples sorted by both lengths, the order that does it, and the cuts into micro-batches."""
+    order = sort_by_lengths(examples.source_lengths, examples.target_lengths)
+    examples = examples.take(order)
+    return examples, order, cut_by_tokens(examples.source_lengths, examples.target_lengths, budget)
+
+
+def _micro_batch(window: _Window, index: int, cut: slice, pad_id: int) -> MicroBatch:
+    """Pad the examples of a cut to their longest; none gives the empty micro-batch."""
+    data = window.examples
+    source_BS, source_mask_BS = padded(data.source_ids, data.source_offsets[cut.start : cut.stop + 1], pad_id)
+    labels_BT, _ = padded(data.target_ids, data.target_offsets[cut.start : cut.stop + 1], IGNORED_LABEL)
+    if cut.start == cut.stop:
+        # A fully masked row would make attention divide by zero; the token weighs nothing, as no label counts.
+        source_mask_BS[:] = True
+    tensors = map(torch.from_numpy, (source_BS, source_mask_BS, labels_BT))
+    return MicroBatch(index, window.places[cut], *tensors)
+
+
+def padded(ids: np.ndarray, offsets: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows ids[offsets[b] : offsets[b + 1]] as int64 [B, L] padded with `fill`, and their mask, bool [B, L].
+
+    [1, 1] of `fill` for no rows.
+    """
+    if len(offsets) == 1:
         return np.full((1, 1), fill, dtype=np.int64), np.zeros((1, 1), dtype=bool)
-    starts = offsets[examples]
-    lengths = offsets[examples + 1] - starts
-    place = np.arange(lengths.max())
-    mask = place[None, :] < lengths[:, None]
+    lengths = np.diff(offsets)
+    mask = np.arange(lengths.max()) < lengths[:, None]
     rows = np.full(mask.shape, fill, dtype=np.int64)
-    rows[mask] = ids[(starts[:, None] + place[None, :])[mask]]
+    rows[mask] = ids[offsets[0] : offsets[-1]]
     return rows, mask

@@ -1,83 +1,109 @@
-"""Check this machine: what will run, what will not, and what to do about it."""
+"""Check this machine or allocation: what will run, what will not, and what to do about it.
+
+Run by itself (`python -m pipeline.doctor`, under torchrun) it is the small training that one of the checks starts.
+
+Shapes: B examples, D features.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from torch import nn
+
+from pipeline.rundir import sync_folder
 
 MINIMUM_PYTHON = (3, 11)
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "sentencepiece", "webdataset", "mpi4py", "sacrebleu")
+TIMEOUT_S = 100
+PROBE_BYTES = 64 * 2**20
 
 
-def doctor() -> None:
-    """Print one line for each check.
+def doctor(run_dir: Path) -> None:
+    """Print one line for each check: ok, or what failed and what to do about it.
 
     Raises:
         ValueError: something that a run needs is missing.
     """
     failed = []
     for name, check in CHECKS.items():
+        started_s = time.perf_counter()
         try:
-            print(f"ok      {name:<12} {check()}")
-        except Exception as error:
-            print(f"failed  {name:<12} {error}")
+            said, verdict = check(run_dir), "ok"
+        except Exception as error:  # whatever it is, the other checks are wanted too
+            said, verdict = str(error) or type(error).__name__, "failed"
             failed.append(name)
+        print(f"{verdict:<7} {name:<11} {time.perf_counter() - started_s:5.1f} s  {said}", flush=True)
     if failed:
         raise ValueError(f"this machine cannot run the pipeline yet: {', '.join(failed)}")
 
 
-def _python() -> str:
+def _python(run_dir: Path) -> str:
     if sys.version_info < MINIMUM_PYTHON:
-        raise ValueError("Python 3.11 or newer is needed")
+        raise ValueError(f"{sys.version.split()[0]} is too old: make PYTHON=python3.11")
     return sys.version.split()[0]
 
 
-def _packages() -> str:
+def _packages(run_dir: Path) -> str:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing: pip install -r requirements.txt, in that order of lines")
     return ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
 
 
-def _device() -> str:
+def _devices(run_dir: Path) -> str:
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
-    return f"CPU with {torch.get_num_threads()} threads, gloo"
+        properties = torch.cuda.get_device_properties(0)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        if not torch.cuda.is_bf16_supported():
+            raise ValueError(f"{properties.name} has no bf16: use an NVIDIA GPU of compute capability 8.0 or newer")
+        return f"{torch.cuda.device_count()} x {properties.name} with {memory}, CUDA {torch.version.cuda}, NCCL"
+    if shutil.which("nvidia-smi"):
+        raise ValueError("there is an NVIDIA driver, but this torch has no CUDA: install the torch build for your CUDA")
+    return f"no GPU: CPU with {os.cpu_count()} cores, gloo"
 
 
-def _mpi() -> str:
-    from pipeline.run import mpiexec
-
-    count = "from mpi4py import MPI; print(MPI.COMM_WORLD.allreduce(1))"
-    output = _output_of([mpiexec(), "-n", "2", sys.executable, "-c", count])
-    if output.split() != ["2", "2"]:
-        raise ValueError(f"two MPI ranks do not see each other: {output!r}; mpiexec and mpi4py must be of one MPI")
-    return f"2 ranks by {mpiexec()}"
+def _collectives(run_dir: Path) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return _output_of([*torchrun, "-m", "pipeline.doctor"]).strip().splitlines()[-1]
 
 
-def _ranks() -> str:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    size = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-    code = (
-        "import os, torch, torch.distributed as d; d.init_process_group('gloo'); x = torch.ones(1); "
-        "d.all_reduce(x); assert x.item() == d.get_world_size(); d.destroy_process_group()"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    _output_of([*torchrun, "--no-python", sys.executable, "-c", code])
-    return f"{size} ranks by torchrun; training will use {backend}"
+def _storage(run_dir: Path) -> str:
+    """What checkpoints need: write, fsync, rename, and a folder that can be synced."""
+    place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as folder:
+            temporary, final = Path(folder) / "probe.tmp", Path(folder) / "probe"
+            data = os.urandom(2**20) * (PROBE_BYTES // 2**20)
+            started_s = time.perf_counter()
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            seconds = time.perf_counter() - started_s
+            temporary.rename(final)
+            sync_folder(Path(folder))
+            if final.read_bytes() != data:
+                raise ValueError(f"{place} does not give back what was written: choose another run_dir")
+    except OSError as error:
+        raise ValueError(f"{place} cannot be written ({error}): choose another run_dir") from None
+    free_gib = shutil.disk_usage(place).free / 2**30
+    return f"{place}: {PROBE_BYTES / 2**20 / seconds:.0f} MiB/s with fsync, {free_gib:.0f} GiB free"
 
 
-def _output_of(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise ValueError(done.stderr.strip().splitlines()[-1])
-    return done.stdout
-
-
-def _kernels() -> str:
+def _kernels(run_dir: Path) -> str:
     from pipeline.kernels import HiddenPair, hidden_loss, reference
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,16 +115,132 @@ def _kernels() -> str:
     return f"hidden loss on {device} equals its definition"
 
 
-def _slurm() -> str:
-    return shutil.which("sbatch") or "no sbatch here (only needed to submit jobs)"
+def _mpi(run_dir: Path) -> str:
+    from pipeline.run import mpiexec
+
+    # one rank prints: lines of several may come out mixed
+    count = "from mpi4py import MPI; world = MPI.COMM_WORLD; n = world.allreduce(1); world.rank or print(n)"
+    output = _output_of([mpiexec(), "-n", "2", sys.executable, "-c", count])
+    if output.strip() != "2":
+        raise ValueError(f"two MPI ranks do not see each other: {output!r}; mpiexec and mpi4py must be of one MPI")
+    return f"2 ranks by {mpiexec()}"
 
 
-CHECKS: dict[str, Callable[[], str]] = {
+def _slurm(run_dir: Path) -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    try:
+        version = _output_of(["sbatch", "--version"]).strip()
+        partitions = _output_of(["sinfo", "--noheader", "--format", "%P"]).split()
+    except (FileNotFoundError, ValueError) as error:
+        if job:
+            raise ValueError(
+                f"inside job {job}, but {error}: load the site's SLURM module in the batch script"
+            ) from None
+        return f"none that answers (only needed to submit jobs): {error}"
+    return f"{version}, partitions {', '.join(partitions)}" + (f", inside job {job}" if job else "")
+
+
+def _output_of(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"no answer within {TIMEOUT_S} s from: {' '.join(command)}") from None
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        told = [line for line in lines if "Error" in line] or lines or ["no output"]
+        raise ValueError(told[-1].strip())
+    return done.stdout
+
+
+CHECKS: dict[str, Callable[[Path], str]] = {
     "python": _python,
     "packages": _packages,
-    "device": _device,
-    "mpi": _mpi,
-    "ranks": _ranks,
+    "devices": _devices,
+    "collectives": _collectives,
+    "storage": _storage,
     "kernels": _kernels,
+    "mpi": _mpi,
     "slurm": _slurm,
 }
+
+
+class _Branch(nn.Module):
+    """A layer that a step may or may not use, as modular layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, state_BD: torch.Tensor, use: bool) -> torch.Tensor:
+        return self.linear(state_BD) if use else state_BD.view_as(state_BD)
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(_Branch() for _ in range(3))
+
+    def forward(self, batch_BD: torch.Tensor, uses: Sequence[bool]) -> torch.Tensor:
+        state_BD = batch_BD.detach().requires_grad_()
+        for branch, use in zip(self.branches, uses, strict=True):
+            state_BD = branch(state_BD, use)
+        return state_BD.square().sum()
+
+
+def _train_a_little(num_steps: int = 6) -> None:
+    """On every rank: each collective that ZeRO uses, and a training whose ranks and steps use different layers, which
+    must equal plain PyTorch. A library that keeps gradients of layers that a step did not use fails here."""
+    import torch.distributed as dist
+
+    from pipeline.config import OptimConfig
+    from pipeline.engine import Engine, join_world
+
+    world = join_world()
+    device, size = world.device, world.size
+    mine = torch.full((4,), float(world.rank), device=device)
+    everyone = torch.arange(size, device=device).float().repeat_interleave(4)
+    gathered = torch.empty(4 * size, device=device)
+    dist.all_gather_into_tensor(gathered, mine)
+    reduced = torch.empty(4, device=device)
+    dist.reduce_scatter_tensor(reduced, everyone)
+    assert torch.equal(gathered, everyone), f"all-gather on rank {world.rank} gives {gathered.tolist()}"
+    assert torch.equal(reduced, mine * size), f"reduce-scatter on rank {world.rank} gives {reduced.tolist()}"
+    assert world.sum(mine.clone())[0] == size * (size - 1) / 2, "all-reduce is wrong"
+
+    optim = OptimConfig(beta2=0.95, max_grad_norm=1e6)
+    engine = Engine(
+        _Branches(),
+        world=world,
+        ds_config="zero3_cpu",
+        optim=optim,
+        leaf_classes=[_Branch],
+        lr_factor=lambda name: 1.0,
+        clip_group=lambda name: "all",
+        num_accumulated=1,
+    )
+    plain = _Branches().to(device)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=0.01, betas=(optim.beta1, optim.beta2), weight_decay=0.0)
+    for step in range(num_steps):
+        batches_NBD = torch.randn(size, 8, 16, generator=torch.Generator().manual_seed(step)).to(device)
+        uses = [[(step + rank + branch) % 3 != 0 for branch in range(3)] for rank in range(size)]
+        loss = engine(batches_NBD[world.rank], uses[world.rank])
+        engine.backward(loss)
+        engine.step(0.01)
+        adamw.zero_grad(set_to_none=False)
+        losses = [plain(batch_BD, use) for batch_BD, use in zip(batches_NBD, uses, strict=True)]
+        torch.stack(losses).sum().backward()
+        adamw.step()
+        difference = abs(loss.item() - losses[world.rank].item()) / losses[world.rank].item()
+        assert difference < 1e-4, (
+            f"step {step} differs from plain PyTorch by {difference:.1e}: install the versions of requirements.txt"
+        )
+    if world.is_main:
+        backend = dist.get_backend()
+        print(f"{size} ranks over {backend}; ZeRO-3 with layers that a step does not use equals plain PyTorch")
+    world.close()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        _train_a_little()

@@ -7,13 +7,12 @@ and its checkpoints repeat the frozen teacher).
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,28 +21,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_grad,
-    safe_get_local_optimizer_state,
-    set_z3_leaf_modules,
-)
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import OptimConfig
+from pipeline.modes import read_ds_config
+from pipeline.partitions import Partition, Stage2Partition, Stage3Partition
 from pipeline.world import World, free_port
 
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-OURS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "data_types",
-)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -57,26 +43,6 @@ class ParameterSlice:
     """Index of the first element in the flattened parameter."""
     tensors: dict[str, torch.Tensor]
     """weight, exp_avg, exp_avg_sq."""
-
-
-def read_ds_config(name: str) -> dict[str, Any]:
-    """A DeepSpeed configuration by its name in ds_configs/ or by path.
-
-    Raises:
-        ValueError: no such file, or it sets what the recipe decides.
-    """
-    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in DS_CONFIGS.glob("*.json")))
-        raise ValueError(f"no DeepSpeed configuration {name!r}: choose from {known}, or give the path of a .json file")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    taken = [key for key in OURS if key in config]
-    if taken:
-        raise ValueError(f"{path} sets {', '.join(taken)}: the recipe decides these, remove them there")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3 or "offload_optimizer" in zero or config.get("fp16", {}).get("enabled"):
-        raise ValueError(f"{path}: this engine runs ZeRO stage 3 in bf16 or fp32 without offload_optimizer")
-    return config
 
 
 def join_world() -> World:
@@ -94,7 +60,11 @@ def join_world() -> World:
     if world.device.type == "cpu":
         torch.set_flush_denormal(True)  # denormal moments slow a CPU down several times
         _skip_shared_memory_op()
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        port, address = os.environ["MASTER_PORT"], os.environ["MASTER_ADDR"]
+        raise ValueError(f"port {port} of {address} cannot be used: set MASTER_PORT to a free one ({error})") from error
     return world
 
 
@@ -106,11 +76,11 @@ def _skip_shared_memory_op() -> None:
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO-3 with AdamW.
+    """A model under DeepSpeed ZeRO with AdamW.
 
     Args:
-        model: parameters that require grad are trained; all are partitioned.
-        leaf_classes: modules that are gathered as a whole.
+        model: parameters that require grad are trained; the configuration says what is partitioned.
+        leaf_classes: modules that are gathered as a whole, and whose gradients are reduced together.
         lr_factor: learning-rate factor of a parameter by its name.
         clip_group: name of the group whose gradient norm a parameter counts in, by its name.
         num_accumulated: micro-batches of a rank in one optimizer step.
@@ -130,9 +100,8 @@ class Engine:
     ) -> None:
         self.world = world
         self.max_grad_norm = optim.max_grad_norm
-        set_z3_leaf_modules(model, list(leaf_classes))
-        # Any: DeepSpeed hangs its own attributes (ds_shape, partition_numel, ...) on parameters
-        self._parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         self._clip_groups: dict[str, list[nn.Parameter]] = {}
         by_factor: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self._parameters.items():
@@ -140,7 +109,7 @@ class Engine:
             by_factor.setdefault(lr_factor(name), []).append(parameter)
         groups = [{"params": parameters, "factor": factor} for factor, parameters in sorted(by_factor.items())]
         optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=1e-8
+            groups, lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=1e-8, fused=True
         )
         config = {
             **read_ds_config(ds_config),
@@ -151,15 +120,25 @@ class Engine:
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
         }
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+        zero = config["zero_optimization"]
+        if zero.get("zero_hpz_partition_size") == "auto":
+            zero["zero_hpz_partition_size"] = world.ranks_per_node
+        leaves = [module for module in model.modules() if isinstance(module, tuple(leaf_classes))]
+        if zero["stage"] == 3:
+            set_z3_leaf_modules(model, list(leaf_classes))
+            _into_shards(model, leaves, config)
+        self._engine, zero_optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=list(self._parameters.values()), optimizer=optimizer, config=config
         )
-        assert self._optimizer.grad_partitions_flat_buffer.dtype == torch.float32, (
-            "gradients must be handed out as views"
+        self._partition: Partition = (
+            Stage3Partition(zero_optimizer, world.rank)
+            if zero["stage"] == 3
+            else Stage2Partition(zero_optimizer, leaves)
         )
-        for flat in self._optimizer.fp32_partitioned_groups_flat:
-            self._optimizer.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32),
+        self._adamw: Any = zero_optimizer.optimizer
+        for flat in self._partition.flats:
+            self._adamw.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
 
@@ -167,9 +146,14 @@ class Engine:
         """Forward through the root, where DeepSpeed's hooks are."""
         return self._engine(*args)
 
+    @property
+    def upstream(self) -> float:
+        """Gradient that backward brings for its loss."""
+        return float(self.world.size)  # DeepSpeed averages over ranks
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add one micro-batch's gradients. `loss` is its share: gradients are summed over micro-batches and ranks."""
-        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)  # DeepSpeed averages over ranks
+        self._engine.backward(loss * self.upstream, scale_wrt_gas=False)
         self._last_of_step = self._engine.is_gradient_accumulation_boundary()
         if not self._last_of_step:
             self._engine.step()
@@ -177,11 +161,16 @@ class Engine:
     def step(self, learning_rate: float) -> torch.Tensor:
         """Clip, update, and return the gradient norm of each clip group [G] (before clipping, on the device).
 
-        Stops with an error before the optimizer moves when a gradient is not finite.
+        Raises:
+            FloatingPointError: a gradient is not finite; on every rank, and before the optimizer moves.
         """
         assert self._last_of_step, "the optimizer steps after the last micro-batch"
         norms_G = self._clip()
-        for group in self._optimizer.optimizer.param_groups:
+        # DeepSpeed reads a norm of its own here, so that this costs no further wait for the device
+        if not torch.isfinite(norms_G).all():
+            broken = [n for n, norm in zip(self._clip_groups, norms_G.tolist(), strict=True) if not math.isfinite(norm)]
+            raise FloatingPointError(f"gradients are not finite in {', '.join(broken)}")
+        for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["factor"]
         self._engine.step()
         return norms_G
@@ -191,39 +180,59 @@ class Engine:
         return list(self._clip_groups)
 
     def _clip(self) -> torch.Tensor:
-        grads = [[safe_get_local_grad(p) for p in parameters] for parameters in self._clip_groups.values()]
-        squares_G = torch.stack([torch.stack(torch._foreach_norm(group)).square().sum() for group in grads])
+        grads = [self._partition.gradients(parameters) for parameters in self._clip_groups.values()]
+        squares_G = torch.stack([_sum_of_squares(group, self.world.device) for group in grads])
         norms_G = self.world.sum(squares_G).sqrt()
-        torch._assert_async(torch.isfinite(norms_G).all(), "a gradient is not finite")
-        scales_G = (self.max_grad_norm / (norms_G + 1e-6)).clamp(max=1.0)
+        scales_G = (self.max_grad_norm / (norms_G + 1e-6)).clamp(max=1.0).to(self._partition.flats[0].device)
         for group, scale in zip(grads, scales_G, strict=True):
-            torch._foreach_mul_(group, scale)
+            if group:
+                torch._foreach_mul_(group, scale)
         return norms_G
 
     def slices(self) -> Iterator[ParameterSlice]:
         """This rank's part of every trainable parameter; parts that hold no element are left out."""
         for name, parameter in self._parameters.items():
-            size = parameter.partition_numel()
-            offset = size * self.world.rank
-            count = min(size, parameter.ds_numel - offset)
-            if count <= 0:
+            place = self._partition.place(parameter)
+            if place is None:
                 continue
-            tensors = {"weight": safe_get_local_fp32_param(parameter)}
-            tensors |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
-            tensors = {key: tensor.narrow(0, 0, count) for key, tensor in tensors.items()}
-            yield ParameterSlice(name, tuple(parameter.ds_shape), offset, tensors)
+            flat = self._partition.flats[place.group]
+            whole = {"weight": flat.detach()} | {moment: self._adamw.state[flat][moment] for moment in MOMENTS}
+            views = {key: place.of(tensor) for key, tensor in whole.items()}
+            yield ParameterSlice(name, self._shapes[name], place.offset, views)
 
     def restart_optimizer(self) -> None:
         """Forget the moments, as if no step had been made."""
-        for flat in self._optimizer.fp32_partitioned_groups_flat:
-            for value in self._optimizer.optimizer.state[flat].values():
+        for flat in self._partition.flats:
+            for value in self._adamw.state[flat].values():
                 value.zero_()
 
     def restored(self, num_steps: int) -> None:
         """Make what was written into `slices()` take effect; the moments have seen `num_steps` optimizer steps."""
-        optimizer = self._optimizer
-        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-            optimizer.optimizer.state[flat]["step"].fill_(num_steps)
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        for flat in self._partition.flats:
+            self._adamw.state[flat]["step"].fill_(num_steps)
+        self._partition.publish()
+
+
+def _into_shards(model: nn.Module, leaves: Sequence[nn.Module], config: dict[str, Any]) -> None:
+    """Spread the parameters over the ranks layer by layer, in the type that they train in.
+
+    By itself DeepSpeed casts the whole model and moves it to the device first. So a model would have to fit on one
+    device, and each rank of a node would hold a copy of a file that they could all read from the same pages.
+    """
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    converted: Any = None
+    for module in (*leaves, model):
+        fresh = [parameter for parameter in module.parameters() if not hasattr(parameter, "ds_id")]
+        for parameter in fresh:
+            parameter.data = parameter.data.to(dtype, copy=True)  # the pages of a file stay untouched
+        if converted is None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+            converted = fresh[0]
+        elif fresh:
+            converted.convert_to_zero_parameters(param_list=fresh)
+
+
+def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors)).square().sum().to(device)

@@ -7,57 +7,81 @@ steps, accumulation, the schedule, checkpoints, validation, records, and stoppin
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
 from data_prep.partition import mix
-from pipeline.checkpoint import Checkpointer, TrainState
+from pipeline.checkpoint import Checkpointer, Keep, TrainState
+from pipeline.cli import EXIT_MISTAKE
 from pipeline.config import BatchConfig, LoopConfig, OptimConfig
 from pipeline.data import Batches, Cursor, MicroBatch, StepBatch, evaluation_batches
 from pipeline.engine import Engine
-from pipeline.losses import GlobalCounts, LossTerms, task_loss
-from pipeline.metrics import MetricLog
-from pipeline.preempt import EXIT_REQUEUE, StopSignal
-from pipeline.rundir import Stage, write_atomic
+from pipeline.estimate import Machine, plan, sizes_of
+from pipeline.losses import GlobalCounts, LossTerms
+from pipeline.metrics import PhaseClock
+from pipeline.preempt import EXIT_REQUEUE, StepFlags, StopSignal
+from pipeline.records import Records, Sums
+from pipeline.rundir import Stage, StageConflict, write_atomic
 from pipeline.schedule import learning_rate
+from pipeline.validation import Translation, Validator, on_device
+from pipeline.watchdog import Watchdog
 from pipeline.world import World, logger_of
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a training run trains. Modules return outputs with `student_logits_NV` and `labels_N`."""
+    """What a training run trains. Modules return outputs with `task_sum` and `labels_N`."""
 
     module: nn.Module
     leaf_classes: Sequence[type[nn.Module]]
     lr_factor: Callable[[str], float]
     clip_group: Callable[[str], str]
-    forward_args: Callable[[int, MicroBatch], tuple[Any, ...]]
-    """(step, micro-batch) -> further arguments of the module's forward."""
+    forward_args: Callable[[int, MicroBatch, GlobalCounts], tuple[Any, ...]]
+    """(step, micro-batch, counts) -> further arguments of the module's forward."""
     loss_terms: Callable[[int, Any, GlobalCounts], LossTerms]
     """(step, outputs, counts) -> losses."""
     validations: Mapping[str, tuple[Any, ...]]
     """Further arguments of forward for each validation loss, by its name."""
+    layers: Sequence[nn.Module]
+    """What activation checkpointing runs again in backward, one at a time."""
     restarts: tuple[int, ...] = ()
     """Steps at which the objective changes: the optimizer's moments and the warm-up start anew."""
+    means: Sequence[str] = ()
+    """Names of the means among the loss terms."""
+    translation: Translation | None = None
+    """What a small BLEU needs; None: there is none."""
+    product: Mapping[str, Any] = field(default_factory=dict)
+    """JSON that goes into every checkpoint: what its export needs to know beside the weights."""
 
 
 def begin_stage(stage: Stage, world: World, *, extend: bool) -> bool:
-    """Make a training stage's folder ready; True when its published output is up to date already. Collective."""
+    """Make a training stage's folder ready; True when its published output is up to date already. Collective.
+
+    Raises:
+        StageConflict: on rank 0, which says it; the others leave with the exit code of a mistake.
+    """
     done = world.any(world.is_main and stage.stamp() is not None)
     if done:
         logger_of(world).info("%s is up to date", stage.name)
-    elif world.is_main:
-        stage.begin(extend=extend)
-    world.barrier()
-    return done
+        return True
+    conflict: StageConflict | None = None
+    if world.is_main:
+        try:
+            stage.begin(extend=extend)
+        except StageConflict as found:
+            conflict = found
+    refused = world.any(conflict is not None)
+    if conflict is not None:
+        raise conflict
+    if refused:
+        raise SystemExit(EXIT_MISTAKE)
+    return False
 
 
 class Trainer:
@@ -75,11 +99,16 @@ class Trainer:
                 f"micro_batches_per_step is {batch.micro_batches_per_step}, which {world.size} ranks do not divide"
             )
         self.batches = Batches(data, "train", seed, batch.tokens_per_micro_batch, batch.micro_batches_per_step)
-        self.validation = evaluation_batches(data, "validation", batch.tokens_per_micro_batch, loop.validation_examples)
+        self.clock = PhaseClock(world.device)
+        if loop.recompute_activations:
+            recompute_in_backward(task.layers)
+        sizes = sizes_of(task.module, task.leaf_classes)
+        ds_config, paragraph = plan(sizes, Machine.of(world), batch, loop)
+        logger_of(world).info("%s: %s", stage.name, paragraph)
         self.engine = Engine(
             task.module,
             world=world,
-            ds_config=loop.ds_config,
+            ds_config=ds_config,
             optim=optim,
             leaf_classes=task.leaf_classes,
             lr_factor=task.lr_factor if optim.family_lr_factors else lambda name: 1.0,
@@ -87,13 +116,27 @@ class Trainer:
             num_accumulated=batch.micro_batches_per_step // world.size,
         )
         self.checkpointer = Checkpointer(
-            stage.folder / "checkpoints", world, keep=loop.keep_checkpoints, inputs=stage.inputs
+            stage.folder / "checkpoints",
+            world,
+            keep=Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best),
+            inputs=stage.inputs,
+            product=task.product,
         )
-        self.stop = StopSignal(stage.run.root / "STOP", world)
+        self.side_group = group = world.side_group()
+        self.flags = StepFlags(group)
+        budget, num_decoded = batch.tokens_per_micro_batch, loop.validation_bleu_examples
+        self.validator = Validator(
+            self.engine, world, group, self.clock,
+            args=task.validations,
+            batches=evaluation_batches(data, "validation", budget, loop.validation_examples),
+            decoded=evaluation_batches(data, "validation", budget, num_decoded) if num_decoded else [],
+            translation=task.translation,
+        )  # fmt: skip
         task.module.train()
 
     def train(self) -> None:
         """Run to the last step; leaves with exit code 85 when asked to stop before it."""
+        self._rehearse()
         state = self.checkpointer.restore(self.engine, self.task.restarts) or TrainState(0, Cursor())
         num_steps = self.optim.num_steps
         if state.step > num_steps or (
@@ -104,27 +147,53 @@ class Trainer:
             )
         if state.step:
             logger_of(self.world).info("%s: continuing from step %d of %d", self.stage.name, state.step, num_steps)
-        sums = _Sums(self.engine.clip_groups)
-        cadence = self.cadence
-        with _Records(self.stage, self.world, state.step, num_steps) as records:
-            while state.step < num_steps:
-                if state.step in self.task.restarts:
-                    self.engine.restart_optimizer()
-                step_batch, cursor = self.batches.step(state.cursor, self.world.rank, self.world.size)
-                self._step(state.step, step_batch, sums)
-                state = TrainState(state.step + 1, cursor)
-                records.advance()
-                last = state.step == num_steps
-                stopping = False
-                if last or state.step % cadence.log_every_steps == 0:
-                    records.losses(state.step, sums.take(self.world))
-                    stopping = self.stop.agreed() and not last
-                if last or state.step % cadence.validate_every_steps == 0:
-                    records.validation(state.step, self._validate())
-                if last or stopping or state.step % cadence.save_every_steps == 0:
-                    self.checkpointer.save(self.engine, state)
-                if stopping:
-                    self._leave(state)
+        stop = StopSignal(self.stage.run.root / "STOP", self.world, self.cadence.stop_before_end_s)
+        watchdog = Watchdog(
+            self.stage.folder / "heartbeat", self.world, self.clock, hang_timeout_s=self.cadence.hang_timeout_s
+        )
+        records = Records(self.stage, self.world, state.step, num_steps)
+        with watchdog, records, stop, self.checkpointer:
+            self._run(state, records, stop)
+        self.flags.close()
+
+    def _run(self, state: TrainState, records: Records, stop: StopSignal) -> None:
+        """Steps from `state` to the last."""
+        cadence, clock = self.cadence, self.clock
+        sums = Sums(self.engine.clip_groups, self.task.means, self.world, clock)
+        while state.step < self.optim.num_steps:
+            clock.begin(state.step)
+            if state.step in self.task.restarts:
+                self.engine.restart_optimizer()
+            step_batch, cursor = self.batches.step(state.cursor, self.world.rank, self.world.size)
+            self._step(state.step, step_batch, sums, self._learning_rate(state.step))
+            state = TrainState(state.step + 1, cursor)
+            records.advance()
+            last = state.step == self.optim.num_steps
+            clock.enter("agree")
+            stopping, unsaved = self.flags.exchange(stop.asked(), self.checkpointer.failed)
+            if unsaved:
+                self.checkpointer.finish()  # raises what went wrong
+            values: dict[str, float] = {}
+            if last or state.step % cadence.log_every_steps == 0:
+                values |= sums.take() | {"learning_rate": self._learning_rate(state.step - 1)}
+            validation: dict[str, float] = {}
+            if last or state.step % cadence.validate_every_steps == 0:
+                validation, bleu = self._validate()
+                values |= {f"validation/{name}": loss for name, loss in validation.items()}
+                values |= {f"bleu/{name}": score for name, score in bleu.items()}
+            records.write(state.step, values)
+            if last or stopping or state.step % cadence.save_every_steps == 0:
+                clock.enter("save")
+                self.checkpointer.save(self.engine, state, validation)
+            if stopping and not last:
+                self._leave(state)
+
+    def _validate(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(losses, BLEU) by name. Collective."""
+        self.task.module.eval()
+        found = self.validator.losses(), self.validator.bleu()
+        self.task.module.train()
+        return found
 
     def _learning_rate(self, step: int) -> float:
         optim = self.optim
@@ -136,41 +205,59 @@ class Trainer:
             restarts=self.task.restarts,
         )
 
-    def _step(self, step: int, batch: StepBatch, sums: _Sums) -> None:
-        counts = GlobalCounts(batch.num_target_tokens, batch.num_micro_batches_with_data)
+    def _rehearse(self) -> None:
+        """Take the largest micro-batches through a step of each phase that leaves everything as it was, before anything
+        is restored: what does not fit into memory fails now and not after hours."""
+        batch = self.batches.longest_step(self.world.rank, self.world.size)
+        for step in (0, *self.task.restarts):
+            sums = Sums(self.engine.clip_groups, self.task.means, self.world, self.clock)
+            self._step(step, batch, sums, learning_rate=0.0)
+            self.engine.restart_optimizer()
+        self.clock.take()
+
+    def _step(self, step: int, batch: StepBatch, sums: Sums, learning_rate: float) -> None:
+        counts = GlobalCounts(batch.num_target_tokens, batch.num_micro_batches_with_data, self.engine.upstream)
+        losses: list[tuple[str, torch.Tensor]] = []
         for micro_batch in batch.micro_batches:
-            micro_batch = _on_device(micro_batch, self.world)
+            args = self.task.forward_args(step, micro_batch, counts)
+            self.clock.enter("forward", str(args[0]) if args else "")
+            micro_batch = on_device(micro_batch, self.world)
             # randomness (dropout) is a function of position too, so that a resumed run draws the same
             torch.manual_seed(mix(self.stage.identity["seed"], step, micro_batch.index) >> 1)
-            outputs = self.engine(micro_batch, *self.task.forward_args(step, micro_batch))
+            outputs = self.engine(micro_batch, *args)
             terms = self.task.loss_terms(step, outputs, counts)
+            self.clock.enter("backward", self.clock.detail)
             self.engine.backward(terms.total)
-            sums.add(terms.parts)
-        sums.add_step(self.engine.step(self._learning_rate(step)), batch)
+            losses.append((self.clock.detail, terms.total.detach()))
+            sums.add(terms, counted=len(micro_batch.example_ids) > 0)
+        self.clock.enter("optimizer")
+        try:
+            norms_G = self.engine.step(learning_rate)
+        except FloatingPointError as error:
+            raise ValueError(self._diagnosis(step, batch, losses, str(error))) from None
+        sums.add_step(norms_G, batch)
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Cross entropy per token on the validation part, in nats, for each of the task's validations. Collective:
-        every rank runs the same number of forwards."""
-        losses: dict[str, float] = {}
-        num_rounds = math.ceil(len(self.validation) / self.world.size)
-        self.task.module.eval()
-        for name, args in self.task.validations.items():
-            total = torch.zeros(2, device=self.world.device)
-            for round_ in range(num_rounds):
-                index = round_ * self.world.size + self.world.rank
-                micro_batch = _on_device(self.validation[index % len(self.validation)], self.world)
-                outputs = self.engine(micro_batch, *args)
-                if index < len(self.validation):
-                    total[0] += task_loss(outputs.student_logits_NV, outputs.labels_N)
-                    total[1] += outputs.labels_N.numel()
-            loss, count = self.world.sum(total).tolist()
-            losses[name] = loss / max(1.0, count)
-        self.task.module.train()
-        return losses
+    def _diagnosis(self, step: int, batch: StepBatch, losses: Sequence[tuple[str, torch.Tensor]], what: str) -> str:
+        """One line about a step that is not finite: the micro-batches of all ranks whose loss is not, or all of them
+        where only gradients are not. Collective.
+
+        Args:
+            losses: (draw, loss) of each of this rank's micro-batches.
+        """
+        broken = [not math.isfinite(loss) for _, loss in losses]
+        in_loss = self.world.any(any(broken))
+        parts = []
+        for micro_batch, (draw, loss), is_broken in zip(batch.micro_batches, losses, broken, strict=True):
+            if is_broken or not in_loss:
+                examples = " ".join(map(str, micro_batch.example_ids))
+                parts.append(f"micro-batch {micro_batch.index}: loss {loss:.4g}, draw {draw}, examples {examples}")
+        told = "; ".join(text for text in self.world.gather("; ".join(parts), self.side_group) if text)
+        return f"step {step} stopped before the optimizer moved: {what}; {told}"
 
     def _leave(self, state: TrainState) -> None:
         """Say that this run, whose state is saved, wants to be queued again, and go."""
+        self.checkpointer.finish()
+        self.flags.close()
         if self.world.is_main:
             write_atomic(self.stage.folder / "REQUEUE", f"step {state.step}\n")
         logger_of(self.world).info("%s: asked to stop: saved at step %d", self.stage.name, state.step)
@@ -178,86 +265,7 @@ class Trainer:
         raise SystemExit(EXIT_REQUEUE)
 
 
-class _Sums:
-    """Losses, norms and tokens between two records; stays on the device until taken."""
-
-    def __init__(self, clip_groups: Sequence[str]) -> None:
-        self._clip_groups = clip_groups
-        self._restart()
-
-    def _restart(self) -> None:
-        self._parts: dict[str, torch.Tensor] = {}
-        self._names_in_step: set[str] = set()
-        self._num_steps: Counter[str] = Counter()
-        self._norms: list[torch.Tensor] = []
-        self._num_tokens = 0
-        self._start_s = time.perf_counter()
-
-    def add(self, parts: Mapping[str, torch.Tensor]) -> None:
-        for name, part in parts.items():
-            self._parts[name] = self._parts[name] + part if name in self._parts else part
-        self._names_in_step |= parts.keys()
-
-    def add_step(self, norms_G: torch.Tensor, batch: StepBatch) -> None:
-        self._num_steps.update(self._names_in_step)
-        self._names_in_step.clear()
-        self._norms.append(norms_G)
-        self._num_tokens += batch.num_target_tokens + batch.num_source_tokens
-
-    def take(self, world: World) -> dict[str, float]:
-        """Mean per step over all ranks, and start anew. Collective: every rank has the same names."""
-        names = sorted(self._parts)
-        totals = world.sum(torch.stack([self._parts[name].float() for name in names])).tolist()
-        values = {name: total / self._num_steps[name] for name, total in zip(names, totals, strict=True)}
-        norms_G = torch.stack(self._norms).mean(0).tolist()
-        values |= {f"grad_norm/{name}": norm for name, norm in zip(self._clip_groups, norms_G, strict=True)}
-        values["tokens_per_s"] = self._num_tokens / (time.perf_counter() - self._start_s)
-        self._restart()
-        return values
-
-
-def _on_device(batch: MicroBatch, world: World) -> MicroBatch:
-    tensors = {key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    moved: dict[str, Any] = {key: tensor.to(world.device, non_blocking=True) for key, tensor in tensors.items()}
-    return replace(batch, **moved)
-
-
-class _Records:
-    """What rank 0 shows and writes down: a progress bar, metrics.jsonl and TensorBoard. Silent on other ranks."""
-
-    def __init__(self, stage: Stage, world: World, step: int, num_steps: int) -> None:
-        self._name = stage.name
-        self._log = None
-        if world.is_main:
-            self._log = MetricLog(stage.folder / "metrics.jsonl", stage.run.tensorboard / stage.name, step=step)
-        self._bar = tqdm(
-            total=num_steps,
-            initial=step,
-            desc=stage.name,
-            unit="step",
-            disable=None if world.is_main else True,
-        )
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def losses(self, step: int, values: dict[str, float]) -> None:
-        if self._log:
-            self._log.log(step, values)
-        if "task" in values:
-            self._bar.set_postfix_str(f"task {values['task']:.3f}", refresh=False)
-
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        if self._log:
-            self._log.log(step, {f"validation/{name}": value for name, value in values.items()})
-            text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            tqdm.write(f"{self._name} step {step}: validation loss  {text}")
-            sys.stdout.flush()
-
-    def __enter__(self) -> _Records:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        if self._log:
-            self._log.close()
+def recompute_in_backward(layers: Sequence[nn.Module]) -> None:
+    """Activation checkpointing: a layer computes again inside its leaf, which is gathered for its backward anyway."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,30 +16,40 @@ from typing import IO, Any
 import yaml
 
 from pipeline.cli import die_with_parent
-from pipeline.config import Recipe
+from pipeline.config import SEARCHED, Recipe
 from pipeline.rundir import RunDir, Stage, write_atomic
 
 TRAINING = ("teacher", "distill", "baseline")
-ORDER = ("data", *TRAINING, "assemble", "evaluate", "report")
+ORDER = ("data", *TRAINING, "search", "assemble", "evaluate", "report")
 
 
-def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, verbose: bool = False) -> None:
-    """Run every stage that is not done yet.
+def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool = False, verbose: bool = False) -> None:
+    """Run every stage that is not done yet; a dry run only checks the recipe and says what it would do.
 
     Raises:
-        ValueError: another process works in this run directory.
+        ValueError, FileNotFoundError, PermissionError: a mistake in the recipe, or another process works in this run.
         SystemExit: a stage failed, with its exit code.
     """
+    order = [name for name in ORDER if name != "search" or SEARCHED in recipe.assemble.presets]
+    if dry_run or not all(_is_done(recipe, run, name) for name in order[1:-1]):
+        from pipeline.preflight import preflight  # late: with everything done nothing needs torch
+
+        preflight(recipe, run, extend=extend)
+    if dry_run:
+        for name in order:
+            done = name in order[1:-1] and _is_done(recipe, run, name)
+            print(f"{name:<9} {'up to date' if done else shlex.join(stage_command(name, recipe, run))}")
+        return
     run.root.mkdir(parents=True, exist_ok=True)
     lock = _lock(run)
-    write_atomic(run.recipe, yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False))
+    write_recipe(recipe, run)
     started_s = time.monotonic()
-    for name in ORDER:
+    for name in order:
         stage_started_s = time.monotonic()
-        done = name in ORDER[1:-1] and Stage.of(recipe, run, name).stamp() is not None
+        done = name in order[1:-1] and _is_done(recipe, run, name)
         if not done:
             options = ["--extend"] * (extend and name in TRAINING) + ["--verbose"] * (verbose and name != "data")
-            _run_stage(name, recipe, run, options)
+            run_stage(name, recipe, run, options)
         seconds = time.monotonic() - stage_started_s
         print(f"{name:<9} {'up to date' if done else f'{seconds:6.1f} s'}", flush=True)
     lock.close()
@@ -52,6 +63,18 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, verbose: bool 
     )
 
 
+def _is_done(recipe: Recipe, run: RunDir, name: str) -> bool:
+    try:
+        return Stage.of(recipe, run, name).stamp() is not None
+    except FileNotFoundError:  # of a stage before it
+        return False
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe with every field, as a file that `--config` takes."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+
+
 def stage_command(name: str, recipe: Recipe, run: RunDir) -> list[str]:
     """The command of one stage on this machine."""
     launch = recipe.launch
@@ -60,12 +83,22 @@ def stage_command(name: str, recipe: Recipe, run: RunDir) -> list[str]:
         return [mpiexec(), "-n", str(launch.num_mpi_ranks), *build] if launch.num_mpi_ranks > 1 else build
     program = ["-m", "pipeline", name, "--config", str(run.recipe)]
     if name in (*TRAINING, "evaluate") and launch.num_ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch.num_ranks)]
+        torchrun = ["-m", "pipeline.launch", "--standalone", "--nproc-per-node", str(launch.num_ranks)]
         return [sys.executable, *torchrun, *program]
     return [sys.executable, *program]
 
 
-def _run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> None:
+def write_recipe(recipe: Recipe, run: RunDir) -> None:
+    """Put the whole recipe where the stages of a run read it."""
+    write_atomic(run.recipe, recipe_yaml(recipe))
+
+
+def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> None:
+    """Run one stage in processes of its own, on the recipe that `write_recipe` has put there.
+
+    Raises:
+        SystemExit: the stage failed, with its exit code, or was asked to stop (85).
+    """
     command = stage_command(name, recipe, run) + options
     requeue = run.root / name / "REQUEUE"
     requeue.unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe, fields_of_kind
+from data_prep.hub import local_folder
+from pipeline.config import SEARCHED, Recipe, fields_of_kind
 
 FORMAT_VERSION = 1
 
@@ -27,8 +28,34 @@ FORMAT_VERSION = 1
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "teacher": (("teacher.",), ("data",)),
     "distill": (("distill.",), ("data", "teacher")),
-    "baseline": (("baseline.", "distill.granularities", "distill.batch."), ("data", "teacher")),
-    "assemble": (("assemble.",), ("teacher", "distill", "baseline")),
+    "baseline": (
+        (
+            "baseline.",
+            "distill.granularities",
+            "distill.encoder_granularities",
+            "distill.decoder_granularities",
+            "distill.batch.",
+            "distill.losses.",
+            "distill.replace_rate",
+            "distill.ramp",
+        ),
+        ("data", "teacher"),
+    ),
+    "search": (
+        (
+            "search.",
+            "assemble.ratios",
+            "distill.granularities",
+            "distill.encoder_granularities",
+            "distill.decoder_granularities",
+        ),
+        ("data", "teacher", "distill"),
+    ),
+    "recover": (
+        ("recover.", "distill.batch.", "evaluate.max_new_tokens", "evaluate.num_beams"),
+        ("data", "teacher", "distill"),
+    ),
+    "assemble": (("assemble.",), ("teacher", "distill", "baseline", "search")),
     "evaluate": (("evaluate.",), ("data", "assemble")),
     "report": ((), ("evaluate",)),
 }
@@ -61,12 +88,16 @@ class RunDir:
         return self.stage("teacher") / "model"
 
     @property
-    def baseline_model(self) -> Path:
-        return self.stage("baseline") / "model"
+    def recovered_model(self) -> Path:
+        return self.stage("recover") / "model"
 
     @property
     def library(self) -> Path:
         return self.stage("distill") / "library"
+
+    @property
+    def choices(self) -> Path:
+        return self.stage("search") / "choices.json"
 
     @property
     def systems(self) -> Path:
@@ -148,13 +179,14 @@ class Stage:
             FileNotFoundError: a stage before this one has not published its output.
         """
         prefixes, upstream = STAGES[name]
+        upstream = tuple(other for other in upstream if other != "search" or SEARCHED in recipe.assemble.presets)
         identity, schedule = (
             {field: value for field, value in fields_of_kind(recipe, kind).items() if field.startswith(prefixes)}
             for kind in ("identity", "schedule")
         )
         identity |= {"format": FORMAT_VERSION, "seed": recipe.seed}
         if name == "teacher" and recipe.teacher.folder:
-            identity["teacher files"] = _files_of(Path(recipe.teacher.folder))
+            identity["teacher files"] = _files_of(local_folder(recipe.teacher.folder))
         for other in upstream:
             output_hash = run.output_hash(other)
             if output_hash is None:
@@ -164,7 +196,7 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        return self.run.stage(self.name)
+        return self.run.root / self.name
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -181,30 +213,41 @@ class Stage:
                 return None
         return stamp
 
-    def begin(self, *, extend: bool = False) -> None:
-        """Make the folder ready for work: keep what was begun with the same inputs, refuse or set aside the rest.
+    def check(self, *, extend: bool = False) -> None:
+        """Refuse what cannot go on from where the stage's folder stands.
 
         Raises:
             StageConflict: a half-finished stage was begun with other inputs; the difference is in the message.
         """
-        begun = read_json(self.folder / "inputs.json")
-        if begun is not None and begun != self.inputs:
-            changed = _difference(begun["identity"], self.inputs["identity"])
-            rescheduled = _difference(begun["schedule"], self.inputs["schedule"])
-            if changed and not (self.folder / "stage.json").exists():
-                raise StageConflict(
-                    f"stage {self.name} in {self.folder} is half finished with other settings ({changed}): set them "
-                    f"back, choose another run_dir, or remove that folder to start it again"
-                )
-            if changed:
-                self._set_aside()
-            elif rescheduled and not extend:
-                raise StageConflict(
-                    f"stage {self.name} in {self.folder} was begun with another schedule ({rescheduled}): set it back, "
-                    f"or give --extend to continue with the new one"
-                )
+        begun = self._begun()
+        changed = difference(begun["identity"], self.inputs["identity"])
+        rescheduled = difference(begun["schedule"], self.inputs["schedule"])
+        if changed and not (self.folder / "stage.json").exists():
+            raise StageConflict(
+                f"stage {self.name} in {self.folder} is half finished with other settings ({changed}): set them "
+                f"back, choose another run_dir, or remove that folder to start it again"
+            )
+        if rescheduled and not changed and not extend:
+            raise StageConflict(
+                f"stage {self.name} in {self.folder} was begun with another schedule ({rescheduled}): set it back, "
+                f"or give --extend to continue with the new one"
+            )
+
+    def begin(self, *, extend: bool = False) -> None:
+        """Make the folder ready for work: keep what was begun with the same inputs, set a finished other one aside.
+
+        Raises:
+            StageConflict: as `check` says.
+        """
+        self.check(extend=extend)
+        if self._begun()["identity"] != self.inputs["identity"]:
+            self._set_aside()
         (self.folder / "stage.json").unlink(missing_ok=True)
         write_atomic(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
+
+    def _begun(self) -> dict[str, Any]:
+        """The inputs that the stage's folder was begun with; a new folder has been begun with today's."""
+        return read_json(self.folder / "inputs.json") or self.inputs
 
     def _set_aside(self) -> None:
         """Move a finished output that another recipe made out of the way."""
@@ -254,6 +297,15 @@ def _files_of(folder: Path) -> dict[str, Any]:
     return {path.name: sha256_file(path) if path.stat().st_size < 2**20 else path.stat().st_size for path in files}
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between two settings, as `name: old -> new`; names inside of objects are joined by dots."""
+    old, new = _flat(old), _flat(new)
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, each in value.items():
+        flat |= _flat(each, f"{prefix}{key}.") if isinstance(each, dict) else {prefix + key: each}
+    return flat

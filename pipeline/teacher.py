@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoint import checkpoints, full_weights
+from data_prep.hub import local_folder
+from pipeline.checkpoint_format import checkpoints, full_weights
 from pipeline.config import Recipe
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
@@ -24,13 +25,15 @@ from pipeline.families.t5 import new_t5
 from pipeline.loop import Task, Trainer, begin_stage
 from pipeline.losses import GlobalCounts, LossTerms, task_loss
 from pipeline.rundir import RunDir, Stage, publish_folder
+from pipeline.spans import STACKS
 from pipeline.tokenizer import save_tokenizer, vocabulary_size
 from pipeline.world import World
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    student_logits_NV: torch.Tensor
+    task_sum: torch.Tensor
+    """Cross entropy summed over tokens."""
     labels_N: torch.Tensor
 
 
@@ -46,14 +49,15 @@ class TeacherModel(nn.Module):
         logits_BTV = self.model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
-            decoder_input_ids=self.model._shift_right(batch.labels_BT),
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
             use_cache=False,
         ).logits
-        return TeacherOutputs(logits_BTV[target_mask_BT], batch.labels_BT[target_mask_BT])
+        labels_N = batch.labels_BT[target_mask_BT]
+        return TeacherOutputs(task_loss(logits_BTV[target_mask_BT], labels_N), labels_N)
 
 
 def teacher_terms(step: int, outputs: TeacherOutputs, counts: GlobalCounts) -> LossTerms:
-    loss = task_loss(outputs.student_logits_NV, outputs.labels_N) / counts.num_target_tokens
+    loss = outputs.task_sum / counts.num_target_tokens
     return LossTerms(loss, {"task": loss.detach()})
 
 
@@ -65,9 +69,10 @@ def full_model_task(model: PreTrainedModel) -> Task:
         leaf_classes=[type(family.layers(model, "encoder")[0])],
         lr_factor=lambda name: family.lr_factor(name, model.config),
         clip_group=lambda name: "model",
-        forward_args=lambda step, batch: (),
+        forward_args=lambda step, batch, counts: (),
         loss_terms=teacher_terms,
         validations={"task": ()},
+        layers=[layer for stack in STACKS for layer in family.layers(model, stack)],
     )
 
 
@@ -96,8 +101,26 @@ def train_teacher(recipe: Recipe, run: RunDir, world: World, *, extend: bool = F
 def _starting_model(recipe: Recipe, run: RunDir) -> PreTrainedModel:
     settings = recipe.teacher
     if settings.folder:
-        return load_model(Path(settings.folder))
+        model = load_model(local_folder(settings.folder))
+        check_lengths(model.config, recipe)
+        return model
     return new_t5(vocabulary_size(run.tokenizer), dataclasses.asdict(settings.architecture), recipe.seed)
+
+
+def check_lengths(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Refuse lengths beyond the positions that a model has.
+
+    Raises:
+        ValueError: names the field, its value and the limit.
+    """
+    longest = family_of(config.model_type).max_positions(config)
+    for name, length in (
+        ("data.max_source_tokens", recipe.data.max_source_tokens),
+        ("data.max_target_tokens", recipe.data.max_target_tokens),
+        ("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens),
+    ):
+        if longest is not None and length > longest:
+            raise ValueError(f"{name} is {length}, but {recipe.teacher.folder} has {longest} positions: lower it")
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -108,8 +131,10 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
-    return AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    family.disable_layer_drop(model)
+    return model
 
 
 def save_trained(model: PreTrainedModel, stage: Stage, target: Path, tokenizer: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    ranks_per_node: int = 1
 
     @staticmethod
     def from_environment() -> World:
@@ -27,7 +29,7 @@ class World:
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        return World(rank, size, local_rank, device)
+        return World(rank, size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
     @property
     def is_main(self) -> bool:
@@ -43,12 +45,35 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest of a tensor over all ranks, element by element, in place."""
+        if dist.is_initialized() and self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
-        value = torch.tensor(float(flag), device=self.device)
-        if dist.is_initialized() and self.size > 1:
-            dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
+
+    def side_group(self) -> dist.ProcessGroup | None:
+        """A process group of all ranks' CPUs for what runs beside training, so that its collectives never meet those of
+        the model; None alone. Collective."""
+        return dist.new_group(backend="gloo") if dist.is_initialized() and self.size > 1 else None
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+        """Every rank's value, by rank, over a group from side_group()."""
+        if group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    @property
+    def device_bytes(self) -> float:
+        """Memory that one rank may use: its GPU's, or an equal share of the machine's."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.ranks_per_node
 
     def close(self) -> None:
         """Leave the process group together, so that no rank tears down while another still talks."""

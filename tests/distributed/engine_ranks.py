@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpointer, TrainState, full_weights
-from pipeline.config import DistillConfig, OptimConfig
+from pipeline.checkpoint import Checkpointer, Keep, TrainState
+from pipeline.checkpoint_format import full_weights
+from pipeline.config import DistillConfig, LossConfig, OptimConfig
 from pipeline.data import Cursor
 from pipeline.distill import modular_task
 from pipeline.engine import Engine, join_world
 from pipeline.families import family_of
+from pipeline.loop import recompute_in_backward
 from pipeline.losses import GlobalCounts
+from pipeline.metrics import PhaseClock
+from pipeline.modes import read_ds_config
 from pipeline.modular import ModularModel
+from pipeline.validation import Translation, Validator
 from pipeline.world import World
 from tests.tiny import on_device, random_batch, tiny_t5
 
 NUM_STEPS, NUM_LOCAL = 7, 3
-SETTINGS = DistillConfig(
-    local_steps=NUM_LOCAL,
-    optim=OptimConfig(num_steps=NUM_STEPS, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.05),
-)
 
 
-def new_task() -> Any:
+def settings_of(num_steps: int, num_local: int) -> DistillConfig:
+    optim = OptimConfig(num_steps=num_steps, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.05)
+    losses = LossConfig(attention_self=0.3, attention_cross=0.2)
+    return DistillConfig(local_steps=num_local, optim=optim, losses=losses)
+
+
+SETTINGS = settings_of(NUM_STEPS, NUM_LOCAL)
+
+
+def new_task(settings: DistillConfig = SETTINGS) -> Any:
     teacher = tiny_t5("v1.0")
     family = family_of("t5")
-    model = ModularModel(teacher, family, SETTINGS.granularities, SETTINGS.init)
-    return modular_task(model, family, teacher.config, SETTINGS, seed=5)
+    model = ModularModel(teacher, family, settings.granularities, settings.init)
+    return modular_task(model, family, teacher.config, settings, seed=5)
 
 
 def global_batch(step: int, size: int) -> list[Any]:
@@ -40,23 +53,35 @@ def counts_of(batches: list[Any]) -> GlobalCounts:
     return GlobalCounts(int(sum((batch.labels_BT != -100).sum() for batch in batches)), len(batches))
 
 
-def reference(num_micro_batches: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def sgd(groups: Any, lr: float, weight_decay: float, **of_adam: Any) -> torch.optim.Optimizer:
+    """Stands in for AdamW, which divides gradients by their own size: with SGD weights show gradients as they are."""
+    return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
+
+
+def reference(
+    num_micro_batches: int, settings: DistillConfig = SETTINGS, new_optimizer: Any = torch.optim.AdamW
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses by step and final weights in plain PyTorch on one process; gradients of unused layers are zeros."""
-    task, optim = new_task(), SETTINGS.optim
+    task, optim = new_task(settings), settings.optim
     parameters = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     groups = [{"params": [p], "lr": optim.learning_rate * task.lr_factor(name)} for name, p in parameters.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
+
+    def started() -> torch.optim.Optimizer:
+        return new_optimizer(groups, lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
+
+    optimizer = started()
     losses = []
-    for step in range(NUM_STEPS):
+    for step in range(optim.num_steps):
         if step in task.restarts:
-            optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
+            optimizer = started()
         batches = global_batch(step, num_micro_batches)
         total = 0.0
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         for batch in batches:
-            outputs = task.module(batch, *task.forward_args(step, batch))
-            loss = task.loss_terms(step, outputs, counts_of(batches)).total
+            counts = counts_of(batches)
+            outputs = task.module(batch, *task.forward_args(step, batch, counts))
+            loss = task.loss_terms(step, outputs, counts).total
             loss.backward()
             total += loss.item()
         for name in {task.clip_group(name) for name in parameters}:
@@ -70,15 +95,26 @@ def reference(num_micro_batches: int) -> tuple[list[float], dict[str, torch.Tens
 class Run:
     """The task under the engine on this rank."""
 
-    def __init__(self, num_micro_batches: int, ds_config: str) -> None:
-        self.world: World = join_world()
-        self.task = new_task()
+    def __init__(
+        self,
+        num_micro_batches: int,
+        ds_config: str,
+        *,
+        settings: DistillConfig = SETTINGS,
+        recompute: bool = False,
+        world: World | None = None,
+    ) -> None:
+        self.world: World = world or join_world()
+        self.settings = settings
+        self.task = new_task(settings)
+        if recompute:
+            recompute_in_backward(self.task.layers)
         self.num_micro_batches = num_micro_batches
         self.engine = Engine(
             self.task.module,
             world=self.world,
             ds_config=ds_config,
-            optim=SETTINGS.optim,
+            optim=settings.optim,
             leaf_classes=self.task.leaf_classes,
             lr_factor=self.task.lr_factor,
             clip_group=self.task.clip_group,
@@ -89,19 +125,31 @@ class Run:
         if step in self.task.restarts:
             self.engine.restart_optimizer()
         batches = global_batch(step, self.num_micro_batches)
-        counts = counts_of(batches)
+        counts = dataclasses.replace(counts_of(batches), upstream=self.engine.upstream)
         total = torch.zeros((), device=self.world.device)
         for batch in batches[self.world.rank :: self.world.size]:
             batch = on_device(batch, self.world.device)
-            outputs = self.engine(batch, *self.task.forward_args(step, batch))
+            outputs = self.engine(batch, *self.task.forward_args(step, batch, counts))
             loss = self.task.loss_terms(step, outputs, counts).total
             self.engine.backward(loss)
             total += loss.detach()
-        self.engine.step(SETTINGS.optim.learning_rate)
+        self.engine.step(self.settings.optim.learning_rate)
         return self.world.sum(total).item()
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All trained weights in fp32, put together from every rank's slices. Collective."""
+        whole = {
+            n: torch.zeros(p.shape if not hasattr(p, "ds_shape") else p.ds_shape)
+            for n, p in self.task.module.named_parameters()
+            if p.requires_grad
+        }
+        for part in self.engine.slices():
+            weight = part.tensors["weight"]
+            whole[part.name].view(-1)[part.offset : part.offset + weight.numel()] = weight
+        return {name: self.world.sum(weight) for name, weight in whole.items()}
+
     def checkpointer(self, folder: str) -> Checkpointer:
-        return Checkpointer(Path(folder), self.world, keep=3, inputs={})
+        return Checkpointer(Path(folder), self.world, keep=Keep(last=3), inputs={})
 
 
 def train(
@@ -114,6 +162,7 @@ def train(
     assert (state.step if state else 0) == first
     losses = [run.step(step) for step in range(first, last)]
     checkpointer.save(run.engine, TrainState(last, Cursor(epoch=1, window=2, step_in_window=3)))
+    checkpointer.finish()
     run.world.close()
     return losses
 
@@ -139,18 +188,77 @@ def norms_around_clipping(ds_config: str) -> tuple[list[float], list[float]]:
     return before, after
 
 
-def non_finite() -> str:
+def in_fp32(ds_config: str, folder: str) -> str:
+    """Path of a configuration of ds_configs/ with bf16 turned off, so that it can be compared to the last digits."""
+    config = read_ds_config(ds_config)
+    config["bf16"] = {"enabled": False}
+    path = Path(folder) / f"{ds_config}_{os.environ['RANK']}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def modes_in_turn(folder: str, turns: list[tuple[str, int, bool]]) -> list[float]:
+    """One training: each configuration makes some steps, perhaps recomputing activations, and saves; the next continues
+    from its checkpoint."""
+    world = join_world()
+    losses: list[float] = []
+    for ds_config, num_steps, recompute in turns:
+        run = Run(4, in_fp32(ds_config, folder), recompute=recompute, world=world)
+        checkpointer = run.checkpointer(folder + "/checkpoints")
+        state = checkpointer.restore(run.engine, run.task.restarts)
+        assert (state.step if state else 0) == len(losses)
+        for _ in range(num_steps):
+            losses.append(run.step(len(losses)))
+        checkpointer.save(run.engine, TrainState(len(losses), Cursor()))
+        checkpointer.finish()
+    world.close()
+    return losses
+
+
+def non_finite(ds_config: str) -> str:
     """What happens to the weights and moments when one rank has a NaN loss."""
     run_size = World.from_environment().size
-    run = Run(run_size, "zero3_cpu")
-    before = {part.name: part.tensors["weight"].clone() for part in run.engine.slices()}
+    run = Run(run_size, ds_config)
+    before = [{key: each.clone() for key, each in part.tensors.items()} for part in run.engine.slices()]
     batch = global_batch(0, run_size)[run.world.rank]
-    outputs = run.engine(batch, *run.task.forward_args(0, batch))
-    loss = run.task.loss_terms(0, outputs, counts_of([batch])).total
+    counts = counts_of([batch])
+    outputs = run.engine(batch, *run.task.forward_args(0, batch, counts))
+    loss = run.task.loss_terms(0, outputs, counts).total
     run.engine.backward(loss * (float("nan") if run.world.rank == 0 else 1.0))
+    said = "no error"
     try:
         run.engine.step(1.0)
-    except RuntimeError as error:
-        same = all(torch.equal(part.tensors["weight"], before[part.name]) for part in run.engine.slices())
-        return f"{error}".splitlines()[0] + f" weights unchanged: {same}"
-    return "no error"
+    except FloatingPointError as error:
+        said = str(error)
+    after = [part.tensors for part in run.engine.slices()]
+    same = all(torch.equal(a[key], b[key]) for a, b in zip(before, after, strict=True) for key in a)
+    run.world.close()
+    return f"{said}; unchanged: {same}"
+
+
+def greedy(under_engine: bool) -> dict[str, list[list[int]]]:
+    """Greedy outputs of the teacher and the coarsest assembly on three micro-batches, gathered from all ranks."""
+    found: list[list[list[int]]] = []
+
+    def score(outputs: Any, references: Any) -> float:
+        found.append(sorted(outputs))
+        return 0.0
+
+    run = Run(World.from_environment().size, "zero3_cpu") if under_engine else None
+    task, world = (run.task, run.world) if run else (new_task(), World(0, 1, 0, torch.device("cpu")))
+    names = ("teacher", list(task.validations)[-1])
+    validator = Validator(
+        run.engine if run else task.module,  # type: ignore[arg-type]
+        world,
+        world.side_group(),
+        PhaseClock(world.device),
+        args=task.validations,
+        batches=[],
+        decoded=[random_batch(3, index, longest=7 + 2 * index) for index in range(3)],
+        translation=Translation({name: task.validations[name][:1] for name in names}, end_id=9, score=score),
+    )
+    task.module.eval()
+    validator.bleu()
+    if run:
+        run.world.close()
+    return dict(zip(names, found, strict=True))

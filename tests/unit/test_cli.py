@@ -49,7 +49,7 @@ def test_the_command_line_overrides_the_recipe():
         (["distill", "--config", "nosuch"], "no recipe 'nosuch'"),
         (["distill", "--distill.lossses.hidden", "3"], "did you mean distill.losses.hidden?"),
         (["distill", "--distill.optim.num_step", "3"], "did you mean distill.optim.num_steps?"),
-        (["distill", "--distill.init", "middle"], "init must be first or last"),
+        (["distill", "--distill.init", "best"], "unknown init"),
         (["distill", "--distill.optim.num_steps", "many"], "num_steps"),
         (["distill", "--distill.granularities", "[1, 2]"], "granularities start at 2"),
         (["distill", "--distill.local_steps", "5000"], "local_steps must lie in 0..1000"),

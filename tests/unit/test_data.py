@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.shards import FORMAT_VERSION, Block, Ledger, Manifest, ShardWriter, Split
+from data_prep.publish import publish_bytes
+from data_prep.reader import SplitReader
+from data_prep.shards import (
+    FORMAT_VERSION,
+    Block,
+    Ledger,
+    Manifest,
+    Split,
+    cut_block,
+    make_shard,
+    publish_index,
+    read_manifest,
+)
 from pipeline.data import Batches, Cursor, MicroBatch, StepBatch, evaluation_batches
 
+Rows = tuple[list[np.ndarray], list[np.ndarray]]
 NUM_EXAMPLES = 230
 PAD_ID = 0
 
@@ -29,18 +43,31 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources[4], targets[4] = np.full(1, 5, np.uint16), np.full(16, 5, np.uint16)
     for number, ids in enumerate(sources):
         ids[0] = 100 + number
-    with ShardWriter(folder / "train", "000000.tar") as writer:
-        for start in range(0, NUM_EXAMPLES, 32):
-            writer.write(Block.of(sources[start : start + 32], targets[start : start + 32]))
-    assert writer.entry is not None
-    ledger = Ledger(read=NUM_EXAMPLES, written=NUM_EXAMPLES, dropped={}, truncated={})
-    splits = {"train": Split((writer.entry,), ledger)}
-    Manifest(FORMAT_VERSION, "hash", {}, (), {"pad_id": PAD_ID}, splits).publish(folder)
+    publish_data(folder, [[(sources, targets)]])
     return folder
 
 
-def batches_of(data_dir: Path, seed: int = 0, tokens: int = 150, per_step: int = 4, window: int = 64) -> Batches:
-    return Batches(data_dir, "train", seed, tokens, per_step, window)
+def publish_data(folder: Path, sets: list[list[Rows]], weights: tuple[int, ...] = (0,), part: str = "train") -> None:
+    """A finished data directory: `sets` holds for each set its shards, a shard its sources and targets."""
+    shards = []
+    for rows in (shard for shards_of_set in sets for shard in shards_of_set):
+        shards.append(make_shard(f"{part}/{len(shards):06d}.tar", cut_block(Block.of(*rows), 32)))
+        publish_bytes(folder / shards[-1].entry.path, shards[-1].payload)
+    count = sum(shard.entry.examples for shard in shards)
+    split = Split(
+        shards=tuple(shard.entry for shard in shards),
+        shards_of_sets=tuple(map(len, sets)),
+        index=publish_index(folder, part, [shard.blocks for shard in shards]),
+        ledger=Ledger(read=count, written=count, dropped={}, truncated={}),
+    )
+    described = tuple({"name": f"set{number}", "weight": weight} for number, weight in enumerate(weights))
+    Manifest(FORMAT_VERSION, "hash", {}, (), {"pad_id": PAD_ID}, described, {part: split}).publish(folder)
+
+
+def batches_of(
+    data_dir: Path, seed: int = 0, tokens: int = 150, per_step: int = 4, window: int = 64, workers: int = 0
+) -> Batches:
+    return Batches(data_dir, "train", seed, tokens, per_step, window, workers)
 
 
 def one_epoch(batches: Batches, epoch: int = 0) -> list[StepBatch]:
@@ -89,11 +116,13 @@ def test_an_epoch_holds_every_example_once_within_the_budget(data_dir: Path, sha
 
 
 @settings(max_examples=40, deadline=None)
-@given(geometry, st.integers(1, 6), st.integers(0, 30))
-def test_any_world_sees_the_same_global_batches(data_dir: Path, shape: dict[str, int], world: int, start: int) -> None:
+@given(geometry, st.integers(1, 6), st.integers(0, 30), st.integers(0, 3))
+def test_any_world_and_workers_see_the_same_global_batches(
+    data_dir: Path, shape: dict[str, int], world: int, start: int, workers: int
+) -> None:
     shape = {**shape, "per_step": shape["per_step"] * world}
     whole = batches_of(data_dir, **shape).steps(Cursor(), 0, 1)
-    ranks = [batches_of(data_dir, **shape).steps(Cursor(), rank, world) for rank in range(world)]
+    ranks = [batches_of(data_dir, **shape, workers=workers).steps(Cursor(), rank, world) for rank in range(world)]
     for _ in range(3 + start % 4):
         step, cursor = next(whole)
         parts = [next(rank) for rank in ranks]
@@ -203,3 +232,73 @@ def test_a_world_that_does_not_divide_and_a_foreign_cursor_are_refused(data_dir:
     for cursor in (Cursor(0, 99, 0), Cursor(0, 0, 999)):
         with pytest.raises(ValueError, match="other data"):
             batches.step(cursor, 0, 1)
+
+
+@pytest.mark.parametrize("world", range(1, 65))
+def test_every_rank_has_the_same_number_of_steps_and_every_example_is_seen_once(data_dir: Path, world: int) -> None:
+    """By arithmetic: the steps of a rank are those of the world, and its micro-batches are dealt out."""
+    batches = batches_of(data_dir, per_step=64 * world // np.gcd(64, world), window=100)
+    seen: list[int] = []
+    num_steps = []
+    for rank in range(world):
+        cursor, count = Cursor(), 0
+        while cursor.epoch == 0:
+            step, cursor = batches.step(cursor, rank, world)
+            seen += [i for m in step.micro_batches for i in m.example_ids.tolist()]
+            count += 1
+        num_steps.append(count)
+    assert max(num_steps) == min(num_steps)
+    assert sorted(seen) == list(range(NUM_EXAMPLES))
+
+
+def test_any_place_of_an_epoch_is_reached_by_reading_its_window_only(data_dir: Path, tmp_path: Path) -> None:
+    """The last window reads although every other block is destroyed."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    batches = batches_of(data_dir, window=32)
+    last = Cursor(0, batches.windows_per_epoch - 1, 0)
+    expected = batches.step(last, 0, 1)[0]
+    examples = np.concatenate([m.example_ids for m in expected.micro_batches])
+    path = tmp_path / "data/train/000000.tar"
+    payload = bytearray(path.read_bytes())
+    reader = SplitReader(data_dir, read_manifest(data_dir), "train")
+    kept = set((np.searchsorted(reader.starts, examples, side="right") - 1).tolist())
+    assert len(kept) < len(reader.starts) - 1
+    for block, offset in enumerate(reader.index["offset"].tolist()):
+        if block not in kept:
+            payload[offset] ^= 1
+    path.write_bytes(payload)
+    damaged = batches_of(tmp_path / "data", window=32)
+    again = damaged.step(last, 0, 1)[0]
+    assert all(same(a, b) for a, b in zip(expected.micro_batches, again.micro_batches, strict=True))
+    with pytest.raises(ValueError, match=r"train/000000.tar: block \d is damaged"):
+        one_epoch(damaged)
+
+
+def test_a_mixture_holds_its_weights_in_every_window_and_every_example_once_a_pass(tmp_path: Path) -> None:
+    """Sets of 70, 30 and 45 examples with weights 3, 1 and 2; a window of 24 has 12, 4 and 8 of them."""
+    sizes, weights = (70, 30, 45), (3, 1, 2)
+    sets = []
+    for number, size in enumerate(sizes):
+        rows = [np.full(2 + i % 5, 10 * number + 3, np.uint16) for i in range(size)]
+        sets.append([(rows[:20], rows[:20]), (rows[20:], rows[20:])])
+    (tmp_path / "train").mkdir()
+    publish_data(tmp_path, sets, weights)
+    batches = batches_of(tmp_path, tokens=40, window=24)
+    first = np.cumsum([0, *sizes])
+    seen: list[list[int]] = [[], [], []]
+    for epoch in range(4):
+        for number in range(batches.windows_per_epoch):
+            cursor, places = Cursor(epoch, number, 0), []
+            while (cursor.epoch, cursor.window) == (epoch, number):
+                step, cursor = batches.step(cursor, 0, 1)
+                places += [i for m in step.micro_batches for i in m.example_ids.tolist()]
+            counts = np.histogram(places, bins=first)[0]
+            if len(places) == 24:
+                assert np.abs(counts - np.array([12, 4, 8])).max() <= 1  # an epoch of 145 does not end on a cycle of 6
+            for k in range(3):
+                seen[k] += [i - first[k] for i in places if first[k] <= i < first[k + 1]]
+    total = 4 * sum(sizes)
+    assert [len(s) for s in seen] == pytest.approx([total * w / 6 for w in weights], abs=1)
+    for k, size in enumerate(sizes):
+        counts = np.bincount(seen[k], minlength=size)
+        assert counts.max() - counts.min() <= 1, "passes follow one another"

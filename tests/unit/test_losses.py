@@ -1,61 +1,153 @@
-"""Objectives against their formulas in float64, and their normalisation over micro-batches."""
+"""Objectives against float64 formulas, NaN wherever there is padding, and their sums over micro-batches."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 
-from pipeline.config import LossConfig
-from pipeline.kernels import HiddenPair
-from pipeline.losses import GlobalCounts, local_terms, logit_loss, replacing_terms, task_loss
-from pipeline.modular import ModularOutputs
+from pipeline.config import LossConfig, fields_of_kind
+from pipeline.families import family_of
+from pipeline.kernels import HeadLoss, HiddenPair
+from pipeline.losses import GlobalCounts, Objectives, task_loss
+from pipeline.modular import ModularModel, ModularOutputs
+from pipeline.spans import Assembly
+from tests.tiny import random_batch, tiny_model
+
+COUNTS = GlobalCounts(num_target_tokens=13, num_micro_batches=2, upstream=2.0)
 
 
-def outputs_of(seed: int, num_tokens: int = 11, vocabulary: int = 17) -> ModularOutputs:
+def outputs_of(seed: int, task: float = 3.0, logit: float = 0.5, share: float = 7.0) -> ModularOutputs:
+    """States with about a third of padding, full of NaN; sums of the head as given."""
     generator = torch.Generator().manual_seed(seed)
+    mask_BT = torch.rand(2, 5, generator=generator) > 0.35
+    mask_BT[:, 0] = True
+    states = []
+    for _ in range(3):
+        state_BTD = torch.randn(2, 5, 8, generator=generator)
+        states.append(torch.where(mask_BT[..., None], state_BTD, torch.nan))
+    pairs = {
+        "encoder.0-1": HiddenPair(states[0].requires_grad_(), states[1], mask_BT, states[2]),
+        "decoder.0-1": HiddenPair(states[2].clone().requires_grad_(), states[1], mask_BT, states[0].detach()),
+    }
+    head = HeadLoss(*(torch.tensor(value) for value in (share, task, logit)))
+    return ModularOutputs(pairs, labels_N=torch.zeros(4, dtype=torch.long), head=head)
 
-    def random(*shape):
-        return torch.randn(*shape, generator=generator)
 
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    pair = HiddenPair(random(2, 5, 8), random(2, 5, 8), mask, random(2, 5, 8))
-    labels = torch.randint(vocabulary, (num_tokens,), generator=generator)
-    return ModularOutputs({"encoder.0-1": pair}, random(num_tokens, vocabulary), random(num_tokens, vocabulary), labels)
+def hidden_error(pair: HiddenPair, mode: str) -> float:
+    student, teacher, start = (state[pair.mask_BT].detach().double() for state in (pair[0], pair[1], pair[3]))
+    if mode == "cosine":
+        return (1 - torch.cosine_similarity(student, teacher, dim=-1)).mean().item()
+    error = (student - teacher).square()
+    return (error.mean() if mode == "mse" else error.sum() / (teacher - start).square().sum()).item()
 
 
 def test_task_loss_is_summed_cross_entropy():
-    outputs = outputs_of(0)
-    probabilities = outputs.student_logits_NV.double().softmax(-1)
-    expected = -probabilities[torch.arange(11), outputs.labels_N].log().sum()
-    assert task_loss(outputs.student_logits_NV, outputs.labels_N).item() == pytest.approx(expected.item(), rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    logits_NV, labels_N = torch.randn(11, 17, generator=generator), torch.arange(11)
+    expected = -logits_NV.double().softmax(-1)[torch.arange(11), labels_N].log().sum()
+    assert task_loss(logits_NV, labels_N).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_logit_loss_is_forward_kl_times_temperature_squared(temperature):
-    outputs = outputs_of(1)
-    student = (outputs.student_logits_NV.double() / temperature).softmax(-1)
-    teacher = (outputs.teacher_logits_NV.double() / temperature).softmax(-1)
-    expected = (teacher * (teacher / student).log()).sum() * temperature**2
-    ours = logit_loss(outputs.student_logits_NV, outputs.teacher_logits_NV, temperature)
-    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert logit_loss(outputs.teacher_logits_NV, outputs.teacher_logits_NV, temperature).item() == pytest.approx(0)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", ["span", "mse", "cosine"])
+def test_local_terms_log_each_modular_layer(mode, fused):
+    outputs = outputs_of(4)
+    terms = Objectives(LossConfig(hidden_mode=mode, fused=fused)).local_terms(0, outputs, COUNTS)
+    for name, pair in outputs.pairs.items():
+        assert terms.parts[f"hidden/{name}"].item() == pytest.approx(hidden_error(pair, mode) / 2, rel=1e-5)
+    assert terms.total.item() == pytest.approx(sum(part.item() for part in terms.parts.values()), rel=1e-6)
 
 
-def test_terms_add_up_to_means_over_the_global_batch():
-    parts = [outputs_of(2, num_tokens=4), outputs_of(3, num_tokens=9)]
-    terms = [replacing_terms(part, GlobalCounts(13, 2), LossConfig(logit=0.5)) for part in parts]
-    tokens = sum(task_loss(part.student_logits_NV, part.labels_N) for part in parts) / 13
-    assert sum(term.parts["task"] for term in terms).item() == pytest.approx(tokens.item())
-    divergences = sum(logit_loss(part.student_logits_NV, part.teacher_logits_NV, 1.0) for part in parts) / 13
-    assert sum(term.parts["logit"] for term in terms).item() == pytest.approx(divergences.item())
-    for term in terms:
-        weighted = term.parts["hidden"] + 0.5 * term.parts["logit"] + term.parts["task"]
-        assert term.total.item() == pytest.approx(weighted.item())
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", ["span", "mse", "cosine"])
+def test_replacing_terms_weigh_and_report_each_objective(mode, fused):
+    outputs = outputs_of(5)
+    terms = Objectives(LossConfig(hidden=0.25, hidden_mode=mode, fused=fused)).replacing_terms(0, outputs, COUNTS)
+    hidden = sum(hidden_error(pair, mode) for pair in outputs.pairs.values()) / 2 / 2
+    assert terms.parts["hidden"].item() == pytest.approx(hidden, rel=1e-5)
+    assert terms.parts["task"].item() == pytest.approx(3 / 13)
+    assert terms.parts["logit"].item() == pytest.approx(0.5 / 13)
+    assert terms.total.item() == pytest.approx(0.25 * hidden + 7, rel=1e-5)
+    terms.total.backward()
+    for pair in outputs.pairs.values():
+        assert pair.student_BTD.grad.isfinite().all()
 
 
-def test_local_terms_log_each_modular_layer():
-    pair = outputs_of(4).pairs["encoder.0-1"]
-    error = (pair.student_BTD - pair.teacher_BTD).double().square().sum()
-    change = (pair.teacher_BTD - pair.start_BTD).double().square().sum()
-    terms = local_terms(outputs_of(4), GlobalCounts(11, 2))
-    assert terms.parts["hidden/encoder.0-1"].item() == pytest.approx((error / change / 2).item(), rel=1e-5)
+def test_a_draw_of_the_teacher_has_no_hidden_term():
+    outputs = ModularOutputs({}, labels_N=torch.zeros(1), head=outputs_of(0).head)
+    terms = Objectives(LossConfig()).replacing_terms(0, outputs, COUNTS)
+    assert terms.parts["hidden"].item() == 0
+    assert terms.total.item() == 7
+
+
+def test_an_attention_loss_without_pairs_is_reported_as_zero():
+    """Ranks add up their records by name, so a name must not depend on the draw."""
+    config = LossConfig(attention_self=0.0, attention_cross=0.5)
+    objectives, counts = Objectives(config), GlobalCounts(13, 1)
+    modular = ModularModel(tiny_model("v1.1"), family_of("t5"), (2, 3, 6), "first")
+    outputs = modular(random_batch(1), Assembly.parse("e2x3-d1x6"), objectives.wanted(0, counts))
+    parts = objectives.replacing_terms(0, outputs, counts).parts
+    assert parts.keys() == {"hidden", "logit", "task", "attention_cross"}
+    assert parts["attention_cross"].item() == 0
+    local = objectives.local_terms(0, modular(random_batch(1), None, objectives.wanted(0, counts)), counts)
+    assert local.parts["attention_cross"].item() > 0
+
+
+def test_weights_follow_the_step():
+    config = LossConfig(task=((0, 1.0), (10, 0.5)), logit=2.0, temperature=3.0, logit_direction="reverse", fused=False)
+    wanted = Objectives(config).wanted(5, COUNTS)
+    assert (wanted.head.task, wanted.head.logit) == pytest.approx((0.75 / 13, 2 / 13))
+    assert (wanted.head.temperature, wanted.head.reverse, wanted.upstream, wanted.eager) == (3.0, True, 2.0, True)
+    assert Objectives(config).wanted(99, COUNTS).head.task == pytest.approx(0.5 / 13)
+
+
+def test_points_of_a_weight_are_the_same_identity_after_json():
+    identity = fields_of_kind(LossConfig(task=((0, 1.0), (10, 0.5))), "identity")
+    assert json.loads(json.dumps(identity)) == identity
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1", "bart"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_all_losses_of_a_step_equal_their_definitions(kind, direction):
+    """The whole of it, from the batch to the gradients of the modular layers, fused and eager."""
+    weights = {"hidden": 0.5, "logit": 2.0, "task": 0.7, "attention_self": 0.3, "attention_cross": 0.2}
+    config = LossConfig(**weights, temperature=2.0, logit_direction=direction)
+    results = []
+    for fused in (True, False):
+        model = tiny_model(kind)
+        modular = ModularModel(model, family_of(model.config.model_type), (2, 3, 6), "first")
+        objectives = Objectives(LossConfig(**{**vars(config), "fused": fused}))
+        outputs = modular(random_batch(1), Assembly.parse("e2x3-d3x2"), objectives.wanted(0, COUNTS))
+        terms = objectives.replacing_terms(0, outputs, COUNTS)
+        (terms.total * 2).backward()
+        gradients = {name: p.grad for name, p in modular.named_parameters() if p.grad is not None}
+        results.append((terms, gradients))
+    (terms, gradients), (eager_terms, eager_gradients) = results
+    assert terms.parts.keys() == weights.keys()
+    weighted = sum(weights[name] * part.item() for name, part in terms.parts.items())
+    assert terms.total.item() == pytest.approx(weighted, rel=1e-5)
+    assert terms.total.item() == pytest.approx(eager_terms.total.item(), rel=1e-5)
+    for name, part in terms.parts.items():
+        assert part.item() == pytest.approx(eager_terms.parts[name].item(), rel=1e-5), name
+    assert gradients.keys() == eager_gradients.keys() != set()
+    scale = max(gradient.abs().max().item() for gradient in eager_gradients.values())  # BART's key biases have none
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, eager_gradients[name], rtol=1e-4, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden": -1.0}, "hidden has a weight below 0"),
+        ({"task": ((5, 1.0), (5, 2.0))}, "the steps of task must rise"),
+        ({"logit": ()}, "logit has no points"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"hidden_mode": "l1"}, "hidden_mode must be span or mse or cosine"),
+        ({"logit_direction": "both"}, "forward or reverse"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        LossConfig(**settings)

@@ -1,0 +1,303 @@
+"""Arithmetic of a training run: memory, bytes moved and useful FLOPs, from what is trained, the batch and the ranks.
+
+P is a number of parameters (P_f frozen, P_m trained), N the ranks, e the bytes of an element (2 in bf16, 4 in fp32).
+Per rank, with AdamW:
+
+    stage 3    e (P_f + P_m) / N  weights,   16 P_m / N  fp32 weights, two moments and gradients
+    stage 2    e (P_f + P_m)      weights,   16 P_m / N  the same
+    hpZ        adds e (P_f + P_m) / (ranks of a node)
+    traffic    stage 3: each leaf gathered once forward and once backward, and P_m reduced, in each micro-batch
+               stage 2: P_m reduced in each micro-batch, P_m gathered in each step
+
+(Rajbhandari et al. 2020, sections 5 and 7; hpZ: Wang et al. 2023.) P_m is counted, not assumed: granularities 2, 3 and
+6 together train about as many layers as the teacher has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pipeline.config import BatchConfig, LoopConfig
+from pipeline.modes import AUTO, Mode
+from pipeline.world import World
+
+GIB = 2**30
+SHARE_OF_MEMORY = 0.85
+"""What `auto` fills of a device at most: the rest is for the allocator and for buffers of libraries."""
+BYTES_IN_CHECKPOINT = 12
+"""Of a trainable parameter: weight and two moments in fp32."""
+LOGIT_CHUNK_BYTES = 2**30
+"""Logits that pipeline/kernels holds at once on a GPU; fewer on a CPU."""
+CANDIDATES = ("zero2_replicated", "zero3_hpz", "zero3", "zero3_offload")
+"""Configurations for GPUs from the least traffic to the least memory."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One layer that is gathered as a whole."""
+
+    stack: str
+    num_parameters: int
+    trained: bool
+    width: int
+    """Features into and out of its linear maps: elements that backward keeps for each token."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a module is made of."""
+
+    leaves: tuple[Leaf, ...]
+    rest: tuple[int, ...]
+    """Sizes of the parameters outside leaves: embeddings, position biases, last norms, head."""
+    rest_is_trained: bool
+    vocabulary: int
+
+    @property
+    def num_trained(self) -> int:
+        """P_m."""
+        rest = sum(self.rest) if self.rest_is_trained else 0
+        return sum(leaf.num_parameters for leaf in self.leaves if leaf.trained) + rest
+
+    @property
+    def num_frozen(self) -> int:
+        """P_f."""
+        return sum(leaf.num_parameters for leaf in self.leaves) + sum(self.rest) - self.num_trained
+
+    @property
+    def largest_leaf(self) -> int:
+        return max(leaf.num_parameters for leaf in self.leaves)
+
+    @property
+    def largest_trained_leaf(self) -> int:
+        return max(leaf.num_parameters for leaf in self.leaves if leaf.trained)
+
+
+def sizes_of(module: nn.Module, leaf_classes: Sequence[type[nn.Module]]) -> Sizes:
+    """Count a module; its parameters may be on the meta device or spread over ranks already."""
+    leaves: list[Leaf] = []
+    inside: set[int] = set()
+    modules: dict[str, nn.Module] = dict(module.named_modules())
+    for name in [name for name, each in modules.items() if isinstance(each, tuple(leaf_classes))]:
+        leaf = modules[name]
+        parameters = list(leaf.parameters())
+        inside |= {id(parameter) for parameter in parameters}
+        width = sum(each.in_features + each.out_features for each in leaf.modules() if isinstance(each, nn.Linear))
+        stack = "decoder" if "decoder" in name.split(".") else "encoder"
+        count = sum(map(_num_elements, parameters))
+        leaves.append(Leaf(stack, count, any(parameter.requires_grad for parameter in parameters), width))
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+    largest: Any = max(rest, key=_num_elements)
+    return Sizes(
+        leaves=tuple(leaves),
+        rest=tuple(map(_num_elements, rest)),
+        rest_is_trained=any(parameter.requires_grad for parameter in rest),
+        vocabulary=getattr(largest, "ds_shape", largest.shape)[0],
+    )
+
+
+def _num_elements(parameter: Any) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest, by what they are for."""
+
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+    """What offloading keeps in host memory; empty otherwise."""
+
+    @property
+    def device_total(self) -> float:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> float:
+        return sum(self.host.values())
+
+
+def memory(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: bool) -> Memory:
+    """Memory of one rank while it trains with AdamW.
+
+    Args:
+        tokens_per_micro_batch: padded source and target tokens of a micro-batch.
+        recompute: activations inside layers are computed again in backward.
+    """
+    e, trained = mode.element_bytes, sizes.num_trained
+    total = sizes.num_frozen + trained
+    share = trained / mode.num_ranks
+    device: dict[str, float] = {}
+    host: dict[str, float] = {}
+    held, stepped = (host if mode.offloads_parameters else device), (host if mode.offloads_optimizer else device)
+    held["weights"] = e * (total / mode.num_ranks if mode.stage == 3 else total)
+    if mode.has_hpz:
+        device["weights kept in the node"] = e * total / mode.ranks_per_node
+    stepped["fp32 weights and moments"] = 12 * share
+    # gradients, and the copy of them that the optimizer steps with
+    stepped["gradients"] = 8 * share
+    device["reduction buffer"] = e * min(mode.reduce_bucket, max(trained, sizes.largest_trained_leaf))
+    device["gradients of a layer"] = e * sizes.largest_trained_leaf
+    if mode.stage == 3:
+        ahead = min(mode.prefetch, total) + sizes.largest_leaf
+        device["gathered layers"] = e * max(ahead, max(sizes.rest, default=0))
+    device["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
+    logits = sizes.vocabulary * tokens_per_micro_batch / 2
+    # a teacher in training holds them whole, with fp32 log-probabilities and gradients; over modular layers the fused
+    # loss makes those of student and teacher in chunks
+    device["logits"] = (e + 12) * logits if sizes.rest_is_trained else min(2 * e * logits, LOGIT_CHUNK_BYTES)
+    return Memory(device, host)
+
+
+def _activations(sizes: Sizes, num_tokens: int, *, recompute: bool) -> float:
+    """Elements that backward needs. The longest path holds all layers of a kind; without recomputation each keeps what
+    goes into and comes out of its linear maps, with it only its input, and one layer at a time the rest."""
+    kinds = {(leaf.stack, leaf.trained) for leaf in sizes.leaves}
+    widest = max(leaf.width for leaf in sizes.leaves)
+    if recompute:
+        depth = max(sum((leaf.stack, leaf.trained) == kind for leaf in sizes.leaves) for kind in kinds)
+        return num_tokens * (depth * widest / 8 + widest)
+    return num_tokens * max(
+        sum(leaf.width for leaf in sizes.leaves if (leaf.stack, leaf.trained) == kind) for kind in kinds
+    )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank receives in a step, apart from its own share: each counts (N-1)/N of a tensor."""
+
+    gathered: float
+    reduced: float
+    between_nodes: float
+    """Part of both that crosses nodes."""
+
+
+def traffic(sizes: Sizes, mode: Mode, num_micro_batches: int) -> Traffic:
+    """Traffic of one step in the replacing phase.
+
+    Args:
+        num_micro_batches: micro-batches of one rank in a step.
+    """
+    e, n, trained = mode.element_bytes, mode.num_ranks, sizes.num_trained
+    of_others = (n - 1) / n
+    reduced = e * trained * num_micro_batches * of_others
+    if mode.stage == 2:
+        gathered = e * trained * of_others
+    else:
+        gathered = 2 * e * (sizes.num_frozen + trained) * num_micro_batches * of_others
+    nodes = max(1, n // mode.ranks_per_node)
+    if nodes == 1:
+        return Traffic(gathered, reduced, 0.0)
+    # what a node holds of itself need not cross
+    crossing = (nodes - 1) / nodes / of_others
+    if mode.has_hpz:
+        first_gather = e * trained * of_others  # frozen weights cross once in a run, trained ones after each step
+        return Traffic(gathered, reduced, (first_gather + reduced) * crossing)
+    return Traffic(gathered, reduced, (gathered + reduced) * crossing)
+
+
+def useful_flops(
+    sizes: Sizes, num_source_tokens: int, num_target_tokens: int, drawn: Mapping[str, Sequence[tuple[int, bool]]]
+) -> float:
+    """FLOPs that a micro-batch needs in the replacing phase. Attention scores and embeddings are left out.
+
+    Per parameter and token: 2 for the teacher, 2 for the student, 2 for its backward through a frozen layer, 4 through
+    a modular one.
+
+    Args:
+        drawn: by stack, (parameters, is modular) of each layer on the student's path.
+    """
+    tokens = {"encoder": num_source_tokens, "decoder": num_target_tokens}
+    teacher = sum(2 * leaf.num_parameters * tokens[leaf.stack] for leaf in sizes.leaves if not leaf.trained)
+    student = sum(
+        (6 if is_modular else 4) * count * tokens[stack]
+        for stack, layers in drawn.items()
+        for count, is_modular in layers
+    )
+    head = max(sizes.rest)
+    return teacher + student + (2 + 4) * head * num_target_tokens
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on."""
+
+    num_ranks: int
+    ranks_per_node: int
+    device_bytes: float
+    """Memory of one rank's device."""
+    is_gpu: bool
+
+    @staticmethod
+    def of(world: World) -> Machine:
+        return Machine(world.size, world.ranks_per_node, world.device_bytes, world.device.type == "cuda")
+
+
+def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recompute: bool) -> tuple[str, str]:
+    """(name in ds_configs/, the reason in a sentence): the least traffic that fits into memory.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    if not machine.is_gpu:
+        return "zero3_cpu", "on CPUs there is one choice"
+    limit = SHARE_OF_MEMORY * machine.device_bytes
+    too_large: list[str] = []
+    for name in CANDIDATES:
+        if name == "zero3_hpz" and machine.num_ranks <= machine.ranks_per_node:
+            continue  # a node of its own has nothing to keep inside
+        mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node)
+        needed = memory(sizes, mode, tokens_per_micro_batch, recompute=recompute).device_total
+        if needed <= limit:
+            reason = f"needs {needed / GIB:.1f} of the {limit / GIB:.1f} GiB that may be filled and moves least"
+            return name, reason + ("; too large are " + ", ".join(too_large) if too_large else "")
+        too_large.append(f"{name} ({needed / GIB:.1f} GiB)")
+    raise ValueError(
+        f"nothing fits into {limit / GIB:.1f} GiB a device: {', '.join(too_large)}; use more ranks, fewer "
+        "tokens_per_micro_batch, fewer granularities, or loop.recompute_activations"
+    )
+
+
+def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, *, recompute: bool, reason: str) -> str:
+    """What a run will train and need, for people."""
+    needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute)
+    moved = traffic(sizes, mode, batch.micro_batches_per_step // mode.num_ranks)
+    num_layers = sum(leaf.trained for leaf in sizes.leaves)
+    largest = sorted(needs.device.items(), key=lambda item: -item[1])[:3]
+    sentences = [
+        f"trains {sizes.num_trained:,} parameters in {num_layers} layers{' and around them' * sizes.rest_is_trained}, "
+        f"with {sizes.num_frozen:,} frozen ones",
+        f"A step is {batch.micro_batches_per_step} micro-batches of up to {batch.tokens_per_micro_batch:,} tokens on "
+        f"{mode.num_ranks} rank{'s' * (mode.num_ranks > 1)}{', recomputing activations' * recompute}",
+        f"DeepSpeed configuration {mode.name}, {reason}",
+        f"Expected on each rank: {_bytes(needs.device_total)}, most of it "
+        + ", ".join(f"{name} {_bytes(count)}" for name, count in largest)
+        + (f"; {_bytes(needs.host_total)} of host memory" if needs.host else ""),
+        f"Each step it receives {_bytes(moved.gathered)} of weights, {_bytes(moved.reduced)} of gradients"
+        + (f", {_bytes(moved.between_nodes)} of that between nodes" if moved.between_nodes else ""),
+    ]
+    checkpoint = BYTES_IN_CHECKPOINT * sizes.num_trained
+    sentences.append(f"A checkpoint has {_bytes(checkpoint)}, and saving keeps one rank's share of it in host memory")
+    return ". ".join(sentences) + "."
+
+
+def _bytes(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -> tuple[str, str]:
+    """(name of the DeepSpeed configuration, with `auto` decided; the paragraph for people).
+
+    Raises:
+        ValueError: `auto` finds nothing that fits, or there is no such configuration.
+    """
+    name, reason = loop.ds_config, "as the recipe says"
+    if name == AUTO:
+        name, reason = choose(sizes, machine, batch.tokens_per_micro_batch, recompute=loop.recompute_activations)
+        reason = f"chosen by auto: {reason}"
+    mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node)
+    return name, paragraph(sizes, mode, batch, recompute=loop.recompute_activations, reason=reason)

@@ -1,0 +1,29 @@
+"""torchrun, with its long report of a failed worker cut to one line: python -m pipeline.launch [torchrun options] ...
+
+What went wrong is said by the worker itself; the launcher only adds which one it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def launch(arguments: list[str]) -> int:
+    """Run torchrun; the exit code of the worker that failed first, 0 when none did."""
+    logging.disable(logging.ERROR)  # torchrun's own account of what the worker has said and we say below
+    try:
+        main(arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
+        print(f"rank {rank} (process {failure.pid}) ended first, with {how}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

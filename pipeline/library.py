@@ -1,0 +1,61 @@
+"""The module library, the product of training: all modular layers as safetensors, with a manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.checkpoint_format import full_weights, read_manifest
+from pipeline.modular import ModularModel
+from pipeline.rundir import RunDir, publish_folder, read_json, sha256_file, write_atomic
+from pipeline.spans import STACKS
+
+
+def product_of(model: ModularModel, run: RunDir, granularities: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What a checkpoint must tell so that a library can be made from it alone."""
+    stamp = read_json(run.stage("teacher") / "stage.json")
+    assert stamp is not None, "the teacher is done before distillation starts"
+    return {
+        "teacher_sha256": stamp["outputs"]["model/model.safetensors"]["sha256"],
+        "granularities": {stack: list(each) for stack, each in granularities.items()},
+        "num_layers": dict(zip(STACKS, model.num_layers, strict=True)),
+        "spans": {stack: [str(span) for span in spans] for stack, spans in model.spans.items()},
+    }
+
+
+def export_library(checkpoint: Path, library: Path) -> None:
+    """Publish a checkpoint's weights as a module library: one safetensors file in fp32 and a manifest.
+
+    Needs neither the teacher nor DeepSpeed nor the ranks that trained, and host memory for the weights once.
+
+    Raises:
+        ValueError: the checkpoint is not of modular layers.
+    """
+    manifest = read_manifest(checkpoint)
+    if "spans" not in manifest["product"]:
+        raise ValueError(
+            f"{checkpoint} holds no modular layers: only checkpoints of stage distill make a module library"
+        )
+    # modular.encoder.0-1.layer.<name> -> encoder.0-1.<name>
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in full_weights(checkpoint).items():
+        _, stack, span, _, rest = name.split(".", 4)
+        tensors[f"{stack}.{span}.{rest}"] = weight
+    temporary = library.with_name(f".{library.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "modular.safetensors", metadata={"format": "pt"})
+    description = {
+        **manifest["product"],
+        "checkpoint": checkpoint.name,
+        "inputs": manifest["inputs"],
+        "modular_sha256": sha256_file(temporary / "modular.safetensors"),
+    }
+    write_atomic(temporary / "library.json", json.dumps(description, indent=1))
+    publish_folder(temporary, library)

@@ -1,0 +1,139 @@
+"""What can be known to be wrong before any work starts: each mistake in one line, with the value and what to do.
+
+Mistakes in the data itself are found by the data stage, which comes first.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from data_prep.hub import local_folder
+from pipeline.assemble import requested_assemblies
+from pipeline.config import Recipe
+from pipeline.families import family_of
+from pipeline.modes import AUTO, read_ds_config
+from pipeline.rundir import RunDir, Stage, sha256_file
+from pipeline.teacher import check_lengths
+from pipeline.tokenizer import load_tokenizer, vocabulary_size
+
+CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
+    """Check a recipe against itself, this machine, the teacher's folder and the run directory.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: the first mistake found.
+    """
+    _check_ranks(recipe)
+    _check_run_directory(run)
+    num_layers = _num_layers(recipe)
+    for granularity in recipe.distill.granularities:
+        if granularity > max(num_layers):
+            raise ValueError(
+                f"distill.granularities has {granularity}, but the teacher has {num_layers[0]}+{num_layers[1]} layers: "
+                f"no span is that long"
+            )
+    requested_assemblies(recipe, num_layers)
+    _check_stages(recipe, run, extend)
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    num_ranks = recipe.launch.num_ranks
+    teacher, distill = recipe.teacher, recipe.distill
+    for name, batch, loop in (("teacher", teacher.batch, teacher.loop), ("distill", distill.batch, distill.loop)):
+        if loop.ds_config != AUTO:
+            read_ds_config(loop.ds_config)
+        if batch.micro_batches_per_step % num_ranks:
+            raise ValueError(
+                f"{name}.batch.micro_batches_per_step is {batch.micro_batches_per_step}, which launch.num_ranks "
+                f"{num_ranks} does not divide: make it a multiple of {num_ranks}"
+            )
+    if not torch.cuda.is_available():
+        return
+    if num_ranks > torch.cuda.device_count():
+        raise ValueError(f"launch.num_ranks is {num_ranks}, but this machine has {torch.cuda.device_count()} GPUs")
+    if not dist.is_nccl_available():
+        raise ValueError("this torch has CUDA but not NCCL: install a build of torch with NCCL")
+
+
+def _check_run_directory(run: RunDir) -> None:
+    folder = run.root
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"run_dir {run.root} cannot be made: {folder} is a file")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(f"cannot write to {folder} ({error.strerror}): choose another run_dir") from error
+
+
+def _num_layers(recipe: Recipe) -> tuple[int, int]:
+    """Teacher layers of (encoder, decoder)."""
+    if not recipe.teacher.folder:
+        sizes = recipe.teacher.architecture
+        return sizes.num_layers, sizes.num_decoder_layers
+    folder = local_folder(recipe.teacher.folder)
+    config = _read_model_config(folder)
+    _check_weights(folder)
+    _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
+    check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
+    keys = family_of(config["model_type"]).depth_keys
+    return config[keys["encoder"]], config.get(keys["decoder"], config[keys["encoder"]])
+
+
+def _read_model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        family_of(config["model_type"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the settings of a Hugging Face model ({type(error).__name__})") from error
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"teacher.folder {folder} holds no weights: it needs {WEIGHTS[0]} or {WEIGHTS[2]}")
+    if found[0].endswith(".index.json"):
+        index = json.loads((folder / found[0]).read_text(encoding="utf-8"))
+        missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
+        if missing:
+            raise FileNotFoundError(f"teacher.folder {folder} lacks {', '.join(missing)}, which {found[0]} names")
+
+
+def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> None:
+    load_tokenizer(tokenizer)
+    if vocabulary_size(tokenizer) > config["vocab_size"]:
+        raise ValueError(
+            f"data.tokenizer {tokenizer} has {vocabulary_size(tokenizer)} tokens, the teacher's embedding only "
+            f"{config['vocab_size']}: give the teacher's own tokenizer"
+        )
+    for name in ("spiece.model", "tokenizer.json"):
+        ours, theirs = tokenizer / name, teacher / name
+        if ours.is_file() and theirs.is_file():
+            if sha256_file(ours) != sha256_file(theirs):
+                raise ValueError(f"{ours} is not the teacher's {theirs}: data.tokenizer must be the teacher's own")
+            return
+
+
+def _check_stages(recipe: Recipe, run: RunDir, extend: bool) -> None:
+    """Refuse a stage that was begun with other settings, as far as the stages before it stand."""
+    for name in CHECKED_STAGES:
+        try:
+            stage = Stage.of(recipe, run, name)
+        except FileNotFoundError:
+            return
+        stage.check(extend=extend)

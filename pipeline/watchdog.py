@@ -1,0 +1,208 @@
+"""Ranks that die or hang are found by the others within a minute, and named.
+
+Every rank writes RUN/<stage>/heartbeat/rank_*.json each few seconds, from a thread: where it is (step, phase, draw). A
+rank that makes no progress itself looks at the files of the others: one whose process is gone, or whose file no longer
+changes, is dead, and this rank leaves with that in its message. When all are alive and nothing moves, all leave after a
+time with the step, the phase and the draw of every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.units import process_start
+from pipeline.world import World
+
+BEAT_S = 2.0
+LOOK_AFTER_S = 10.0  # without progress
+SILENCE_S = 30.0  # of a rank that is taken for dead; long enough for a file to be seen on a network's file system
+EXIT_LOST = 1
+
+
+class Position(Protocol):
+    """Where a rank is; see pipeline.metrics.PhaseClock."""
+
+    step: int
+    phase: str
+    detail: str
+    num_phases: int
+
+
+@dataclass
+class _Peer:
+    """What this rank has seen of another."""
+
+    record: dict[str, Any]
+    silent_s: float = 0.0
+
+
+class Watchdog:
+    """Watches from a thread, inside of the `with` statement. Collective to enter.
+
+    Args:
+        position: where this rank is; read by the thread.
+        hang_timeout_s: seconds without progress of this rank after which it leaves, though no rank is known to be dead.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        position: Position,
+        *,
+        hang_timeout_s: float,
+        beat_s: float = BEAT_S,
+        look_after_s: float = LOOK_AFTER_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self._folder, self._world, self._position = folder, world, position
+        self._hang_timeout_s, self._beat_s = hang_timeout_s, beat_s
+        self._look_after_s, self._silence_s = look_after_s, silence_s
+        self._peers: dict[int, _Peer] = {}
+        self._num_beats = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._world.barrier()  # from here on no file is of an earlier start
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+        if not isinstance(error, Exception):
+            self._beat(left="in good order")
+            return
+        lost = self._search(self._silence_s + self._look_after_s) if _is_of_communication(error) else None
+        self._beat(left=lost or f"{type(error).__name__}: {error}")
+        if lost:
+            raise RuntimeError(f"{lost}\n{self.report()}") from error
+
+    def report(self) -> str:
+        """Where every rank is, a line each."""
+        self._look(0.0)
+        lines = [_line(self._own())]
+        lines += [_line(peer.record) for _, peer in sorted(self._peers.items())]
+        return "\n".join(lines)
+
+    def _watch(self) -> None:
+        progress, still_s = self._position.num_phases, 0.0
+        while not self._ended.wait(self._beat_s):
+            self._beat()
+            # counted in beats, not by the clock: when all processes were suspended together nobody is late
+            still_s = still_s + self._beat_s if progress == self._position.num_phases else 0.0
+            progress = self._position.num_phases
+            if still_s < self._look_after_s:
+                self._peers.clear()
+                continue
+            lost = self._look(self._beat_s)
+            if lost is None and still_s >= self._hang_timeout_s:
+                lost = f"no progress for {still_s:.0f} s, though all ranks are alive: a collective hangs"
+            if lost is not None:
+                self._leave(lost)
+
+    def _leave(self, why: str) -> None:
+        """End this process, whose main thread may wait in a collective for ever."""
+        self._beat(left=why)
+        print(f"[{self._world.rank}/{self._world.size}] {why}\n{self.report()}", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)
+
+    def _search(self, seconds: float) -> str | None:
+        """Look for a lost rank for some time; for when communication has failed already."""
+        deadline = time.monotonic() + seconds
+        while (lost := self._look(self._beat_s)) is None and time.monotonic() < deadline:
+            self._beat()
+            time.sleep(self._beat_s)
+        return lost
+
+    def _look(self, passed_s: float) -> str | None:
+        """Read the files of the others, `passed_s` after the last time; says which rank is lost, if any."""
+        lost = []
+        for rank in range(self._world.size):
+            if rank == self._world.rank:
+                continue
+            try:
+                record = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # being written this instant
+                record = self._peers[rank].record if rank in self._peers else None
+            if record is None:
+                continue
+            peer = self._peers.setdefault(rank, _Peer(record))
+            peer.silent_s = peer.silent_s + passed_s if peer.record["beat"] == record["beat"] else 0.0
+            peer.record = record
+            text = _loss_of(peer, self._silence_s)
+            if text is not None:
+                lost.append(text)
+        return "; ".join(lost) or None
+
+    def _own(self) -> dict[str, Any]:
+        position = self._position
+        return {
+            "rank": self._world.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": process_start(os.getpid()),
+            "namespace": _namespace(),
+            "beat": self._num_beats,
+            "step": position.step,
+            "phase": position.phase,
+            "draw": position.detail,
+            "left": None,
+        }
+
+    def _beat(self, left: str | None = None) -> None:
+        self._num_beats += 1
+        # in place: a reader on another node sees a file that it opens anew sooner than a name that was replaced
+        self._path(self._world.rank).write_text(json.dumps({**self._own(), "left": left}), encoding="utf-8")
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:05d}.json"
+
+
+def _loss_of(peer: _Peer, silence_s: float) -> str | None:
+    record = peer.record
+    if record["left"] == "in good order":
+        return None
+    if record["left"] is not None:
+        return f"rank {record['rank']} has left ({record['left']})"
+    here = record["host"] == socket.gethostname() and record["namespace"] == _namespace()
+    if here and process_start(record["pid"]) != record["start"]:
+        return f"rank {record['rank']} (process {record['pid']} on {record['host']}) has died"
+    if peer.silent_s >= silence_s:
+        where = f"process {record['pid']} on {record['host']}"
+        return f"rank {record['rank']} ({where}) has not been heard of for {peer.silent_s:.0f} s"
+    return None
+
+
+def _namespace() -> str:
+    """Of process numbers: containers on one host may each have their own."""
+    return os.readlink("/proc/self/ns/pid")
+
+
+def _line(record: dict[str, Any]) -> str:
+    draw = f" of {record['draw']}" if record["draw"] else ""
+    left = f", left: {record['left']}" if record["left"] else ""
+    return f"    rank {record['rank']} on {record['host']}: step {record['step']}, {record['phase']}{draw}{left}"
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    """Whether an error looks like that of a collective whose other end is gone."""
+    chain = []
+    each: BaseException | None = error
+    while each is not None:
+        chain.append(f"{type(each).__name__} {each}".lower())
+        each = each.__cause__
+    return any(
+        word in text for text in chain for word in ("gloo", "nccl", "peer", "socket", "disterror", "distbackend")
+    )

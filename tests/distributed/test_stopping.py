@@ -1,0 +1,60 @@
+"""Stopping in good order on real ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.distributed import stopping
+from tests.forks import run_ranks, start_ranks, wait_for, with_group
+
+PRELOAD = "tests.distributed.stopping"
+
+
+@pytest.mark.parametrize(("num_ranks", "asked_rank", "latest"), [(1, 0, 3), (3, 0, 4), (3, 2, 4)])
+def test_all_ranks_stop_at_the_same_step_soon_after_one_was_asked(tmp_path, num_ranks, asked_rank, latest):
+    codes = run_ranks(num_ranks, with_group, stopping.stop_by_signal, tmp_path, asked_rank, 3, preload=PRELOAD)
+    assert codes == [0] * num_ranks
+    steps = {int((tmp_path / f"rank_{rank}").read_text()) for rank in range(num_ranks)}
+    assert steps == {latest}
+
+
+def say(folder, num_ranks):
+    return [(folder / f"rank_{rank}").read_text() for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_others_leave_when_a_rank_dies_or_stops_and_name_it(tmp_path, number):
+    """Three ranks in step; rank 1 is killed or stopped in the middle. The others wait for it in a collective."""
+    processes = start_ranks(3, with_group, stopping.steps_under_watch, tmp_path, preload=PRELOAD, log=tmp_path)
+    while not (tmp_path / "go").exists():
+        time.sleep(0.02)
+    os.kill(processes[1].pid, number)
+    codes = wait_for([processes[0], processes[2]], timeout_s=30)
+    wait_for(processes, timeout_s=0)
+    assert codes == [1, 1]
+    for text in say(tmp_path, 3)[::2]:
+        assert "rank 1 (process" in text
+        assert ("has died" if number == signal.SIGKILL else "has not been heard of") in text
+        assert "rank 1 on " in text
+        assert ": step 3, forward of e2x3-d6" in text
+
+
+def test_a_hang_with_all_ranks_alive_is_reported_with_the_place_of_every_rank(tmp_path):
+    codes = run_ranks(3, with_group, stopping.rank_that_waits, tmp_path, preload=PRELOAD, log=tmp_path)
+    assert codes == [1, 1, 1]
+    said = say(tmp_path, 3)
+    assert any("no progress for" in text for text in said)
+    for rank, place in ((0, "step 3, backward"), (1, "step 2, data"), (2, "step 3, backward")):
+        assert any(f"rank {rank} on " in text and f": {place}" in text for text in said)
+
+
+def test_an_error_of_one_rank_is_in_the_message_of_the_others(tmp_path):
+    codes = run_ranks(2, with_group, stopping.rank_that_fails, tmp_path, preload=PRELOAD, log=tmp_path)
+    assert codes == [1, 1]
+    own, other = say(tmp_path, 2)[::-1]
+    assert own.rstrip().endswith("ValueError: a shard is missing")
+    assert "rank 1 has left (ValueError: a shard is missing)" in other

@@ -1,0 +1,97 @@
+"""The engine against plain PyTorch, at length: a pairwise cover of configurations, ranks, accumulation and activation
+checkpointing; hundreds of random draws; and every trap of ZeRO, shown to bite where its fix is taken out."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from pipeline.doctor import CHECKS
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
+
+# (configuration, accumulated micro-batches, activation checkpointing) by number of ranks: every pair of values meets
+COVER = {
+    1: [("zero3", 1, False), ("zero3_hpz", 3, True), ("zero3_offload", 1, True), ("zero2_replicated", 3, False)],
+    2: [("zero3", 3, True), ("zero3_hpz", 1, False), ("zero3_offload", 3, False), ("zero2_replicated", 1, True)],
+    4: [("zero3", 1, True), ("zero3_hpz", 3, False), ("zero3_offload", 3, True), ("zero2_replicated", 1, False)],
+}
+
+
+@pytest.mark.parametrize("num_ranks", sorted(COVER))
+def test_the_cover_equals_plain_pytorch(num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(2, num_ranks)))  # two nodes for hpZ where there are four ranks
+    found = run_ranks(
+        num_ranks,
+        "tests.distributed.cover_ranks:cells",
+        timeout_s=2400,
+        folder=str(tmp_path),
+        cells=COVER[num_ranks],
+    )[0]
+    for cell in found:
+        print(cell)
+    for cell in found:
+        assert cell["loss"] <= 1e-5, cell
+        if cell["optimizer"] == "sgd":
+            assert cell["weight"] <= 1e-5, cell
+        else:
+            assert cell["distance"] <= 1e-3, cell
+
+
+def test_200_random_draws_never_invalidate_the_trace():
+    first, second = run_ranks(2, "tests.distributed.cover_ranks:random_draws", timeout_s=900, num_steps=200)
+    assert first["invalidated"] == second["invalidated"] == 0
+    assert first["prefetches"]
+    assert second["prefetches"]
+    assert sum(a != b for a, b in zip(first["draws"], second["draws"], strict=True)) > 150
+    assert len(set(first["draws"])) > 50
+    assert first["losses"] == pytest.approx(first["expected"], rel=1e-4)
+
+
+def trained(trap, tmp_path, ds_config="zero3_cpu"):
+    kwargs = {"folder": str(tmp_path), "trap": trap, "ds_config": ds_config}
+    return run_ranks(2, "tests.distributed.trap_ranks:trained", timeout_s=240, **kwargs)[0]
+
+
+@pytest.mark.parametrize("ds_config", ["zero3_cpu", "zero2_replicated"])
+def test_without_traps_the_training_is_exact(tmp_path, ds_config):
+    found = trained("none", tmp_path, ds_config)
+    assert found["error"] < 1e-4
+    assert found["invalidated"] == (1 if ds_config == "zero3_cpu" else 0)  # where the local phase ends
+
+
+@pytest.mark.parametrize(
+    ("trap", "ds_config"),
+    [
+        ("leaves are no leaves", "zero3_cpu"),
+        ("DeepSpeed clips by default", "zero3_cpu"),
+        ("gradients accumulate in bf16", "zero3"),
+        ("states are keywords", "zero3_cpu"),
+        ("states require no grad", "zero3_cpu"),
+        ("ranks are averaged", "zero3_cpu"),
+        ("gradients come in any order", "zero2_replicated"),
+    ],
+)
+def test_each_trap_bites_without_its_fix(tmp_path, trap, ds_config):
+    """It fails, hangs, or trains something else."""
+    try:
+        found = trained(trap, tmp_path, ds_config)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        print(trap, "->", str(error).strip().splitlines()[-1])
+        return
+    print(trap, "->", found)
+    assert found["error"] > 1e-3
+
+
+def test_leaves_called_only_when_used_break_the_order_of_gathers(tmp_path):
+    try:
+        found = trained("unused leaves are not called", tmp_path)
+    except (AssertionError, subprocess.TimeoutExpired):
+        return
+    assert found["invalidated"] > 1
+
+
+def test_the_doctor_trains_with_layers_that_a_step_does_not_use(tmp_path):
+    assert "equals plain PyTorch" in CHECKS["collectives"](tmp_path)

@@ -1,0 +1,86 @@
+"""Ranks that start at once: forked from a clean server that has imported everything once.
+
+For what needs real processes and a real process group, many times over: kills, hangs, saves on several ranks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.world import World, free_port
+
+
+def context(*preload: str) -> ForkServerContext:
+    """The fork server; what is named first of all in this process decides what it imports."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.forks", *preload])
+    return found
+
+
+def start_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, preload: str, log: Path | None = None
+) -> list[ForkServerProcess]:
+    """Start `function(*args)` on ranks whose environment is that of torchrun's workers; the caller waits for them.
+
+    Args:
+        preload: module that the server imports before it forks.
+        log: folder that gets what each rank prints, as rank_0, rank_1, ...
+    """
+    environment = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(num_ranks):
+        each = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = str(log / f"rank_{rank}") if log else os.devnull
+        processes.append(context(preload).Process(target=_rank, args=(each, output, function, args), daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def run_ranks(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    preload: str,
+    log: Path | None = None,
+    timeout_s: float = 60,
+) -> list[int | None]:
+    """Exit codes of the ranks; None for those that had to be killed after `timeout_s`."""
+    return wait_for(start_ranks(num_ranks, function, *args, preload=preload, log=log), timeout_s)
+
+
+def wait_for(processes: list[ForkServerProcess], timeout_s: float) -> list[int | None]:
+    """Exit codes (negative: the signal) of processes that end within `timeout_s`; the others are killed: None."""
+    deadline = time.monotonic() + timeout_s
+    codes: list[int | None] = []
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        codes.append(process.exitcode)
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def with_group(function: Callable[..., Any], *args: Any) -> None:
+    """Call `function(world, *args)` inside a gloo process group of the ranks."""
+    world = World.from_environment()
+    if world.size > 1:
+        dist.init_process_group("gloo")
+    function(world, *args)
+    world.close()
+
+
+def _rank(environment: dict[str, str], output: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    function(*args)

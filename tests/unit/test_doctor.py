@@ -1,0 +1,43 @@
+"""What the doctor says of a machine: ok, or what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import doctor
+
+
+def test_every_check_is_told_and_a_failure_is_an_error(monkeypatch, capsys, tmp_path):
+    def broken(run_dir: Path) -> str:
+        raise ValueError("no wheels: get some")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"wheels": broken, "road": lambda run_dir: "dry"})
+    with pytest.raises(ValueError, match=r"cannot run the pipeline yet: wheels$"):
+        doctor.doctor(tmp_path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["failed", "wheels"]
+    assert "no wheels: get some" in first
+    assert second.split()[:2] == ["ok", "road"]
+
+
+def test_storage_is_tried_in_the_nearest_folder_that_exists(tmp_path):
+    assert f"{tmp_path}: " in doctor._storage(tmp_path / "runs" / "new")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"/proc cannot be written .*choose another run_dir"):
+        doctor._storage(Path("/proc/new"))
+
+
+def test_slurm_is_needed_only_inside_a_job(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "only needed to submit jobs" in doctor._slurm(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ValueError, match=r"inside job 7, but .*load the site's SLURM module"):
+        doctor._slurm(tmp_path)
+
+
+def test_a_command_that_fails_is_told_in_one_line():
+    with pytest.raises(ValueError, match=r"^ValueError: three$"):
+        doctor._output_of(["python3", "-c", "raise ValueError('three')"])

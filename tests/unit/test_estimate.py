@@ -1,0 +1,156 @@
+"""Counts, memory and traffic of a training run, and what `auto` makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from pipeline.config import BatchConfig, LoopConfig
+from pipeline.estimate import GIB, Machine, choose, memory, paragraph, plan, sizes_of, traffic, useful_flops
+from pipeline.families import family_of
+from pipeline.modes import Mode, read_ds_config
+from pipeline.modular import ModularLeaf, ModularModel, TeacherLeaf
+from tests.tiny import tiny_t5
+
+BATCH = BatchConfig(tokens_per_micro_batch=16384, micro_batches_per_step=64)
+
+
+def sizes_of_modular(model, granularities=(2, 3, 6)):
+    modular = ModularModel(model, family_of(model.config.model_type), granularities, "last", share_memory=True)
+    return sizes_of(modular, [TeacherLeaf, ModularLeaf]), modular
+
+
+@pytest.fixture(scope="module")
+def t5_large():
+    config = T5Config(d_model=1024, d_kv=64, d_ff=4096, num_heads=16, num_layers=24, decoder_start_token_id=0)
+    with torch.device("meta"):
+        return sizes_of_modular(T5ForConditionalGeneration(config))[0]
+
+
+@pytest.fixture(scope="module")
+def mt5_xxl():
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
+    config = MT5Config(vocab_size=250112, tie_word_embeddings=False, decoder_start_token_id=0, **sizes)
+    with torch.device("meta"):
+        return sizes_of_modular(MT5ForConditionalGeneration(config))[0]
+
+
+def gpus(num_ranks, gib=80, ranks_per_node=8):
+    return Machine(num_ranks, min(num_ranks, ranks_per_node), gib * GIB, is_gpu=True)
+
+
+def test_a_module_is_counted_parameter_by_parameter():
+    sizes, modular = sizes_of_modular(tiny_t5("v1.1"))
+    assert sizes.num_trained == sum(p.numel() for p in modular.parameters() if p.requires_grad)
+    assert sizes.num_frozen == sum(p.numel() for p in modular.parameters() if not p.requires_grad)
+    assert sum(leaf.trained for leaf in sizes.leaves) == 12
+    assert sum(leaf.stack == "decoder" for leaf in sizes.leaves) == 12
+    assert sizes.vocabulary == 64
+    assert not sizes.rest_is_trained
+
+
+def test_three_granularities_train_about_as_much_as_the_layers_of_the_teacher(t5_large):
+    """12 + 8 + 4 modular layers for 24."""
+    layers = [
+        sum(leaf.num_parameters for leaf in t5_large.leaves if leaf.trained is trained) for trained in (True, False)
+    ]
+    assert layers[0] == layers[1]
+    assert t5_large.num_frozen == pytest.approx(737.7e6, rel=1e-3)  # T5-large's size in the literature
+
+
+def test_memory_by_hand(t5_large):
+    """Stage 3 in bf16 on 4 ranks: weights 2 bytes; fp32 weights, moments, gradients and their copy 20; shared out."""
+    mode = Mode.of("zero3", 4, 4)
+    needs = memory(t5_large, mode, 1024, recompute=False)
+    total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
+    assert needs.device["weights"] == 2 * total / 4
+    assert needs.device["fp32 weights and moments"] + needs.device["gradients"] == 20 * trained / 4
+    assert not needs.host
+    replicated = memory(t5_large, Mode.of("zero2_replicated", 4, 4), 1024, recompute=False)
+    assert replicated.device["weights"] == 2 * total
+    assert "gathered layers" not in replicated.device
+    offloaded = memory(t5_large, Mode.of("zero3_offload", 4, 4), 1024, recompute=False)
+    assert offloaded.host_total == pytest.approx(2 * total / 4 + 20 * trained / 4)
+    assert offloaded.device_total < needs.device_total - 20 * trained / 4
+    assert memory(t5_large, mode, 1024, recompute=True).device["activations"] < needs.device["activations"] / 2
+
+
+def test_traffic_by_hand(t5_large):
+    total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
+    sharded = traffic(t5_large, Mode.of("zero3", 16, 8), num_micro_batches=2)
+    assert sharded.gathered == pytest.approx(2 * 2 * total * 2 * 15 / 16)
+    assert sharded.reduced == pytest.approx(2 * trained * 2 * 15 / 16)
+    assert sharded.between_nodes == pytest.approx((sharded.gathered + sharded.reduced) * (1 / 2) / (15 / 16))
+    replicated = traffic(t5_large, Mode.of("zero2_replicated", 16, 8), num_micro_batches=2)
+    assert replicated.gathered == pytest.approx(2 * trained * 15 / 16)
+    kept = traffic(t5_large, Mode.of("zero3_hpz", 16, 8), num_micro_batches=2)
+    assert kept.between_nodes < sharded.between_nodes / 3
+    assert traffic(t5_large, Mode.of("zero3", 8, 8), num_micro_batches=2).between_nodes == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "chosen"),
+    [
+        ("t5_large", gpus(8), "zero2_replicated"),
+        ("mt5_xxl", gpus(16, gib=192), "zero2_replicated"),
+        ("mt5_xxl", gpus(16, gib=64), "zero3_hpz"),
+        ("mt5_xxl", gpus(8, gib=80), "zero3"),
+        ("mt5_xxl", gpus(2, gib=80), "zero3_offload"),
+        ("t5_large", Machine(2, 2, 8 * GIB, is_gpu=False), "zero3_cpu"),
+    ],
+)
+def test_auto_takes_what_moves_least_of_what_fits(model, machine, chosen, request):
+    sizes = request.getfixturevalue(model)
+    batch = dataclasses.replace(BATCH, tokens_per_micro_batch=4096)
+    name, said = plan(sizes, machine, batch, LoopConfig(ds_config="auto", recompute_activations=model == "mt5_xxl"))
+    assert name == chosen
+    assert f"DeepSpeed configuration {chosen}, chosen by auto" in said
+    assert f"{sizes.num_trained:,} parameters" in said
+    assert f"{machine.num_ranks} ranks" in said
+
+
+def test_auto_says_what_to_do_when_nothing_fits(mt5_xxl):
+    with pytest.raises(ValueError, match=r"nothing fits into 13.6 GiB .*zero3_offload.*more ranks"):
+        choose(mt5_xxl, gpus(1, gib=16), 16384, recompute=False)
+
+
+def test_a_named_configuration_stays_and_is_described(t5_large):
+    name, said = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3"))
+    assert name == "zero3"
+    assert "as the recipe says" in said
+    mode = Mode.of("zero3_offload", 2, 2)
+    assert "of host memory" in paragraph(t5_large, mode, BATCH, recompute=True, reason="because")
+
+
+def test_useful_flops_count_parameters_and_tokens():
+    sizes, modular = sizes_of_modular(tiny_t5("v1.1"), granularities=(6,))
+    encoder, decoder = (
+        next(leaf.num_parameters for leaf in sizes.leaves if leaf.stack == stack) for stack in ("encoder", "decoder")
+    )
+    drawn = {"encoder": [(encoder, True)], "decoder": [(decoder, False)] * 6}
+    expected = 6 * 2 * encoder * 10 + 6 * 2 * decoder * 4  # teacher
+    expected += 6 * encoder * 10 + 6 * 4 * decoder * 4  # student
+    expected += 6 * modular.shared.head.weight.numel() * 4
+    assert useful_flops(sizes, 10, 4, drawn) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "stage 3, or stage 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "without offload"),
+        ({"fp16": {"enabled": True}}, "bf16 or fp32"),
+        ({"gradient_clipping": 1.0}, "the recipe decides these"),
+    ],
+)
+def test_configurations_that_the_engine_does_not_run_are_refused(tmp_path, change, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(read_ds_config("zero3") | change))
+    with pytest.raises(ValueError, match=message):
+        read_ds_config(str(path))
+    with pytest.raises(ValueError, match=r"choose from .*zero2_replicated.* auto"):
+        read_ds_config("zero4")
