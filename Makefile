@@ -13,7 +13,7 @@ help:  ## what there is to make
 demo: .venv/installed  ## the main job on the built-in corpus: data, teacher, modular layers, every ratio, report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here  ## all tests (about 15 minutes on 2 cores)
+test: .venv/installed slurm-here chromium-here  ## all tests (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 lint: .venv/installed  ## format, lint and types
@@ -21,15 +21,20 @@ lint: .venv/installed  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-faults: .venv/installed slurm-here  ## one long fault suite: SUITE=data|training|evaluation|slurm
+test-faults: .venv/installed slurm-here  ## one long fault suite: SUITE=data|engine|training|evaluation|slurm
 	$(BIN)/python -m pytest tests/faults/test_$(SUITE).py -m faults --timeout 2400 -s
 
 bench: .venv/installed  ## benchmarks that run on a CPU
 	$(BIN)/python -m pipeline.bench kernels --device cpu
+	$(BIN)/python -m pipeline.bench checkpoint
+	$(BIN)/python -m pipeline.bench step
+	$(BIN)/python -m pipeline.bench data
 
 bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU
+	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel  # baselines; left out where they do not install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pipeline.bench kernels --device cuda --write pipeline/bench/results
+	$(BIN)/python -m pipeline.bench step --part gpu --write pipeline/bench/results
 
 doctor: .venv/installed  ## check this machine: packages, ranks, MPI, kernels
 	$(BIN)/python -m pipeline doctor
@@ -52,3 +57,10 @@ slurm-here:
 	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } \
 		|| echo "no SLURM here: its tests are skipped (Debian: apt-get install slurm-wlm munge)"
+
+# the report's page is tested in a browser; without root that test skips (and fails in CI)
+.PHONY: chromium-here
+chromium-here:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "no Chromium here: the test of the report's page is skipped (Debian: apt-get install chromium)"

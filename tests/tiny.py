@@ -6,10 +6,18 @@ import dataclasses
 
 import numpy as np
 import torch
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from pipeline.data import MicroBatch
 
+KINDS = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled"]
 SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 
 
@@ -29,6 +37,48 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
     for parameter in model.parameters():  # norms and biases away from their constant start
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
+
+
+def tiny_bart(kind: str = "bart", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0):
+    """A random model: "bart" (tied head) or "bart-scaled" (embeddings scaled, every head and embedding its own)."""
+    torch.manual_seed(seed)
+    stacks = {
+        f"{stack}_{name}": value
+        for stack in ("encoder", "decoder")
+        for name, value in {"ffn_dim": 48, "attention_heads": 4, "layerdrop": 0.9}.items()
+    }
+    config = BartConfig(
+        vocab_size=64,
+        d_model=32,
+        dropout=0.0,
+        max_position_embeddings=40,
+        encoder_layers=num_layers,
+        decoder_layers=num_decoder_layers,
+        scale_embedding=kind == "bart-scaled",
+        tie_word_embeddings=kind == "bart",
+        **stacks,
+    )
+    model = BartForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+    return model.eval()
+
+
+def tiny_model(kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0):
+    """A random model of one of KINDS."""
+    make = tiny_bart if kind.startswith("bart") else tiny_t5
+    return make(kind, num_layers, num_decoder_layers, seed)
+
+
+def hf_logits(model, batch: MicroBatch) -> torch.Tensor:
+    """Logits [N, V] of an ordinary Hugging Face model at the target tokens."""
+    with torch.no_grad():
+        return model(
+            input_ids=batch.source_BS,
+            attention_mask=batch.source_mask_BS,
+            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+        ).logits[batch.labels_BT != -100]
 
 
 def random_batch(seed: int, index: int = 0, num_examples: int = 5, longest: int = 9) -> MicroBatch:

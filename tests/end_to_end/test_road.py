@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
+from pipeline.checkpoint_format import checkpoints
+from pipeline.checkpoints import main as checkpoint_command
+from pipeline.recover import Score
 from pipeline.report_data import read_jsonl
-from tests.faults.harness import STAGES, Road, kill_group, scores, seconds_of_stages
+from tests.faults.harness import ROOT, STAGES, Road, kill_group, scores, seconds_of_stages
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,30 @@ def test_the_road_ends_with_every_output(finished):
     assert validations[-1]["validation/e6-d6"] < validations[0]["validation/e6-d6"]
 
 
+def test_a_library_comes_out_of_any_checkpoint_on_one_cpu(finished, tmp_path, capsys):
+    """The newest gives the bytes that the run made; nothing but the checkpoint's folder is read."""
+    run_dir = finished[0].run_dir
+    checkpoint_command(["verify", str(run_dir)])
+    assert re.search(r"^(\d+) of \1 checkpoints verify", capsys.readouterr().out, re.MULTILINE)
+    older, *_, newest = checkpoints(run_dir / "distill" / "checkpoints")
+    for checkpoint in (older, newest):
+        alone = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+        checkpoint_command(["export", str(alone), "--out", str(tmp_path / "out" / checkpoint.name)])
+    library = run_dir / "distill" / "library"
+    for name in ("modular.safetensors", "library.json"):
+        assert (tmp_path / "out" / newest.name / name).read_bytes() == (library / name).read_bytes()
+    changed = (tmp_path / "out" / older.name / "modular.safetensors").read_bytes()
+    assert changed != (library / "modular.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds no modular layers"):
+        checkpoint_command(
+            ["export", str(checkpoints(run_dir / "teacher" / "checkpoints")[-1]), "--out", str(tmp_path)]
+        )
+    (tmp_path / newest.name / "rank_00001.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="1"):
+        checkpoint_command(["verify", str(tmp_path / newest.name)])
+    assert f"damaged: {tmp_path / newest.name}: rank_00001.safetensors has 0 bytes" in capsys.readouterr().out
+
+
 @pytest.mark.timeout(300)
 def test_a_second_run_redoes_nothing_and_shows_the_same(finished):
     road, output = finished
@@ -53,6 +84,27 @@ def test_a_second_run_redoes_nothing_and_shows_the_same(finished):
     assert again.count("up to date") == len(STAGES) - 1
     assert table_of(again) == table_of(output)
     assert len(table_of(again)) > 8
+
+
+@pytest.mark.timeout(300)
+def test_recovery_tuning_never_publishes_a_worse_model(finished, tmp_path):
+    road, _ = finished
+    run_dir = tmp_path / "recovered run"
+    for part in ("data", "teacher", "distill"):
+        shutil.copytree(road.run_dir / part, run_dir / part)
+    for learning_rate, published in (("1e-3", True), ("30", False)):
+        command = [sys.executable, "-m", "pipeline", "recover", "--config", "minute", "--run_dir", str(run_dir)]
+        options = {"assembly": "e3x2-d3x2", "optim.num_steps": "20", "optim.learning_rate": learning_rate}
+        command += [text for name, value in options.items() for text in (f"--recover.{name}", value)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        stamp = json.loads((run_dir / "recover" / "stage.json").read_text())
+        before, after = Score(**stamp["before"]), Score(**stamp["after"])
+        assert after.is_worse_than(before) != published, (before, after)
+        assert (run_dir / "recover" / "model" / "model.safetensors").exists() == published
+        assert ("worse, so nothing is published" in done.stdout) != published
+        assert not (run_dir / "recover" / "tuned").exists()
+        shutil.rmtree(run_dir / "recover")
 
 
 @pytest.mark.timeout(900)

@@ -1,0 +1,324 @@
+"""What people get wrong: each mistake is one line that names the value and the fix, exit code 2, and costs nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+import yaml
+from transformers import T5Config, T5ForConditionalGeneration
+
+from pipeline.__main__ import main
+from pipeline.cli import parse_recipe, recipe_parser
+from pipeline.rundir import RunDir, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = [{"source": f"word {i} and word {i + 1}", "target": f"Wort {i} und Wort {i + 1}"} for i in range(60)]
+SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 6, "num_decoder_layers": 6}
+
+
+def write_jsonl(path: Path, rows: list) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def train_tokenizer(folder: Path, num_pieces: int) -> None:
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(row["source"] + row["target"] for row in LINES), model_prefix=str(folder / "spiece"),
+        vocab_size=num_pieces, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.vocab").unlink()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, data and a recipe in which nothing is wrong."""
+    folder = tmp_path_factory.mktemp("template")
+    train_tokenizer(folder / "teacher", 40)
+    train_tokenizer(folder / "other_tokenizer", 36)
+    train_tokenizer(folder / "large_tokenizer", 60)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=48, decoder_start_token_id=0, tie_word_embeddings=False, **SIZES)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "teacher", max_shard_size="20KB")
+    for split in ("train", "validation", "test"):
+        write_jsonl(folder / f"{split}.jsonl", LINES)
+    recipe = {
+        "name": "mine",
+        "run_dir": "run",
+        "data": {"corpus": "files", **{split: [f"{split}.jsonl"] for split in ("train", "validation", "test")}},
+        "teacher": {"folder": "teacher", "optim": {"num_steps": 0}, "loop": {"ds_config": "zero3_cpu"}},
+        "distill": {"local_steps": 2, "optim": {"num_steps": 4}, "loop": {"ds_config": "zero3_cpu"}},
+        "launch": {"num_mpi_ranks": 1},
+    }
+    recipe["data"]["tokenizer"] = "teacher"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """How to make one mistake in a copy of the template, and what the line must say."""
+
+    says: str
+    options: str = ""
+    break_it: Callable[[], object] = lambda: None
+    """Runs in the copy."""
+    stage: str = "run"
+
+
+def edit(path: str, **values: object) -> Callable[[], object]:
+    """Change top-level values of a JSON file."""
+    return lambda: Path(path).write_text(json.dumps({**json.loads(Path(path).read_text()), **values}))
+
+
+def text(path: str, content: str | bytes) -> Callable[[], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda: Path(path).write_bytes(data)
+
+
+def begun(stage: str, *options: str) -> None:
+    """Begin a stage with other settings, as a run that was killed leaves it."""
+    recipe = parse_recipe(recipe_parser("test", ""), ["--config", "recipe.yaml", *options])[0]
+    run = RunDir(Path("run"))
+    (run.data).mkdir(parents=True)
+    (run.data / "manifest.json").write_text("{}")
+    Stage.of(recipe, run, stage).begin()
+
+
+def cut_gzip() -> None:
+    packed = gzip.compress(Path("train.jsonl").read_bytes())
+    Path("train.jsonl.gz").write_bytes(packed[:-30])
+
+
+RECIPE = {
+    "stage": Mistake("unknown stage 'distil'", stage="distil"),
+    "no recipe": Mistake("no recipe 'nosuch'", "--config nosuch"),
+    "not yaml": Mistake("recipe.yaml", break_it=text("recipe.yaml", "name: [")),
+    "a list": Mistake("recipe.yaml", break_it=text("recipe.yaml", "- name\n")),
+    "unknown key": Mistake("did you mean distill.losses.hidden?", "--distill.lossses.hidden 3"),
+    "unknown key in the file": Mistake(
+        "did you mean distill.optim.num_steps?", break_it=text("recipe.yaml", "distill: {optim: {num_step: 1}}")
+    ),
+    "wrong type": Mistake("num_steps", "--distill.optim.num_steps many"),
+    "negative steps": Mistake("num_steps must be 0 or more, not -1", "--distill.optim.num_steps -1"),
+    "no steps": Mistake("there would be no modular layers", "--distill.optim.num_steps 0 --distill.local_steps 0"),
+    "learning rate": Mistake("learning_rate must be above 0, not 0", "--distill.optim.learning_rate 0"),
+    "init": Mistake("unknown init 'sideways'", "--distill.init sideways"),
+    "granularity 1": Mistake("granularities start at 2, not 1", "--distill.granularities [1,2]"),
+    "no granularity": Mistake("at least one granularity", "--distill.granularities []"),
+    "local steps": Mistake("local_steps must lie in 0..4", "--distill.local_steps 5"),
+    "temperature": Mistake("temperature must be above 0", "--distill.losses.temperature 0"),
+    "loss weight": Mistake("task has a weight below 0: -1.0", "--distill.losses.task -1"),
+    "preset": Mistake("unknown preset 'fast'", "--assemble.presets [fast]"),
+    "ratio under 1": Mistake("ratios start at 1", "--assemble.ratios [0.5]"),
+    "no checkpoint kept": Mistake("keep_checkpoints must be 1 or more", "--distill.loop.keep_checkpoints 0"),
+    "no tokenizer": Mistake("data.tokenizer is empty", "--data.tokenizer="),
+    "no teacher": Mistake("give one of the two", "--teacher.folder="),
+    "vocabulary size": Mistake("data.vocab_size is 3: choose a value from 64", "--data.vocab_size 3"),
+    "corpus": Mistake("choose \"demo\" or \"files\"", "--data.corpus web"),
+}  # fmt: skip
+
+BEFORE_ANY_WORK = {
+    "granularity": Mistake("has 8, but the teacher has 6+6 layers", "--distill.granularities [2,8]"),
+    "ratio": Mistake("ratio 12 asks for 1 of 12 layers", "--assemble.ratios [12]"),
+    "assembly text": Mistake("'e2-x' is not an assembly", "--assemble.assemblies [e2-x]"),
+    "assembly": Mistake("e5.1-d6 does not fit", "--assemble.assemblies [e5.1-d6]"),
+    "teacher missing": Mistake("nowhere is not a Hugging Face model folder", "--teacher.folder nowhere"),
+    "teacher settings": Mistake("config.json is not the settings", break_it=text("teacher/config.json", "{")),
+    "teacher not encoder-decoder": Mistake(
+        "model type 'gpt2' is not supported", break_it=edit("teacher/config.json", model_type="gpt2")
+    ),
+    "teacher without weights": Mistake(
+        "holds no weights", break_it=lambda: [path.unlink() for path in Path("teacher").glob("model*")]
+    ),
+    "teacher without a shard": Mistake(
+        "which model.safetensors.index.json names", break_it=lambda: next(Path("teacher").glob("model-*")).unlink()
+    ),
+    "tokenizer missing": Mistake("nowhere holds no tokenizer", "--data.tokenizer nowhere"),
+    "tokenizer of another model": Mistake("is not the teacher's", "--data.tokenizer other_tokenizer"),
+    "tokenizer too large": Mistake("the teacher's embedding only 48", "--data.tokenizer large_tokenizer"),
+    "not fetched": Mistake("run `python -m pipeline fetch`", "--teacher.folder hub:nobody/nothing"),
+    "not a repository": Mistake("write hub:owner/name", "--teacher.folder hub:nothing"),
+    "ranks": Mistake("launch.num_ranks 3 does not divide", "--launch.num_ranks 3"),
+    "run_dir is a file": Mistake("is a file", "--run_dir recipe.yaml"),
+    "run_dir not writable": Mistake("cannot write to /proc", "--run_dir /proc/run"),
+    "ds_config": Mistake("no DeepSpeed configuration 'zero9'", "--distill.loop.ds_config zero9"),
+    "ds_config decides": Mistake(
+        "sets gradient_clipping", "--distill.loop.ds_config ds.json",
+        text("ds.json", '{"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}'),
+    ),
+    "begun with another teacher": Mistake(
+        "is half finished with other settings (teacher.optim.weight_decay: 0.5 -> 0.0)",
+        break_it=lambda: begun("teacher", "--teacher.optim.weight_decay", "0.5"),
+    ),
+    "begun with another schedule": Mistake(
+        "give --extend to continue", break_it=lambda: begun("teacher", "--teacher.optim.num_steps", "7")
+    ),
+}  # fmt: skip
+
+DATA = {
+    "file missing": Mistake("nowhere.jsonl: no such file", "--data.train [nowhere.jsonl]"),
+    "no file": Mistake("data.train is empty", "--data.train []"),
+    "field": Mistake("present: source, target; set data.source_field", "--data.source_field text"),
+    "empty": Mistake("train.jsonl: the file holds no record", break_it=text("train.jsonl", "\n")),
+    "not utf-8": Mistake("train.jsonl:1: not UTF-8", break_it=text("train.jsonl", b'{"source": "\xfc"}\n')),
+    "not json": Mistake("train.jsonl:1: not a JSON object", break_it=text("train.jsonl", "hello\n")),
+    "a list a line": Mistake("a JSON list, not an object", break_it=text("train.jsonl", "[1]\n")),
+    "no target": Mistake(
+        "test.jsonl:61: no field 'target'",
+        break_it=lambda: write_jsonl(Path("test.jsonl"), [*LINES, {"source": "lonely"}]),
+    ),
+    "cut gzip": Mistake("truncated or damaged", "--data.train [train.jsonl.gz]", cut_gzip),
+    "not gzip": Mistake(
+        "truncated or damaged", "--data.train [train.jsonl.gz]", lambda: shutil.copy("train.jsonl", "train.jsonl.gz")
+    ),
+    "other settings": Mistake(
+        "begun with other data settings (max_source_tokens 9 -> 512)",
+        break_it=lambda: subprocess.run(
+            [sys.executable, "-m", "data_prep", "build", "--config", "recipe.yaml", "--out", "run/data",
+             "--data.max_source_tokens", "9"],
+            check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        ),
+    ),
+}  # fmt: skip
+
+TOO_EARLY = {
+    "assemble first": Mistake("stage assemble needs the output of stage teacher", stage="assemble"),
+    "evaluate first": Mistake("run stage data first", stage="evaluate"),
+    "report first": Mistake("stage evaluate", stage="report"),
+}
+
+MISTAKES = {**RECIPE, **BEFORE_ANY_WORK, **DATA, **TOO_EARLY}
+
+
+@pytest.fixture
+def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the template as the working folder."""
+    shutil.copytree(template, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path / "place"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", sorted(MISTAKES))
+def test_a_mistake_is_one_line_and_costs_nothing(name: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mistake = MISTAKES[name]
+    mistake.break_it()
+    before = contents(place)
+    config = [] if "--config" in mistake.options else ["--config", "recipe.yaml"]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        main([mistake.stage, *config, *mistake.options.split()])
+    error = capfd.readouterr().err
+    assert raised.value.code == 2, error
+    assert re.fullmatch(r"(error|data_prep): [^\n]+\n", error), error
+    assert mistake.says in error
+    after = contents(place)
+    assert {path: after.get(path) for path in before} == before
+    made = {Path(path).name for path in after.keys() - before.keys()}
+    assert not made & {"manifest.json", "stage.json", "model.safetensors"}, "something was published"
+
+
+def test_there_are_at_least_forty_mistakes() -> None:
+    assert len(MISTAKES) >= 40
+
+
+def test_the_template_has_no_mistake(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Else the mistakes above would show nothing."""
+    main(["run", "--config", "recipe.yaml", "--dry-run"])
+    output = capfd.readouterr().out
+    assert [line.split()[0] for line in output.splitlines()] == [
+        "data", "teacher", "distill", "baseline", "assemble", "evaluate", "report",
+    ]  # fmt: skip
+    assert "-m pipeline distill --config" in output
+    assert not Path("run").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    with open("run/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as raised:
+            main(["run", "--config", "recipe.yaml"])
+    assert raised.value.code == 2
+    assert "another process works in run" in capfd.readouterr().err
+
+
+def test_a_missing_mpiexec_is_one_line(place: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(SystemExit) as raised:
+        main(["run", "--config", "recipe.yaml", "--launch.num_mpi_ranks", "2"])
+    assert raised.value.code == 2
+    assert capfd.readouterr().err.startswith("error: no mpiexec found: pip install mpich")
+
+
+def test_verbose_shows_the_traceback(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--config", "recipe.yaml", "--teacher.folder", "nowhere", "--verbose"])
+    assert "Traceback" in capfd.readouterr().err
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_a_training_stage_before_its_data_is_named(place: Path) -> None:
+    """In a process of its own: it joins a process group."""
+    result = python(
+        "from pipeline.__main__ import main; main(['teacher', '--config', 'demo', '--run_dir', '/tmp/none'])"
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: stage teacher needs the output of stage data: run that first\n"
+
+
+def test_an_old_python_is_named() -> None:
+    result = python("import sys; sys.version_info = (3, 10, 2); sys.version = '3.10.2 x'; import pipeline")
+    assert result.returncode == 1
+    assert result.stderr == "error: Python 3.11 or newer is needed, this is 3.10.2\n"
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code = "from pipeline.cli import run_program; from pipeline.engine import join_world\n"
+        result = python(code + "run_program(join_world, verbose=False)", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert result.returncode == 2, result.stderr
+    assert f"error: port {port} of 127.0.0.1 cannot be used" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_worker_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('error: a line')\ntime.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "pipeline.launch", "--standalone", "--nproc-per-node", "2", str(worker)]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    said, launcher = result.stderr.splitlines()
+    assert said == "error: a line"
+    assert re.fullmatch(r"rank 1 \(process \d+\) ended first, with exit code 1", launcher)
