@@ -24,6 +24,7 @@ from pipeline.world import World
 BEAT_S = 2.0
 LOOK_AFTER_S = 10.0  # without progress
 SILENCE_S = 30.0  # of a rank that is taken for dead; long enough for a file to be seen on a network's file system
+BEAT_BYTES = 2048  # a beat, padded to cover the one before it
 EXIT_LOST = 1
 
 
@@ -73,6 +74,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._path(self._world.rank).unlink(missing_ok=True)
         self._beat()
         self._world.barrier()  # from here on no file is of an earlier start
         self._thread.start()
@@ -163,8 +165,11 @@ class Watchdog:
 
     def _beat(self, left: str | None = None) -> None:
         self._num_beats += 1
-        # in place: a reader on another node sees a file that it opens anew sooner than a name that was replaced
-        self._path(self._world.rank).write_text(json.dumps({**self._own(), "left": left}), encoding="utf-8")
+        text = json.dumps({**self._own(), "left": left}).ljust(BEAT_BYTES)
+        # in place: a reader on another node sees a file that it opens anew sooner than a name that was replaced; over
+        # the last beat, in one write: a rank that is killed meanwhile leaves a whole record
+        with open(os.open(self._path(self._world.rank), os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
+            file.write(text.encode())
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"

@@ -75,3 +75,11 @@ def rank_that_fails(world: World, folder: Path) -> None:
             if step == 3 and world.rank == 1:
                 raise ValueError("a shard is missing")
             world.sum(torch.ones(1))
+
+
+def beats_without_pause(folder: Path) -> None:
+    world = World.from_environment()
+    watchdog = watch(world, folder, PhaseClock(world.device))
+    with watchdog:
+        while True:
+            watchdog._beat()

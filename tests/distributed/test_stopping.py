@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -41,6 +42,18 @@ def test_the_others_leave_when_a_rank_dies_or_stops_and_name_it(tmp_path, number
         assert ("has died" if number == signal.SIGKILL else "has not been heard of") in text
         assert "rank 1 on " in text
         assert ": step 3, forward of e2x3-d6" in text
+
+
+def test_a_rank_killed_in_the_middle_of_a_beat_leaves_a_whole_record(tmp_path):
+    record = tmp_path / "heartbeat" / "rank_00000.json"
+    for trial in range(40):
+        (process,) = start_ranks(1, stopping.beats_without_pause, tmp_path, preload=PRELOAD)
+        while not record.exists() or str(process.pid) not in record.read_text():
+            time.sleep(0.001)
+        time.sleep(0.001 * trial)
+        process.kill()
+        process.join()
+        assert json.loads(record.read_text())["pid"] == process.pid
 
 
 def test_a_hang_with_all_ranks_alive_is_reported_with_the_place_of_every_rank(tmp_path):
