@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_prep.publish import fsync_folder
 from pipeline.checkpoint_format import (
     FORMAT_VERSION,
     Slice,
@@ -29,7 +30,7 @@ from pipeline.checkpoint_format import (
     step_of,
 )
 from pipeline.data import Cursor
-from pipeline.rundir import difference, sync_folder, write_atomic
+from pipeline.rundir import difference, write_atomic
 from pipeline.schedule import phase_start
 from pipeline.world import World, logger_of
 
@@ -187,7 +188,7 @@ class Checkpointer:
         if final.exists():  # one that did not verify
             remove_checkpoint(final)
         temporary.rename(final)
-        sync_folder(self.folder)
+        fsync_folder(self.folder)
         # those of later steps were passed over as damaged: they are replaced when their step is saved again
         published = {step_of(path): path for path in checkpoints(self.folder) if step_of(path) <= manifest["step"]}
         kept = self.keep.chosen({step: _mean_loss(path) for step, path in published.items()})

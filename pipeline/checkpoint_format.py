@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from pipeline.rundir import sha256_file
+from data_prep.publish import sha256_of
 
 FORMAT_VERSION = 2
 CHUNK_BYTES = 2**24
@@ -164,7 +164,7 @@ def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
             size = path.stat().st_size
             if size != files[name]["bytes"]:
                 return f"{name} has {size} bytes of {files[name]['bytes']}"
-            if sha256_file(path) != files[name]["sha256"]:
+            if sha256_of(path) != files[name]["sha256"]:
                 return f"{name} has changed since it was written"
     except (ValueError, OSError) as error:
         return str(error)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.rundir import sync_folder
+from data_prep.publish import fsync_folder
 
 MINIMUM_PYTHON = (3, 11)
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "sentencepiece", "webdataset", "mpi4py", "sacrebleu")
@@ -94,7 +94,7 @@ def _storage(run_dir: Path) -> str:
                 os.fsync(file.fileno())
             seconds = time.perf_counter() - started_s
             temporary.rename(final)
-            sync_folder(Path(folder))
+            fsync_folder(Path(folder))
             if final.read_bytes() != data:
                 raise ValueError(f"{place} does not give back what was written: choose another run_dir")
     except OSError as error:

@@ -29,12 +29,13 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.cost import Sample, costs, full_batch
 from pipeline.decode import device_name
 from pipeline.evaluation import Evaluation
-from pipeline.rundir import RunDir, Stage, sha256_file, write_atomic
+from pipeline.rundir import RunDir, Stage, write_atomic
 from pipeline.scoring import p_values, quality_of
 from pipeline.slices import Plan, Workshop, agree_on_plan, merge, read_unit, tokenize
 from pipeline.tokenizer import load_tokenizer
@@ -154,7 +155,7 @@ def read_score(work: Evaluation, system: System) -> dict[str, Any] | None:
         return None
     if "failed" in score:
         return score
-    return score if outputs_path.is_file() and sha256_file(outputs_path) == score["outputs_sha256"] else None
+    return score if outputs_path.is_file() and sha256_of(outputs_path) == score["outputs_sha256"] else None
 
 
 def score_system(work: Evaluation, system: System, plan: Plan, device: torch.device) -> None:

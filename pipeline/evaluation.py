@@ -12,14 +12,15 @@ from typing import Any
 
 import transformers
 
+from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
-from pipeline.rundir import RunDir, sha256_file
+from pipeline.library import check_library
+from pipeline.rundir import RunDir
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
 from pipeline.together import Member
 from pipeline.units import digest_of
-from pipeline.views import check_library
 
 VIEWS = ("teacher", "assembly", "dropped")  # kinds that are paths through teacher and library
 LAYER_KEYS = (("num_layers", "encoder_layers"), ("num_decoder_layers", "decoder_layers"))
@@ -55,7 +56,7 @@ class Evaluation:
         with open(test, encoding="utf-8") as file:
             examples = [json.loads(line) for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
         _check_examples(examples, test)
-        return Evaluation(recipe, run, systems, examples, sha256_file(test))
+        return Evaluation(recipe, run, systems, examples, sha256_of(test))
 
     @property
     def folder(self) -> Path:
@@ -91,7 +92,7 @@ class Evaluation:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        return check_library(self.run)
+        return check_library(self.run.teacher_model, self.run.library)
 
     def key(self, system: System) -> dict[str, Any]:
         """All that a quality result depends on; a result with another key is not this system's."""
@@ -138,7 +139,7 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     """sha256 of each file of a checkpoint folder, by name; read once in a process."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json): run stage assemble again")
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def peer(text: str) -> System:

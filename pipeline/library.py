@@ -11,10 +11,39 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from data_prep.publish import sha256_of
 from pipeline.checkpoint_format import full_weights, read_manifest
 from pipeline.modular import ModularModel
-from pipeline.rundir import RunDir, publish_folder, read_json, sha256_file, write_atomic
+from pipeline.rundir import RunDir, publish_folder, read_json, write_atomic
 from pipeline.spans import STACKS
+
+
+def check_library(teacher: Path, library: Path) -> dict[str, str]:
+    """sha256 of the weights of a teacher's folder and of a module library, after the library's manifest was held
+    against both.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: one of them is not what the manifest says.
+    """
+    manifest_path, modular, weights = (
+        library / "library.json",
+        library / "modular.safetensors",
+        teacher / "model.safetensors",
+    )
+    for path, stage in ((weights, "teacher"), (manifest_path, "distill"), (modular, "distill")):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
+    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    found = {}
+    for path, name, cure in (
+        (weights, "teacher_sha256", "it is not the teacher that the library was trained for, or it is damaged"),
+        (modular, "modular_sha256", "it is damaged: copy it again, or remove the distill folder and run that stage"),
+    ):
+        found[name] = sha256_of(path)
+        if found[name] != manifest[name]:
+            raise ValueError(f"{path} does not match {manifest_path}: {cure}")
+    return found
 
 
 def product_of(model: ModularModel, run: RunDir, granularities: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -55,7 +84,7 @@ def export_library(checkpoint: Path, library: Path) -> None:
         **manifest["product"],
         "checkpoint": checkpoint.name,
         "inputs": manifest["inputs"],
-        "modular_sha256": sha256_file(temporary / "modular.safetensors"),
+        "modular_sha256": sha256_of(temporary / "modular.safetensors"),
     }
     write_atomic(temporary / "library.json", json.dumps(description, indent=1))
     publish_folder(temporary, library)

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from data_prep.hub import local_folder
+from data_prep.publish import sha256_of
 from pipeline.assemble import requested_assemblies
 from pipeline.config import Recipe
 from pipeline.families import family_of
 from pipeline.modes import AUTO, read_ds_config
-from pipeline.rundir import RunDir, Stage, sha256_file
+from pipeline.rundir import RunDir, Stage
 from pipeline.teacher import check_lengths
 from pipeline.tokenizer import load_tokenizer, vocabulary_size
 
@@ -124,7 +125,7 @@ def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> 
     for name in ("spiece.model", "tokenizer.json"):
         ours, theirs = tokenizer / name, teacher / name
         if ours.is_file() and theirs.is_file():
-            if sha256_file(ours) != sha256_file(theirs):
+            if sha256_of(ours) != sha256_of(theirs):
                 raise ValueError(f"{ours} is not the teacher's {theirs}: data.tokenizer must be the teacher's own")
             return
 

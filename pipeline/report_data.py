@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.publish import sha256_of
 from pipeline.config import SEARCHED, Recipe
-from pipeline.rundir import STAGES, RunDir, read_json, sha256_file
+from pipeline.rundir import STAGES, RunDir, read_json
 from pipeline.spans import PRESETS
 
 KEEP_PERCENTS = (99, 98, 95, 90)
@@ -339,8 +340,8 @@ def provenance(recipe: Recipe, run: RunDir, teacher_score: Mapping[str, Any]) ->
     entries = [
         ("Recipe", recipe.name),
         ("Seed", f"{recipe.seed} (training), {recipe.data.seed} (built-in corpus)"),
-        ("Data plan", plan_hash or (f"sha256 {sha256_file(manifest)} of manifest.json" if manifest.is_file() else "")),
-        ("Module library", f"sha256 {sha256_file(library)} of library.json" if library.is_file() else ""),
+        ("Data plan", plan_hash or (f"sha256 {sha256_of(manifest)} of manifest.json" if manifest.is_file() else "")),
+        ("Module library", f"sha256 {sha256_of(library)} of library.json" if library.is_file() else ""),
         ("Test", f"{quality['num_examples']} examples, test.jsonl sha256 {key['test']}"),
         *((METRICS.get(name, "ROUGE"), signature) for name, signature in quality["signatures"].items()),
         ("Decoding", ", ".join(f"{name} {value}" for name, value in key["decoding"].items())),

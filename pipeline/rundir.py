@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.hub import local_folder
+from data_prep.publish import fsync_folder, make_folder, publish_bytes, sha256_of
 from pipeline.config import SEARCHED, Recipe, fields_of_kind
 
 FORMAT_VERSION = 1
@@ -115,35 +116,15 @@ class RunDir:
         """Hash of what a stage has published, or None when it has not."""
         if stage == "data":
             manifest = self.data / "manifest.json"
-            return sha256_file(manifest) if manifest.is_file() else None
+            return sha256_of(manifest) if manifest.is_file() else None
         stamp = read_json(self.stage(stage) / "stage.json")
         return stamp["outputs_hash"] if stamp else None
 
 
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Publish a small file: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside the folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Publish a file, and the folder that it lies in."""
+    make_folder(path.parent)
+    publish_bytes(path, content.encode() if isinstance(content, str) else content)
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
@@ -155,7 +136,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    sync_folder(final.parent)
+    fsync_folder(final.parent)
 
 
 class StageConflict(ValueError):
@@ -264,7 +245,7 @@ class Stage:
             for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
                 if path.is_file():
                     name = str(path.relative_to(self.folder))
-                    files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                    files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         stamp = {
             "stage": self.name,
             "inputs": self.inputs,
@@ -294,7 +275,7 @@ def _files_of(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: sha256_file(path) if path.stat().st_size < 2**20 else path.stat().st_size for path in files}
+    return {path.name: sha256_of(path) if path.stat().st_size < 2**20 else path.stat().st_size for path in files}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

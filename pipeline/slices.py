@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from pipeline.assemble import System
 from pipeline.decode import batches_of, generate, load
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.families import FAMILIES
+from pipeline.rundir import read_json
 from pipeline.spans import STACKS
 from pipeline.together import Member, Outputs, decode_together, rules_of
 from pipeline.tokenizer import load_tokenizer
-from pipeline.units import digest_of, publish_sealed, read_sealed
+from pipeline.units import create_once, digest_of, publish_sealed, read_sealed
 from pipeline.views import Pool, load_pool
 
 ASSEMBLIES = "assemblies"
@@ -63,9 +63,9 @@ def agree_on_plan(work: Evaluation, missing: Sequence[System]) -> Plan:
     number = 0
     while True:
         path = work.folder / "units" / f"plan-{key}.{number}.json"
-        content = _read(path)
+        content = read_json(path)
         if content is None:
-            _create(path, _new_plan(work, missing))
+            create_once(path, _new_plan(work, missing))
             continue
         plan = Plan(path.with_suffix(""), content["groups"], content["slices"])
         if {system.name for system in missing} <= set(plan.systems):
@@ -79,26 +79,6 @@ def _new_plan(work: Evaluation, missing: Sequence[System]) -> dict[str, Any]:
         groups.setdefault(ASSEMBLIES if system.kind in VIEWS else system.name, []).append(system.name)
     lengths = [len(ids) for ids in tokenize(load_tokenizer(work.run.teacher_model), work, "source")]
     return {"groups": groups, "slices": batches_of(lengths, work.recipe.evaluate.tokens_per_batch)}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
-def _create(path: Path, content: dict[str, Any]) -> None:
-    """Publish a file unless there is one of that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tokenize(tokenizer: Any, work: Evaluation, side: str) -> list[list[int]]:

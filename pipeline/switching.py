@@ -12,7 +12,6 @@ to another device one by one; move the library.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.families import family_of
-from pipeline.rundir import sha256_file
+from pipeline.library import check_library
 from pipeline.spans import STACKS, Assembly, Span, teacher_assembly
 
 
@@ -39,10 +38,10 @@ class ModuleLibrary:
         self.teacher: Any = teacher.eval().requires_grad_(False)
         self.family = family_of(teacher.config.model_type)
         self._first = {stack: self.family.layers(teacher, stack)[0] for stack in STACKS}
-        self._layers: dict[tuple[str, Span], nn.Module] = {}
-        for stack in STACKS:
-            for index, layer in enumerate(self.family.layers(teacher, stack)):
-                self._layers[stack, Span(index, index)] = layer
+        # by stack and span: a span of one layer is the teacher's, a longer one a modular layer
+        self.layers: dict[str, dict[Span, nn.Module]] = {
+            stack: {Span(i, i): layer for i, layer in enumerate(self.family.layers(teacher, stack))} for stack in STACKS
+        }
         by_layer: dict[tuple[str, Span], dict[str, torch.Tensor]] = {}
         for name, weight in weights.items():
             stack, text, in_layer = name.split(".", 2)
@@ -51,7 +50,7 @@ class ModuleLibrary:
             layer = _view(self._first[stack])
             self.family.place_layer(layer, 1, self._first[stack])  # a library's layer holds nothing of a first place
             layer.load_state_dict(tensors, assign=True)
-            self._layers[stack, span] = layer.eval().requires_grad_(False)
+            self.layers[stack][span] = layer.eval().requires_grad_(False)
 
     @staticmethod
     def load(
@@ -64,15 +63,19 @@ class ModuleLibrary:
             FileNotFoundError: no library there.
             ValueError: damaged, or of another teacher.
         """
-        weights = {} if library is None else _verified(library, teacher)
+        weights = {}
+        if library is not None:
+            check_library(teacher, library)
+            weights = load_file(library / "modular.safetensors")
         model = AutoModelForSeq2SeqLM.from_pretrained(teacher, local_files_only=True, dtype=dtype or "auto")
         return ModuleLibrary(model, {name: weight.to(model.dtype) for name, weight in weights.items()}).to(device)
 
     def to(self, device: torch.device | str) -> ModuleLibrary:
         """Move all weights; models made before stay where they were."""
         self.teacher.to(device)
-        for layer in self._layers.values():
-            layer.to(device)
+        for layers in self.layers.values():
+            for layer in layers.values():
+                layer.to(device)
         return self
 
     @property
@@ -83,7 +86,7 @@ class ModuleLibrary:
 
     def spans(self, stack: str) -> tuple[Span, ...]:
         """Spans of a stack that have a modular layer, in order of (first, last)."""
-        return tuple(sorted(span for of, span in self._layers if of == stack and span.num_layers > 1))
+        return tuple(sorted(span for span in self.layers[stack] if span.num_layers > 1))
 
     def assembly(self, assembly: str | Assembly) -> PreTrainedModel:
         """The model of an assembly, given as such or in its text form, such as e2x3-d1x4.2.
@@ -96,7 +99,7 @@ class ModuleLibrary:
         for stack in STACKS:
             total = whole.tiling(stack).num_layers
             tiling = wanted.tiling(stack)
-            if tiling.num_teacher_layers != total or any((stack, span) not in self._layers for span in tiling.spans):
+            if tiling.num_teacher_layers != total or any(span not in self.layers[stack] for span in tiling.spans):
                 known = ", ".join(map(str, self.spans(stack))) or "none of them"
                 raise ValueError(
                     f"assembly {wanted} does not fit: the {stack} has {total} layers and modular layers for {known}"
@@ -111,23 +114,10 @@ class ModuleLibrary:
         return model
 
     def _placed(self, stack: str, spans: Sequence[Span]) -> nn.ModuleList:
-        layers = [_view(self._layers[stack, span]) for span in spans]
+        layers = [_view(self.layers[stack][span]) for span in spans]
         for index, layer in enumerate(layers):
             self.family.place_layer(layer, index, self._first[stack])
         return nn.ModuleList(layers).eval()
-
-
-def _verified(library: Path, teacher: Path) -> dict[str, torch.Tensor]:
-    """The weights of a module library, after its manifest has been held against it and against the teacher."""
-    path = library / "modular.safetensors"
-    if not (library / "library.json").is_file():
-        raise FileNotFoundError(f"{library} is not a module library (no library.json): run stage distill first")
-    manifest = json.loads((library / "library.json").read_text(encoding="utf-8"))
-    if sha256_file(path) != manifest["modular_sha256"]:
-        raise ValueError(f"{path} is damaged: its sha256 is not the one in library.json; run stage distill again")
-    if sha256_file(teacher / "model.safetensors") != manifest["teacher_sha256"]:
-        raise ValueError(f"{library} was trained over another teacher than {teacher}: give that teacher's folder")
-    return load_file(path)
 
 
 def _view(module: nn.Module, leave: Sequence[nn.Module] = ()) -> Any:

@@ -41,29 +41,37 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def create_once(path: Path, content: dict[str, Any]) -> bool:
+    """Publish a JSON object unless there is a file of that name; whether this process did.
+
+    (Linking a finished file creates it exclusively and whole, on network file systems too.)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 def take_claim(folder: Path, name: str) -> Path | None:
     """Claim a unit for this process, or None when a living worker has it.
 
     A dead worker's claim is never removed but outdone by the next number: two workers that see it dead both try to
-    create the same next file, and one of them wins. (Linking a finished file creates it exclusively and whole, on
-    network file systems too.) Should a slow worker be taken for dead, a unit is done twice, with the same result.
+    create the same next file, and one of them wins. Should a slow worker be taken for dead, a unit is done twice, with
+    the same result.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     number = 0
     while (path := folder / f"{name}.{number}").exists():
         if is_held(path):
             return None
         number += 1
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
-    temporary = folder / f".{name}.{holder['host']}.{holder['pid']}.tmp"
-    temporary.write_text(json.dumps(holder), encoding="utf-8")
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return path if create_once(path, holder) else None
 
 
 def is_held(claim: Path) -> bool:

@@ -24,13 +24,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
+from data_prep.publish import sha256_of
 from pipeline import units
 from pipeline.assemble import Parts, System, describe, write_checkpoint
 from pipeline.config import EvaluateConfig, Recipe
 from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
 from pipeline.evaluate import evaluate
 from pipeline.evaluation import folder_hashes
-from pipeline.rundir import RunDir, sha256_file
+from pipeline.rundir import RunDir
 from pipeline.spans import Assembly
 from pipeline.world import World
 
@@ -139,8 +140,8 @@ def write_library(run: RunDir, seed: int) -> None:
     save_file(weights, run.library / "modular.safetensors")
     manifest = {
         "spans": {"encoder": ["0-1"], "decoder": ["0-1"]},
-        "teacher_sha256": sha256_file(run.teacher_model / "model.safetensors"),
-        "modular_sha256": sha256_file(run.library / "modular.safetensors"),
+        "teacher_sha256": sha256_of(run.teacher_model / "model.safetensors"),
+        "modular_sha256": sha256_of(run.library / "modular.safetensors"),
     }
     (run.library / "library.json").write_text(json.dumps(manifest))
 

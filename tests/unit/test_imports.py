@@ -67,8 +67,8 @@ ONE_IMPORTER = {
 }
 
 PIPELINE_MAY_IMPORT = {
-    "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.reader",
-    "data_prep.shards",
+    "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.publish",
+    "data_prep.reader", "data_prep.shards",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours
 DATA_PREP_MAY_NOT_IMPORT = ("pipeline", "torch", "transformers", "deepspeed")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_prep.publish import sha256_of
 from pipeline.bench.__main__ import main as bench
 from pipeline.modular import ModularModel
-from pipeline.rundir import RunDir, sha256_file
+from pipeline.rundir import RunDir
 from pipeline.spans import Assembly, Span
 from pipeline.switching import ModuleLibrary
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
@@ -34,8 +35,8 @@ def save_library(modular: ModularModel, run: RunDir) -> None:
     run.library.mkdir(parents=True)
     save_file(weights_of(modular), run.library / "modular.safetensors")
     manifest = {
-        "teacher_sha256": sha256_file(run.teacher_model / "model.safetensors"),
-        "modular_sha256": sha256_file(run.library / "modular.safetensors"),
+        "teacher_sha256": sha256_of(run.teacher_model / "model.safetensors"),
+        "modular_sha256": sha256_of(run.library / "modular.safetensors"),
         "spans": {stack: [str(span) for span in spans] for stack, spans in modular.spans.items()},
     }
     (run.library / "library.json").write_text(json.dumps(manifest))
@@ -93,7 +94,12 @@ def test_assemblies_compute_what_training_computed_and_disturb_no_other(kind):
 def test_all_assemblies_share_one_storage(kind):
     library, _, _ = library_of(kind)
     own = {tensor.data_ptr() for model in (library.teacher,) for tensor in model.state_dict().values()}
-    own |= {tensor.data_ptr() for layer in library._layers.values() for tensor in layer.state_dict().values()}
+    own |= {
+        tensor.data_ptr()
+        for layers in library.layers.values()
+        for layer in layers.values()
+        for tensor in layer.state_dict().values()
+    }
     models = [library.assembly(text) for text in TEXTS]
     for model in models:
         assert {tensor.data_ptr() for tensor in model.state_dict().values()} <= own
@@ -130,7 +136,7 @@ def test_loading_checks_what_it_reads(tmp_path):
     run = RunDir(tmp_path)
     teacher = tiny_model("bart")
     teacher.save_pretrained(run.teacher_model)
-    with pytest.raises(FileNotFoundError, match=r"no library.json"):
+    with pytest.raises(FileNotFoundError, match=r"library.json is missing: run stage distill first"):
         ModuleLibrary.load(run.teacher_model, run.library)
     modular = modular_of(teacher, granularities=(3,))
     perturb(modular)
@@ -151,10 +157,10 @@ def test_loading_checks_what_it_reads(tmp_path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"does not match .* it is damaged"):
         ModuleLibrary.load(run.teacher_model, run.library)
     content[-5] ^= 1
     path.write_bytes(content)
     tiny_model("bart", seed=1).save_pretrained(run.teacher_model)
-    with pytest.raises(ValueError, match="another teacher"):
+    with pytest.raises(ValueError, match="not the teacher that the library was trained for"):
         ModuleLibrary.load(run.teacher_model, run.library)
