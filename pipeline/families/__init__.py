@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.bart import BartFamily
-from pipeline.families.base import Family, StackInputs, set_layer_index, sizes_of
+from pipeline.families.base import Family, StackInputs, sizes_of
 from pipeline.families.t5 import T5Family
 
 FAMILIES: dict[str, Family] = {"t5": T5Family(), "mt5": T5Family(), "bart": BartFamily()}
@@ -20,4 +20,4 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "StackInputs", "family_of", "set_layer_index", "sizes_of"]
+__all__ = ["FAMILIES", "Family", "StackInputs", "family_of", "sizes_of"]

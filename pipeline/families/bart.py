@@ -12,7 +12,6 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import BartForConditionalGeneration
-from transformers.cache_utils import EncoderDecoderCache
 
 from pipeline.families.attention import attend, attend_across, heads
 from pipeline.families.base import KeysValues, SelfCache, StackInputs, set_layer_index, shift_right
@@ -38,9 +37,8 @@ class BartShared(nn.Module):
         self.pad_id = int(config.pad_token_id)
         self.start_id = int(config.decoder_start_token_id)
 
-    def embed(self, stack: str, ids_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
-        positions_BLD = self.positions[stack](ids_BL, past_key_values_length=start)
-        return self.norm[stack](self.tokens[stack](ids_BL) + positions_BLD)
+    def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
+        return self.norm[stack](self.tokens[stack](ids_BL) + self.positions[stack](ids_BL))
 
     def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
         table: Any = self.positions["decoder"]
@@ -56,11 +54,11 @@ class BartShared(nn.Module):
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         return shift_right(labels_BT, start_id=self.start_id, pad_id=self.pad_id)
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
         visible = mask_BL[:, None, None, :]
         if stack == "decoder":
             positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-            visible = visible & (positions_L[None, :] <= positions_L[start:, None])
+            visible = visible & (positions_L[None, :] <= positions_L[:, None])
         return self._masked(visible)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
@@ -123,17 +121,10 @@ class BartFamily:
         hidden_BLD: torch.Tensor,
         encoded_BSD: torch.Tensor | None,
         inputs: StackInputs,
-        cache: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
         if encoded_BSD is None:
             return layer(hidden_BLD, inputs.self_bias)
-        return layer(
-            hidden_BLD,
-            inputs.self_bias,
-            encoded_BSD,
-            encoder_attention_mask=inputs.cross_bias,
-            past_key_values=cache,
-        )
+        return layer(hidden_BLD, inputs.self_bias, encoded_BSD, encoder_attention_mask=inputs.cross_bias)
 
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         attention: Any = cast(Any, layer).encoder_attn

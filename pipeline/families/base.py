@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
-from transformers.cache_utils import EncoderDecoderCache
 
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
@@ -26,7 +25,7 @@ class StackInputs:
 
     self_bias: torch.Tensor
     """Position bias and mask of self-attention, [B or 1, H or 1, L, L]; masked entries hold the dtype's minimum.
-    With a cache L queries become the new ones alone."""
+    In cached decoding [R or 1, H or 1, Q, T]."""
     cross_bias: torch.Tensor | None = None
     """Mask of cross-attention, [B, 1, 1, S]; None in the encoder."""
 
@@ -57,14 +56,14 @@ class SelfCache(Protocol):
 class Shared(Protocol):
     """The teacher's parts around its layers: frozen, and used by teacher and student alike (an nn.Module)."""
 
-    def embed(self, stack: str, ids_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Hidden states before the first layer, [B, L, D]; the ids stand at positions start, start + 1, ..."""
+    def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer, [B, L, D]; the ids stand at positions 0, 1, ..."""
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         """Decoder input ids of labels, [B, T]."""
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Additive self-attention bias [B, H or 1, L - start, L] for a mask of real tokens; queries from `start` on."""
+    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Additive self-attention bias [B, H or 1, L, L] for a mask of real tokens."""
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         """Additive cross-attention bias [B, 1, 1, S]."""
@@ -122,13 +121,8 @@ class Family(Protocol):
         hidden_BLD: torch.Tensor,
         encoded_BSD: torch.Tensor | None,
         inputs: StackInputs,
-        cache: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
-        """Hidden states after one layer, [B, L, D]; a decoder layer attends to the encoder's output `encoded_BSD`.
-
-        With a cache, `hidden_BLD` are the new positions alone; keys and values are kept under the layer's index
-        (`set_layer_index`).
-        """
+        """Hidden states after one layer, [B, L, D]; a decoder layer attends to the encoder's output `encoded_BSD`."""
 
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         """What a decoder layer's cross-attention makes of the encoder's output: the same for every token decoded."""

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
-from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pipeline.families.attention import attend, attend_across, heads
@@ -32,11 +31,10 @@ class PositionBias(nn.Module):
         self.num_buckets = attention.relative_attention_num_buckets
         self.max_distance = attention.relative_attention_max_distance
 
-    def forward(self, mask_BL: torch.Tensor, start: int) -> torch.Tensor:
-        """Additive self-attention bias [B, H, L - start, L]; keys that are padding (or later, in a decoder) are
-        masked."""
+    def forward(self, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Additive self-attention bias [B, H, L, L]; keys that are padding (or later, in a decoder) are masked."""
         positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-        distance_LL = positions_L[None, :] - positions_L[start:, None]
+        distance_LL = positions_L[None, :] - positions_L[:, None]
         buckets_LL = T5Attention._relative_position_bucket(
             distance_LL, self.bidirectional, self.num_buckets, self.max_distance
         )
@@ -78,14 +76,14 @@ class T5Shared(nn.Module):
         self.pad_id = int(config.pad_token_id or 0)
         self.start_id = int(config.decoder_start_token_id)
 
-    def embed(self, stack: str, ids_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_BL)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         return shift_right(labels_BT, start_id=self.start_id, pad_id=self.pad_id)
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor, start: int = 0) -> torch.Tensor:
-        return self.bias[stack](mask_BL, start)
+    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
+        return self.bias[stack](mask_BL)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         dtype = self.embedding.weight.dtype
@@ -156,14 +154,12 @@ class T5Family:
         hidden_BLD: torch.Tensor,
         encoded_BSD: torch.Tensor | None,
         inputs: StackInputs,
-        cache: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
         outputs: tuple[Any, ...] = layer(
             hidden_BLD,
             position_bias=inputs.self_bias,
             encoder_hidden_states=encoded_BSD,
             encoder_decoder_position_bias=inputs.cross_bias,
-            past_key_values=cache,
         )
         return outputs[0]
 

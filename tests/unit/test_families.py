@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from pipeline.families import StackInputs, family_of, set_layer_index
+from pipeline.families import family_of
 from pipeline.teacher import load_model
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model, tiny_t5
 
@@ -24,40 +23,6 @@ def parts(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_step_by_step_decode_through_renumbered_layers_equals_the_full_pass(kind):
-    """Layers out of their order, with indices of the new order: each finds its own keys and values in the cache."""
-    model = tiny_model(kind)
-    family, shared, layers = parts(model)
-    batch = random_batch(5)
-    bias = shared.self_bias("encoder", batch.source_mask_BS)
-    encoded_BSD = shared.embed("encoder", batch.source_BS)
-    for layer in layers["encoder"]:
-        encoded_BSD = family.call_layer(layer, encoded_BSD, None, StackInputs(bias))
-    encoded_BSD = shared.finish("encoder", encoded_BSD)
-    cross = shared.cross_bias(batch.source_mask_BS)
-    decoder = [layers["decoder"][i] for i in (5, 1, 3)]
-    for index, layer in enumerate(decoder):
-        set_layer_index(layer, index)
-    ids_BT = shared.decoder_inputs(batch.labels_BT)
-    ones_BT = torch.ones_like(ids_BT[:1], dtype=torch.bool)
-
-    def decode(start: int, stop: int, cache: EncoderDecoderCache | None) -> torch.Tensor:
-        hidden_BTD = shared.embed("decoder", ids_BT[:, start:stop], start)
-        inputs = StackInputs(shared.self_bias("decoder", ones_BT[:, :stop], start), cross)
-        for layer in decoder:
-            hidden_BTD = family.call_layer(layer, hidden_BTD, encoded_BSD, inputs, cache)
-        return shared.logits(shared.finish("decoder", hidden_BTD))
-
-    full = decode(0, ids_BT.shape[1], None)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    steps = [(0, 3), *((t, t + 1) for t in range(3, ids_BT.shape[1]))]
-    cached = torch.cat([decode(start, stop, cache) for start, stop in steps], dim=1)
-    torch.testing.assert_close(cached, full, atol=1e-5, rtol=1e-5)
-    assert cache.get_seq_length() == ids_BT.shape[1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
 def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kind):
     """T5: plain embeddings. BART: scaled or not, learned positions from offset 2, a norm of each stack's own."""
     model = tiny_model(kind)
@@ -68,7 +33,8 @@ def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kin
     outputs = model(input_ids=batch.source_BS, decoder_input_ids=ids_BT, output_hidden_states=True)
     assert torch.equal(shared.embed("encoder", batch.source_BS), outputs.encoder_hidden_states[0])
     assert torch.equal(shared.embed("decoder", ids_BT), outputs.decoder_hidden_states[0])
-    assert torch.equal(shared.embed("decoder", ids_BT[:, 3:], 3), outputs.decoder_hidden_states[0][:, 3:])
+    positions_1T = torch.arange(ids_BT.shape[1])[None]
+    assert torch.equal(shared.embed_at(ids_BT[:, 3:], positions_1T[:, 3:]), outputs.decoder_hidden_states[0][:, 3:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
