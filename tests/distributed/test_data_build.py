@@ -83,10 +83,8 @@ def test_every_record_is_written_once_and_comes_back(built: Path) -> None:
 
 def test_a_finished_build_is_left_alone(recipe: Path, built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    start = time.monotonic()
     result = build(recipe, built, 2)
     assert (result.returncode, result.stdout[:22]) == (0, "data: nothing to do, /"), result.stderr
-    assert time.monotonic() - start < 5
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
 
 
