@@ -1,18 +1,13 @@
-"""python -m slurm COMMAND
+"""python -m slurm COMMAND: runs of the pipeline as jobs of a SLURM cluster, from a recipe to a report.
 
-submit     the whole chain of a run as jobs that wait for each other
-sweep      the same for many points: some fields varied, data and teacher shared
-status     one screen: stages, jobs, progress, time left, restarts and why
-logs       what a rank wrote
-cancel     end all jobs of a run
-render     print the batch script of one stage
-clusters   write a first cluster file for this site
-doctor     try a cluster in a small job on two nodes
+First, once a site: `clusters init`, then `doctor`. For every run: `submit`, then `status`; `submit` again goes on where
+a chain stopped. slurm/README.md tells more.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -23,13 +18,13 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline.cli import parse_recipe, recipe_parser, run_program
-from slurm.cluster import CLUSTERS, STAGE_JOBS, find_cluster, load_cluster
+from slurm.cluster import CLUSTERS, find_cluster, load_cluster
 from slurm.controller import jobs_of_run
 from slurm.discover import discover
 from slurm.doctor import examine
 from slurm.render import Nodes, render
-from slurm.status import newest_log, screen
-from slurm.submit import CHAIN, Plan, cancel, describe, plan_of, submit
+from slurm.status import check_run, newest_log, screen
+from slurm.submit import CHAIN, Plan, alive_stages, cancel, describe, left_alone, plan_of, submit
 from slurm.sweep import points_of, submit_sweep
 
 CODE = Path(__file__).resolve().parent.parent
@@ -38,7 +33,14 @@ FILE_WIDTH = 200  # of a screen that goes into a file
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, fields = parser.parse_known_args(arguments)
+    if "program" not in args:
+        parser.print_help()
+        return
+    if fields and "config" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(fields)}")
+    args.fields = fields
     run_program(lambda: args.program(args), verbose=args.verbose)
 
 
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(name: str, program: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -54,61 +56,94 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(program=program)
         return added
 
-    added = command("submit", _submit, "submit the stages of a run that are neither done nor in the queue")
+    stages = ", ".join(CHAIN)
+    added = command(
+        "clusters", _clusters, "`clusters init NAME` writes the facts of this site into a first cluster file"
+    )
+    added.add_argument("action", choices=("init",))
+    added.add_argument("file", metavar="NAME", help="a name in slurm/clusters/, or the path of a TOML file")
+
+    added = command("doctor", _doctor, "try a cluster in a small job: what training needs of its nodes")
+    _add_cluster_option(added)
+    added.add_argument("--nodes", default="2", help="number of nodes (default 2)")
+    added.add_argument("--run-dir", type=Path, default=Path("runs/doctor"), help="folder on the shared disk")
+    _add_code_option(added)
+
+    added = command(
+        "submit", _submit, "submit the stages of a run, each after the one before, as far as they are not done"
+    )
     _add_plan_options(added)
     added.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and submit nothing")
     which = added.add_mutually_exclusive_group()
-    which.add_argument("--from", dest="first", choices=CHAIN, metavar="STAGE", help="leave out the stages before this")
+    which.add_argument(
+        "--from", dest="first", choices=CHAIN, metavar="STAGE", help=f"leave out the stages before this of {stages}"
+    )
     which.add_argument("--only", choices=CHAIN, metavar="STAGE", help="submit this stage alone")
 
-    added = command("sweep", _sweep, "submit one recipe with some fields varied, as arrays with one task a point")
+    added = command("sweep", _sweep, "the same for many points: some fields varied, data and teacher shared")
     _add_plan_options(added)
     added.add_argument(
         "--vary", action="append", required=True, metavar="FIELD=A,B", help="a field and its values; may be repeated"
     )
 
-    added = command("render", _render, "print the batch script of one stage")
-    added.add_argument("stage", choices=CHAIN, metavar="STAGE", help=", ".join(STAGE_JOBS))
-    _add_plan_options(added)
-
-    added = command("status", _status, "show how a run stands")
-    added.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    added = command("status", _status, "one screen: stages, jobs, progress, time left, restarts and why")
+    _add_run_argument(added)
     added.add_argument(
         "--watch", action="store_true", help=f"again every {WATCH_S:.0f} s, until no job of the run is left"
     )
 
     added = command("logs", _logs, "print what a rank wrote in the newest start")
-    added.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
-    added.add_argument("--stage", choices=CHAIN, metavar="STAGE", help="default: the stage that wrote last")
+    _add_run_argument(added)
+    added.add_argument("--stage", choices=CHAIN, metavar="STAGE", help=f"{stages} (default: the stage that wrote last)")
     added.add_argument("--rank", type=int, default=0, help="rank (default 0)")
     added.add_argument("--launcher", action="store_true", help="what srun and torchrun say instead of a rank")
     added.add_argument("--follow", action="store_true", help="go on as the file grows")
 
-    added = command("cancel", _cancel, "cancel all jobs of a run")
-    added.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    _add_run_argument(command("cancel", _cancel, "cancel all jobs of a run"))
 
-    added = command("clusters", _clusters, "write a first cluster file, from what the controller says")
-    added.add_argument("action", choices=("init",))
-    added.add_argument("file", metavar="NAME", help="a name in slurm/clusters/, or the path of a TOML file")
-
-    added = command("doctor", _doctor, "run a small job that checks what training needs of the nodes")
-    added.add_argument("--cluster", required=True, help="a TOML file, or the name of one in slurm/clusters/")
-    added.add_argument("--nodes", default="2", help="number of nodes (default 2)")
-    added.add_argument("--run-dir", type=Path, default=Path("runs/doctor"), help="folder on the shared disk")
-    added.add_argument("--code-dir", type=Path, default=CODE, help="folder of data_prep and pipeline (default: here)")
+    added = command("render", _render, "print the batch script of one stage")
+    added.add_argument("stage", choices=CHAIN, metavar="STAGE", help=stages)
+    _add_plan_options(added)
     return parser
 
 
+def _add_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, such as runs/minute")
+
+
+def _add_cluster_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster", required=True, metavar="NAME", help="a name in slurm/clusters/, or the path of a TOML file"
+    )
+
+
+def _add_code_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--code-dir", type=Path, default=CODE, metavar="DIR", help="folder of data_prep and pipeline (default: here)"
+    )
+
+
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", required=True, help="a TOML file, or the name of one in slurm/clusters/")
-    parser.add_argument("--config", required=True, help="a recipe, or the name of one in pipeline/recipes/")
+    _add_cluster_option(parser)
+    parser.add_argument(
+        "--config", required=True, action="append", metavar="RECIPE",
+        help="a name in pipeline/recipes/, or the path of a YAML file; may be repeated, the later one wins",
+    )  # fmt: skip
     parser.add_argument("--nodes", help="nodes of the training stages, 4 or 2-4 (default: the cluster file's)")
-    parser.add_argument("--run-dir", type=Path, help="run directory on the shared disk (default: the recipe's)")
-    parser.add_argument("--code-dir", type=Path, default=CODE, help="folder of data_prep and pipeline (default: here)")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="run directory on the shared disk (default: the recipe's)"
+    )
+    _add_code_option(parser)
+    parser.epilog = "Any field of the recipe can be given too, such as --distill.optim.num_steps 5000."
+
+
+def _recipe_words(args: argparse.Namespace) -> list[str]:
+    """What the command line says of the recipe."""
+    return [word for name in args.config for word in ("--config", name)] + args.fields
 
 
 def _plan(args: argparse.Namespace, stages: tuple[str, ...]) -> Plan:
-    recipe, _ = parse_recipe(recipe_parser("python -m slurm", ""), ["--config", args.config])
+    recipe, _ = parse_recipe(recipe_parser("python -m slurm", ""), _recipe_words(args))
     return plan_of(
         recipe,
         cluster=args.cluster,
@@ -130,28 +165,32 @@ def _submit(args: argparse.Namespace) -> None:
         print(describe(plan))
         return
     submitted = submit(plan)
-    for stage, number in submitted.items():
-        print(f"{stage:<9} {number}")
-    print(f"{'submitted' if submitted else 'nothing to submit'}; `python -m slurm status {plan.run_dir}` shows the run")
+    others = left_alone(plan, alive_stages(plan.run_dir))
+    for stage in plan.stages:
+        print(f"{stage:<9} {submitted.get(stage) or others.get(stage)}")
+    done = "submitted" if submitted else "nothing to submit"
+    print(f"{done}; `python -m slurm status {shlex.quote(str(plan.run_dir))}` shows the run")
 
 
 def _sweep(args: argparse.Namespace) -> None:
     plan = _plan(args, CHAIN)
-    points = points_of(args.config, plan.recipe, args.vary)
+    points = points_of(_recipe_words(args), plan.recipe, args.vary)
     for stage, number in submit_sweep(plan, points).items():
         print(f"{stage:<9} {number}")
-    print(f"{len(points)} points submitted; `python -m slurm status {plan.run_dir / 'sweep'}` shows them")
+    folder = shlex.quote(str(plan.run_dir / "sweep"))
+    print(f"{len(points)} points submitted; `python -m slurm status {folder}` shows them")
 
 
 def _clusters(args: argparse.Namespace) -> None:
     path = Path(args.file) if args.file.endswith(".toml") else CLUSTERS / f"{args.file}.toml"
     if path.exists():
         raise ValueError(f"{path} exists: remove it first, or choose another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for {path.name}")
     path.write_text(discover(), encoding="utf-8")
     load_cluster(path)
-    print(
-        f"wrote {path}: look through its lines with `check`, then try it: python -m slurm doctor --cluster {args.file}"
-    )
+    print(f"wrote {path}")
+    print(f"Look through its lines with `check`, then try it: python -m slurm doctor --cluster {args.file}")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -179,10 +218,12 @@ def _logs(args: argparse.Namespace) -> None:
 
 
 def _cancel(args: argparse.Namespace) -> None:
-    cancelled = cancel(args.run_dir.absolute())
+    run_dir = args.run_dir.absolute()
+    check_run(run_dir)
+    cancelled = cancel(run_dir)
     for job in cancelled:
         print(f"{job.stage:<9} {job.label} was {job.state.lower()}")
-    print(f"{len(cancelled)} job(s) cancelled")
+    print(f"{len(cancelled)} job(s) cancelled" if cancelled else f"no job of {run_dir} is in the queue")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,19 @@ class Script:
     def is_array(self) -> bool:
         return self.stage == "evaluate" and not self.points
 
+    @property
+    def request(self) -> str:
+        """What the job asks for, in a few words."""
+        shape, nodes = self.shape, self.node_range
+
+        def counted(number: object, word: str, plural: str) -> str:
+            return f"{number} {word if str(number) == '1' else plural}"
+
+        where = f"{nodes} tasks of 1 node" if self.is_array else counted(nodes, "node", "nodes")
+        each = [counted(shape.processes_per_node, "process", "processes")]
+        each += [counted(shape.gpus_per_node, "GPU", "GPUs")] if shape.gpus_per_node else []
+        return f"{where} of {shape.partition}, {' and '.join(each)} a node, {self.cluster.time_limits[self.stage]}"
+
 
 def render(script: Script) -> str:
     """The text of a batch script.

@@ -80,11 +80,16 @@ def _sweep_screen(folder: Path) -> RenderableType:
     return Group(table, "", *history, _disk(folder))
 
 
+def check_run(run_dir: Path) -> None:
+    """Refuse what is neither the run directory of a run nor that of a sweep."""
+    if not (run_dir / "recipe.yaml").is_file() and not points_of_sweep(run_dir):
+        raise ValueError(f"{run_dir} is no run directory: it has no recipe.yaml, which `submit` writes")
+
+
 def recipe_of(run_dir: Path) -> Recipe:
     """The recipe that a run was submitted with."""
+    check_run(run_dir)
     path = run_dir / "recipe.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe, _ = parse_recipe(recipe_parser("python -m slurm", ""), ["--config", str(path)])
     return recipe
 
@@ -227,12 +232,18 @@ def newest_log(run_dir: Path, stage: str | None, rank: int | None) -> Path:
     """The log of a rank (or launch.log) in the newest start of a stage, by default of the stage that wrote last.
 
     Raises:
-        FileNotFoundError: no such log.
+        ValueError: this is no run directory, or that of a sweep.
+        FileNotFoundError: no such log; names those there are.
     """
-    pattern = f"logs/{stage or '*'}-*/start-*"
-    folders = sorted(run_dir.glob(pattern), key=lambda path: path.stat().st_mtime)
+    check_run(run_dir)
+    if points_of_sweep(run_dir):
+        raise ValueError(f"{run_dir} is a sweep: name the folder of a point, such as {points_of_sweep(run_dir)[0]}")
+    folders = sorted(run_dir.glob(f"logs/{stage or '*'}-*/start-*"), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        raise FileNotFoundError(f"no job of {stage or run_dir} has started yet: `python -m slurm status {run_dir}`")
     name = "launch.log" if rank is None else f"rank-{rank}.log"
     with_log = [folder for folder in folders if (folder / name).is_file()]
     if not with_log:
-        raise FileNotFoundError(f"no {name} in {run_dir}/{pattern}: has a job started?")
+        others = ", ".join(sorted(path.name for path in folders[-1].glob("*.log"))) or "no log"
+        raise FileNotFoundError(f"no {name}: {folders[-1]} has {others}")
     return with_log[-1] / name

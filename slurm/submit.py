@@ -85,12 +85,14 @@ def submit(plan: Plan) -> dict[str, int]:
 
 
 def describe(plan: Plan) -> str:
-    """What `submit` would do: every script and every command; nothing is written or submitted."""
+    """What `submit` would do: every script, every command, and what each job asks for; nothing is written or
+    submitted."""
     check_inputs(plan.recipe, plan.code_dir)
     has_slurm = shutil.which("sbatch") is not None
     alive = alive_stages(plan.run_dir) if has_slurm else {}
     todo = stages_to_submit(plan, alive)
     parts = []
+    summary = [f"# {stage:<9} {state}" for stage, state in left_alone(plan, alive).items()]
     previous = ""
     for stage in CHAIN:
         if stage in todo:
@@ -100,11 +102,12 @@ def describe(plan: Plan) -> str:
             path = plan.script_path(stage)
             words = sbatch_words(path, [f"afterok:{previous}"] if previous else [])
             parts.append(f"# {path}\n{text}\n# {shlex.join(words)}\n")
+            summary.append(f"# {stage:<9} {plan.script(stage).request}")
             previous = f"JOB_OF_{stage.upper()}"
         elif stage in alive:
             previous = str(alive[stage])
     checked = "the controller accepts all scripts" if has_slurm else "no sbatch here: the scripts are not checked"
-    return "\n".join([*parts, f"# dry run, nothing submitted; {checked}"])
+    return "\n".join([*parts, *summary, f"# dry run, nothing submitted; {checked}"])
 
 
 def cancel(run_dir: Path) -> list[Job]:
@@ -127,18 +130,31 @@ def stages_to_submit(plan: Plan, alive: dict[str, int]) -> list[str]:
     Raises:
         ValueError: one of them needs a stage that is neither, and that the plan leaves out.
     """
-    run = RunDir(plan.run_dir)
-    done: set[str] = set()
-    chain = chain_of(plan.recipe)
-    for stage in chain:
-        if done >= needs(stage) & set(chain) and stage not in alive and is_done(stage, plan.recipe, run):
-            done.add(stage)
+    chain, done = chain_of(plan.recipe), done_stages(plan, alive)
     todo = [stage for stage in chain if stage in plan.stages and stage not in done and stage not in alive]
     for stage in todo:
         lacking = [other for other in chain if other in needs(stage) - done - alive.keys() - set(todo)]
         if lacking:
             raise ValueError(f"stage {stage} needs {', '.join(lacking)} first: submit with --from {lacking[0]}")
     return todo
+
+
+def done_stages(plan: Plan, alive: dict[str, int]) -> set[str]:
+    """Stages whose output fits the recipe, and so do those of all stages before it."""
+    chain, run = chain_of(plan.recipe), RunDir(plan.run_dir)
+    done: set[str] = set()
+    for stage in chain:
+        if done >= needs(stage) & set(chain) and stage not in alive and is_done(stage, plan.recipe, run):
+            done.add(stage)
+    return done
+
+
+def left_alone(plan: Plan, alive: dict[str, int]) -> dict[str, str]:
+    """Of each stage of the plan that there is nothing to submit of: why."""
+    done, chain = done_stages(plan, alive), chain_of(plan.recipe)
+    why = {stage: "done" for stage in done} | {stage: f"in the queue as {number}" for stage, number in alive.items()}
+    why |= {stage: f"left out: assemble.presets does not name {SEARCHED!r}" for stage in CHAIN if stage not in chain}
+    return {stage: why[stage] for stage in plan.stages if stage in why}
 
 
 def needs(stage: str) -> set[str]:

@@ -38,11 +38,11 @@ class Point:
     recipe: Recipe
 
 
-def points_of(config: str, base: Recipe, variations: Sequence[str]) -> list[Point]:
+def points_of(words: Sequence[str], base: Recipe, variations: Sequence[str]) -> list[Point]:
     """Every combination of the varied fields.
 
     Args:
-        config: the recipe, as --config takes it.
+        words: the recipe, as the command line gives it: --config and fields.
         variations: such as "seed=0,1,2"; a value with commas in brackets, such as [2,3], is one value.
 
     Raises:
@@ -59,7 +59,7 @@ def points_of(config: str, base: Recipe, variations: Sequence[str]) -> list[Poin
             for field, value in chosen
         )
         options = [word for field, value in chosen for word in (f"--{field}", value)]
-        recipe, _ = parse_recipe(recipe_parser("python -m slurm", ""), ["--config", config, *options])
+        recipe, _ = parse_recipe(recipe_parser("python -m slurm", ""), [*words, *options])
         points.append(Point(name, dataclasses.replace(recipe, name=f"{base.name},{name}")))
     if len({point.name for point in points}) < len(points):
         raise ValueError("two points of the sweep have one name: vary fields whose last words differ")

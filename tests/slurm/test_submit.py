@@ -62,6 +62,7 @@ def test_chain_is_submitted_once_and_runs_to_its_end(slurm: SlurmCluster, tmp_pa
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout.count("#SBATCH --job-name=minute-") == len(STAGES)
     assert "sbatch --parsable --dependency=afterok:JOB_OF_PREPARE --kill-on-invalid-dep=yes" in dry.stdout
+    assert "# evaluate  2 tasks of 1 node of debug, 1 process a node, 00:10:00" in dry.stdout
     assert "the controller accepts all scripts" in dry.stdout
     assert in_queue(stand_in) == 0
 
@@ -72,6 +73,8 @@ def test_chain_is_submitted_once_and_runs_to_its_end(slurm: SlurmCluster, tmp_pa
     stand_in.wait_running()
     again = submit(stand_in)
     assert (again.returncode, numbers(again.stdout)) == (0, {}), again.stderr
+    assert f"teacher   in the queue as {jobs['teacher']}\n" in again.stdout
+    assert "search    left out: assemble.presets does not name 'searched'\n" in again.stdout
     other = submit(stand_in, "--nodes", "1", "--config", "demo")
     assert other.returncode == 2
     assert "are in the queue with another recipe" in other.stderr
@@ -98,6 +101,19 @@ def test_chain_is_submitted_once_and_runs_to_its_end(slurm: SlurmCluster, tmp_pa
     assert "told to stop (preemption, or a signal by hand)" in shown.stdout
     logs = command(stand_in, "logs", stand_in.run, "--stage", "teacher", "--rank", "1")
     assert "rank 1 of 2 starts at step" in logs.stdout
+    logs = command(stand_in, "logs", stand_in.run, "--stage", "teacher", "--rank", "2")
+    assert logs.returncode == 2
+    assert "start-1 has launch.log, rank-0.log, rank-1.log" in logs.stderr
+
+
+def test_recipe_that_searches_has_a_job_for_it(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stand_in = StandIn(slurm, tmp_path)
+    dry = submit(stand_in, "--dry-run", "--assemble.presets", '["size-first", "searched"]')
+    commands = [line.split() for line in dry.stdout.splitlines() if line.startswith("# sbatch")]
+    after = {Path(words[-1].strip("'")).stem: words[3] for words in commands}
+    assert after["search"] == "--dependency=afterok:JOB_OF_BASELINE", dry.stderr
+    assert after["assemble"] == "--dependency=afterok:JOB_OF_SEARCH"
+    assert "the controller accepts all scripts" in dry.stdout
 
 
 def test_failure_stops_the_chain_and_status_says_why(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -125,7 +141,10 @@ def test_from_only_and_cancel(slurm: SlurmCluster, tmp_path: Path) -> None:
     cancelled = command(stand_in, "cancel", stand_in.run)
     assert "7 job(s) cancelled" in cancelled.stdout, cancelled.stderr
     wait_end(stand_in)
-    assert command(stand_in, "cancel", stand_in.run).stdout == "0 job(s) cancelled\n"
+    assert command(stand_in, "cancel", stand_in.run).stdout == f"no job of {stand_in.run} is in the queue\n"
+    nowhere = command(stand_in, "cancel", tmp_path / "no run")
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (2, 1)
+    assert "no run is no run directory: it has no recipe.yaml" in nowhere.stderr
 
 
 def test_refused_scripts_submit_nothing(slurm: SlurmCluster, tmp_path: Path) -> None:

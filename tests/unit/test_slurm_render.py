@@ -69,7 +69,8 @@ def test_stages_of_one_shape_differ_in_name_and_time_only(cluster_name: str) -> 
 
     for stage in ("teacher", "baseline"):
         assert without_stage(stage) == without_stage("distill")
-    assert without_stage("assemble") == without_stage("report")
+    for stage in ("search", "assemble"):
+        assert without_stage(stage) == without_stage("report")
 
 
 @pytest.mark.parametrize("cluster_name", CLUSTERS)
@@ -259,6 +260,37 @@ def test_command_prints_the_script(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "#SBATCH --job-name=mine-teacher\n" in script
     assert "#SBATCH --nodes=1\n" in script
     assert f"run='{tmp_path}/my run'\n" in script
+
+
+def test_recipes_add_up_and_fields_replace_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(f"name: one\nrun_dir: '{tmp_path}/of the first'\n")
+    second.write_text("name: two\n")
+    command = ["render", "report", "--cluster", "local", "--config", str(first), "--config", str(second)]
+    main(command)
+    script = capsys.readouterr().out
+    assert "#SBATCH --job-name=two-report\n" in script
+    assert f"run='{tmp_path}/of the first'\n" in script
+    main([*command, "--name", "three"])
+    assert "#SBATCH --job-name=three-report\n" in capsys.readouterr().out
+    for words, message in (
+        (["--nodse", "2"], "error: unknown field 'nodse'"),
+        (["--teacher.optim.num_step", "2"], "did you mean teacher.optim.num_steps?"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([*command, *words])
+        assert left.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert re.search(r"^ +submit +submit the stages", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit) as left:
+        main(["status", "runs/minute", "--wach"])
+    assert left.value.code == 2
+    assert "unrecognized arguments: --wach" in capsys.readouterr().err
 
 
 def test_mistakes_end_the_command_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def minute() -> Recipe:
 
 
 def test_a_sweep_is_every_combination() -> None:
-    points = points_of("minute", minute(), ["seed=0,1", "distill.granularities=[2,3],[2]"])
+    points = points_of(["--config", "minute"], minute(), ["seed=0,1", "distill.granularities=[2,3],[2]"])
     assert [point.name for point in points] == [
         "seed=0,granularities=2-3",
         "seed=0,granularities=2",
@@ -89,7 +89,7 @@ def test_a_sweep_is_every_combination() -> None:
 )
 def test_mistakes_in_a_sweep_are_named(variations: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        points_of("minute", minute(), variations)
+        points_of(["--config", "minute"], minute(), variations)
 
 
 def job(state: str, reason: str = "None", label: str = "5") -> Job:
