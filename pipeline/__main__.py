@@ -1,6 +1,7 @@
 """python -m pipeline STAGE --config RECIPE [--any.field value ...]
 
 run        all stages in order, each in its own processes; stages that are done are skipped (--dry-run: only say so)
+estimate   memory, traffic, FLOPs, hours and disk that a run will take (--nodes N --gpus M --gib G)
 fetch      download what the recipe names as hub:owner/name, on a machine with internet
 teacher    train, fine-tune or take the teacher            (under torchrun or srun)
 distill    train the modular layers of all granularities   (under torchrun or srun)
@@ -25,13 +26,15 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from pipeline.cli import EXIT_MISTAKE, die_with_parent, parse_recipe, recipe_parser, run_program
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir
 
 TRAINING = ("teacher", "distill", "baseline", "recover")
 TOOLS = ("compare", "choose", "trim")
-STAGES = ("run", "fetch", *TRAINING, "search", "assemble", "evaluate", "report", "doctor")
+STAGES = ("run", "estimate", "fetch", *TRAINING, "search", "assemble", "evaluate", "report", "doctor")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -67,6 +70,8 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
         parser.add_argument("--extend", action="store_true", help="Continue with a schedule other than the one begun.")
     if name == "run":
         parser.add_argument("--dry-run", action="store_true", help="Check everything, say what would be done, and end.")
+    if name == "estimate":
+        _add_machine(parser)
     recipe, options = parse_recipe(parser, arguments)
     run = RunDir(Path(recipe.resolved_run_dir))
     if name == "doctor":
@@ -77,12 +82,27 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
         from pipeline.run import run_all
 
         run_all(recipe, run, extend=options["extend"], dry_run=options["dry_run"], verbose=options["verbose"])
+    elif name == "estimate":
+        from pipeline.forecast import estimate
+
+        machine = {"num_nodes": options["nodes"], "gpus_per_node": options["gpus"] or recipe.launch.num_ranks}
+        print(estimate(recipe, **machine, gib=options["gib"], peak_tflops=options["tflops"], share=options["share"]))
     elif name == "fetch":
         _fetch(recipe)
     elif name in TRAINING:
         _train(name, recipe, run, extend=options["extend"])
     else:
         _program(name)(recipe, run)
+
+
+def _add_machine(parser: ArgumentParser) -> None:
+    from pipeline.forecast import PEAK_TFLOPS, SHARE
+
+    parser.add_argument("--nodes", type=int, default=1, help="Nodes.")
+    parser.add_argument("--gpus", type=int, default=0, help="Ranks of a node; 0 takes launch.num_ranks.")
+    parser.add_argument("--gib", type=float, default=80.0, help="Memory of a rank's device in GiB.")
+    parser.add_argument("--tflops", type=float, default=PEAK_TFLOPS, help="Matmul peak of a rank in TFLOP/s.")
+    parser.add_argument("--share", type=float, default=SHARE, help="Share of that peak that useful FLOPs reach.")
 
 
 def _fetch(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ Per rank, with AdamW:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from pipeline.config import BatchConfig, LoopConfig
 from pipeline.modes import AUTO, Mode
+from pipeline.spans import STACKS, Assembly
 from pipeline.world import World
 
 GIB = 2**30
@@ -32,6 +34,8 @@ BYTES_IN_CHECKPOINT = 12
 """Of a trainable parameter: weight and two moments in fp32."""
 LOGIT_CHUNK_BYTES = 2**30
 """Logits that pipeline/kernels holds at once on a GPU; fewer on a CPU."""
+OVER_SOURCE = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)\.")
+"""Names of the weights that make keys and values of cross-attention, in T5 and BART."""
 CANDIDATES = ("zero2_replicated", "zero3_hpz", "zero3", "zero3_offload")
 """Configurations for GPUs from the least traffic to the least memory."""
 
@@ -45,6 +49,15 @@ class Leaf:
     trained: bool
     width: int
     """Features into and out of its linear maps: elements that backward keeps for each token."""
+    num_over_source: int = 0
+    """Of a decoder layer's parameters those that read the encoder's output: keys and values of cross-attention."""
+
+    def multiplied(self, num_source_tokens: int, num_target_tokens: int) -> int:
+        """Parameters x tokens that they are applied to."""
+        if self.stack == "encoder":
+            return self.num_parameters * num_source_tokens
+        rest = self.num_parameters - self.num_over_source
+        return rest * num_target_tokens + self.num_over_source * num_source_tokens
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,9 @@ def sizes_of(module: nn.Module, leaf_classes: Sequence[type[nn.Module]]) -> Size
         width = sum(each.in_features + each.out_features for each in leaf.modules() if isinstance(each, nn.Linear))
         stack = "decoder" if "decoder" in name.split(".") else "encoder"
         count = sum(map(_num_elements, parameters))
-        leaves.append(Leaf(stack, count, any(parameter.requires_grad for parameter in parameters), width))
+        over_source = sum(_num_elements(each) for name, each in leaf.named_parameters() if OVER_SOURCE.search(name))
+        trained = any(parameter.requires_grad for parameter in parameters)
+        leaves.append(Leaf(stack, count, trained, width, over_source))
     rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     largest: Any = max(rest, key=_num_elements)
     return Sizes(
@@ -200,26 +215,46 @@ def traffic(sizes: Sizes, mode: Mode, num_micro_batches: int) -> Traffic:
     return Traffic(gathered, reduced, (gathered + reduced) * crossing)
 
 
-def useful_flops(
-    sizes: Sizes, num_source_tokens: int, num_target_tokens: int, drawn: Mapping[str, Sequence[tuple[int, bool]]]
-) -> float:
+def useful_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int, drawn: Sequence[Leaf]) -> float:
     """FLOPs that a micro-batch needs in the replacing phase. Attention scores and embeddings are left out.
 
     Per parameter and token: 2 for the teacher, 2 for the student, 2 for its backward through a frozen layer, 4 through
     a modular one.
 
     Args:
-        drawn: by stack, (parameters, is modular) of each layer on the student's path.
+        drawn: the layers on the student's path.
     """
-    tokens = {"encoder": num_source_tokens, "decoder": num_target_tokens}
-    teacher = sum(2 * leaf.num_parameters * tokens[leaf.stack] for leaf in sizes.leaves if not leaf.trained)
-    student = sum(
-        (6 if is_modular else 4) * count * tokens[stack]
-        for stack, layers in drawn.items()
-        for count, is_modular in layers
-    )
+    tokens = num_source_tokens, num_target_tokens
+    teacher = _flops_of_leaves(sizes, tokens, frozen=2, trained=0)
+    student = sum((6 if leaf.trained else 4) * leaf.multiplied(*tokens) for leaf in drawn)
     head = max(sizes.rest)
     return teacher + student + (2 + 4) * head * num_target_tokens
+
+
+def drawn_layers(sizes: Sizes, draw: Assembly) -> list[Leaf]:
+    """The layers of a draw; those of a stack and kind are all of one size."""
+    of = {(leaf.stack, leaf.trained): leaf for leaf in sizes.leaves}
+    return [of[stack, span.num_layers > 1] for stack in STACKS for span in draw.tiling(stack).spans]
+
+
+def local_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int) -> float:
+    """FLOPs of a micro-batch in the local phase: the teacher once, every modular layer there and back, and no head. The
+    encoder's output is the teacher's, which takes no gradient."""
+    no_gradient = sum(2 * leaf.num_over_source * num_source_tokens for leaf in sizes.leaves if leaf.trained)
+    return _flops_of_leaves(sizes, (num_source_tokens, num_target_tokens), frozen=2, trained=6) - no_gradient
+
+
+def training_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int) -> float:
+    """FLOPs of a micro-batch where a whole model trains on its head's distribution; frozen layers beside it are those
+    of a teacher, whose head runs, too."""
+    has_teacher = any(not leaf.trained for leaf in sizes.leaves)
+    head = (6 + 2 * has_teacher) * max(sizes.rest) * num_target_tokens
+    return _flops_of_leaves(sizes, (num_source_tokens, num_target_tokens), frozen=2, trained=6) + head
+
+
+def _flops_of_leaves(sizes: Sizes, tokens: tuple[int, int], *, frozen: int, trained: int) -> float:
+    """FLOPs of every layer, by FLOPs of a parameter and token."""
+    return sum((trained if leaf.trained else frozen) * leaf.multiplied(*tokens) for leaf in sizes.leaves)
 
 
 @dataclass(frozen=True)
@@ -274,19 +309,20 @@ def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, *, recompute: bool, 
         f"A step is {batch.micro_batches_per_step} micro-batches of up to {batch.tokens_per_micro_batch:,} tokens on "
         f"{mode.num_ranks} rank{'s' * (mode.num_ranks > 1)}{', recomputing activations' * recompute}",
         f"DeepSpeed configuration {mode.name}, {reason}",
-        f"Expected on each rank: {_bytes(needs.device_total)}, most of it "
-        + ", ".join(f"{name} {_bytes(count)}" for name, count in largest)
-        + (f"; {_bytes(needs.host_total)} of host memory" if needs.host else ""),
-        f"Each step it receives {_bytes(moved.gathered)} of weights, {_bytes(moved.reduced)} of gradients"
-        + (f", {_bytes(moved.between_nodes)} of that between nodes" if moved.between_nodes else ""),
+        f"Expected on each rank: {readable(needs.device_total)}, most of it "
+        + ", ".join(f"{name} {readable(count)}" for name, count in largest)
+        + (f"; {readable(needs.host_total)} of host memory" if needs.host else ""),
+        f"Each step it receives {readable(moved.gathered)} of weights, {readable(moved.reduced)} of gradients"
+        + (f", {readable(moved.between_nodes)} of that between nodes" if moved.between_nodes else ""),
     ]
     checkpoint = BYTES_IN_CHECKPOINT * sizes.num_trained
-    sentences.append(f"A checkpoint has {_bytes(checkpoint)}, and saving keeps one rank's share of it in host memory")
+    sentences.append(f"A checkpoint has {readable(checkpoint)}, and saving keeps one rank's share of it in host memory")
     return ". ".join(sentences) + "."
 
 
-def _bytes(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+def readable(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -> tuple[str, str]:

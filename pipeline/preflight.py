@@ -5,6 +5,7 @@ Mistakes in the data itself are found by the data stage, which comes first.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -16,15 +17,20 @@ from transformers import AutoConfig
 
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
-from pipeline.assemble import requested_assemblies
-from pipeline.config import Recipe
+from pipeline.assemble import coarsest_of, requested_assemblies
+from pipeline.config import SEARCHED, Recipe
+from pipeline.disk import check_disk
 from pipeline.families import family_of
 from pipeline.modes import AUTO, read_ds_config
+from pipeline.planned import Planned
 from pipeline.rundir import RunDir, Stage
+from pipeline.search import check_budgets
+from pipeline.solve import Budget, Cost, shape_of
+from pipeline.spans import STACKS
 from pipeline.teacher import check_lengths
 from pipeline.tokenizer import load_tokenizer, vocabulary_size
 
-CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
+CHECKED_STAGES = ("teacher", "distill", "baseline", "search", "assemble")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -37,14 +43,12 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     _check_ranks(recipe)
     _check_run_directory(run)
     num_layers = _num_layers(recipe)
-    for granularity in recipe.distill.granularities:
-        if granularity > max(num_layers):
-            raise ValueError(
-                f"distill.granularities has {granularity}, but the teacher has {num_layers[0]}+{num_layers[1]} layers: "
-                f"no span is that long"
-            )
+    _check_granularities(recipe, num_layers)
     requested_assemblies(recipe, num_layers)
+    planned = Planned.of(recipe)
+    _check_budgets(planned)
     _check_stages(recipe, run, extend)
+    check_disk(planned, run)
 
 
 def _check_ranks(recipe: Recipe) -> None:
@@ -130,9 +134,37 @@ def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> 
             return
 
 
+def _check_granularities(recipe: Recipe, num_layers: tuple[int, int]) -> None:
+    own = (recipe.distill.encoder_granularities, recipe.distill.decoder_granularities)
+    for stack, of_stack, total in zip(STACKS, own, num_layers, strict=True):
+        name, limit = (f"{stack}_granularities", total) if of_stack else ("granularities", max(num_layers))
+        for granularity in of_stack or recipe.distill.granularities:
+            if granularity > limit:
+                raise ValueError(
+                    f"distill.{name} has {granularity}, but the teacher has {num_layers[0]}+{num_layers[1]} layers: "
+                    f"no span is that long"
+                )
+
+
+def _check_budgets(planned: Planned) -> None:
+    """Those of search.budgets that arithmetic can answer; milliseconds are measured."""
+    sizes, recipe = planned.checkpoint_sizes(), planned.recipe
+    parameters = Cost(sizes.embeddings + sizes.rest, sizes.encoder_layer, sizes.decoder_layer)
+    width = sizes.bytes_per_parameter
+    costs = {
+        "layers": Cost(0, 1, 1),
+        "parameters": parameters,
+        "bytes": Cost(*(width * each for each in dataclasses.astuple(parameters))),
+    }
+    budgets = [each for each in map(Budget.parse, recipe.search.budgets) if each.cost in costs]
+    check_budgets(budgets, costs, shape_of(coarsest_of(recipe, planned.num_layers)))
+
+
 def _check_stages(recipe: Recipe, run: RunDir, extend: bool) -> None:
     """Refuse a stage that was begun with other settings, as far as the stages before it stand."""
     for name in CHECKED_STAGES:
+        if name == "search" and SEARCHED not in recipe.assemble.presets:
+            continue
         try:
             stage = Stage.of(recipe, run, name)
         except FileNotFoundError:

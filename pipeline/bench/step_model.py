@@ -25,7 +25,7 @@ from pipeline.config import DistillConfig, OptimConfig
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.engine import Engine
-from pipeline.estimate import Sizes, useful_flops
+from pipeline.estimate import Sizes, drawn_layers, useful_flops
 from pipeline.families import family_of
 from pipeline.loop import Task
 from pipeline.losses import GlobalCounts
@@ -230,12 +230,8 @@ def timed_step(side: Any, task: Task, step: int, batch: MicroBatch) -> dict[str,
 
 def flops_of(sizes: Sizes, draw: Assembly, shape_BST: tuple[int, int, int]) -> float:
     """Useful FLOPs of a micro-batch of this shape."""
-    drawn = {}
-    for stack in STACKS:
-        of = {leaf.trained: leaf.num_parameters for leaf in sizes.leaves if leaf.stack == stack}
-        drawn[stack] = [(of[span.num_layers > 1], span.num_layers > 1) for span in draw.tiling(stack).spans]
     num, source, target = shape_BST
-    return useful_flops(sizes, num * source, num * target, drawn)
+    return useful_flops(sizes, num * source, num * target, drawn_layers(sizes, draw))
 
 
 def matmul_flops(device: torch.device) -> float:

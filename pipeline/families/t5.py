@@ -241,6 +241,15 @@ def _within_fp16(hidden_RQD: torch.Tensor) -> torch.Tensor:
     return torch.clamp(hidden_RQD, min=-limits, max=limits)
 
 
+def t5_config(vocab_size: int, sizes: dict[str, Any]) -> T5Config:
+    """Configuration of a T5 v1.1, from sizes by the names of a recipe's teacher.architecture."""
+    return T5Config(
+        vocab_size=vocab_size,
+        feed_forward_proj="gated-gelu_pytorch_tanh",  # gelu_new, as T5 v1.1 has it, in one fused call
+        **{"decoder_start_token_id": 0, "dropout_rate": sizes.pop("dropout"), **sizes},
+    )
+
+
 def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditionalGeneration:
     """A T5 v1.1 with fresh weights and a structured start of its relative position bias.
 
@@ -248,16 +257,11 @@ def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditiona
     zero: position is otherwise only learnt through a table that starts near nothing, and training crawls.
     """
     torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=vocab_size,
-        feed_forward_proj="gated-gelu_pytorch_tanh",  # gelu_new, as T5 v1.1 has it, in one fused call
-        **{"decoder_start_token_id": 0, "dropout_rate": sizes.pop("dropout"), **sizes},
-    )
-    model = T5ForConditionalGeneration(config)
+    model = T5ForConditionalGeneration(t5_config(vocab_size, sizes))
     for stack in (model.encoder, model.decoder):
         attention = stack.block[0].layer[0].SelfAttention
         _structure_position_bias(attention)
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
 

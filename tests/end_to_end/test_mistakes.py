@@ -23,7 +23,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from pipeline.__main__ import main
 from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.rundir import RunDir, Stage
+from pipeline.rundir import STAGES, RunDir, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [{"source": f"word {i} and word {i + 1}", "target": f"Wort {i} und Wort {i + 1}"} for i in range(60)]
@@ -90,11 +90,16 @@ def text(path: str, content: str | bytes) -> Callable[[], object]:
 
 
 def begun(stage: str, *options: str) -> None:
-    """Begin a stage with other settings, as a run that was killed leaves it."""
+    """Begin a stage with other settings, as a run that was killed leaves it; the stages before it are done."""
     recipe = parse_recipe(recipe_parser("test", ""), ["--config", "recipe.yaml", *options])[0]
     run = RunDir(Path("run"))
     (run.data).mkdir(parents=True)
     (run.data / "manifest.json").write_text("{}")
+    for before in STAGES[stage][1]:
+        if before != "data":
+            done = Stage.of(recipe, run, before)
+            done.begin()
+            done.publish([], started_s=0)
     Stage.of(recipe, run, stage).begin()
 
 
@@ -133,6 +138,11 @@ RECIPE = {
 
 BEFORE_ANY_WORK = {
     "granularity": Mistake("has 8, but the teacher has 6+6 layers", "--distill.granularities [2,8]"),
+    "granularity of a stack": Mistake(
+        "distill.decoder_granularities has 7, but the teacher has 6+6 layers", "--distill.decoder_granularities [7]"
+    ),
+    "budget": Mistake("layers=1 is beyond the coarsest assembly, which takes 2", "--search.budgets [layers=1]"),
+    "bytes": Mistake("bytes=1k is beyond the coarsest assembly", "--search.budgets [bytes=1k]"),
     "ratio": Mistake("ratio 12 asks for 1 of 12 layers", "--assemble.ratios [12]"),
     "assembly text": Mistake("'e2-x' is not an assembly", "--assemble.assemblies [e2-x]"),
     "assembly": Mistake("e5.1-d6 does not fit", "--assemble.assemblies [e5.1-d6]"),
@@ -163,6 +173,11 @@ BEFORE_ANY_WORK = {
     "begun with another teacher": Mistake(
         "is half finished with other settings (teacher.optim.weight_decay: 0.5 -> 0.0)",
         break_it=lambda: begun("teacher", "--teacher.optim.weight_decay", "0.5"),
+    ),
+    "begun with another search": Mistake(
+        "stage search in run/search is half finished with other settings (search.rounds: 5 -> 2)",
+        "--assemble.presets [searched]",
+        break_it=lambda: begun("search", "--search.rounds", "5", "--assemble.presets", "[searched]"),
     ),
     "begun with another schedule": Mistake(
         "give --extend to continue", break_it=lambda: begun("teacher", "--teacher.optim.num_steps", "7")
@@ -259,6 +274,26 @@ def test_a_second_run_in_the_same_folder_is_refused(place: Path, capfd: pytest.C
             main(["run", "--config", "recipe.yaml"])
     assert raised.value.code == 2
     assert "another process works in run" in capfd.readouterr().err
+
+
+def test_a_disk_that_will_not_suffice_is_one_line(place: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """What a run has written already is not asked for again."""
+    main(["estimate", "--config", "recipe.yaml"])
+    (needed,) = re.findall(r"disk +([\d.]+) MiB at most", capfd.readouterr().out)
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=float(needed) * 2**20 * 0.9))
+    with pytest.raises(SystemExit) as raised:
+        main(["run", "--config", "recipe.yaml"])
+    error = capfd.readouterr().err
+    assert raised.value.code == 2
+    assert re.fullmatch(rf"error: run_dir run will take up to [^\n]+the disk of {place} has [^\n]+\n", error), error
+    assert not Path("run").exists()
+    for stage in ("teacher", "distill"):
+        weights = Path("run", stage, "weights")
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        os.truncate(weights, 2**30)
+    main(["run", "--config", "recipe.yaml", "--dry-run"])
 
 
 def test_a_missing_mpiexec_is_one_line(place: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:

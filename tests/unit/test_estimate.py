@@ -10,10 +10,22 @@ import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from pipeline.config import BatchConfig, LoopConfig
-from pipeline.estimate import GIB, Machine, choose, memory, paragraph, plan, sizes_of, traffic, useful_flops
+from pipeline.estimate import (
+    GIB,
+    Machine,
+    choose,
+    drawn_layers,
+    memory,
+    paragraph,
+    plan,
+    sizes_of,
+    traffic,
+    useful_flops,
+)
 from pipeline.families import family_of
 from pipeline.modes import Mode, read_ds_config
 from pipeline.modular import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.spans import Assembly
 from tests.tiny import tiny_t5
 
 BATCH = BatchConfig(tokens_per_micro_batch=16384, micro_batches_per_step=64)
@@ -131,9 +143,10 @@ def test_useful_flops_count_parameters_and_tokens():
     encoder, decoder = (
         next(leaf.num_parameters for leaf in sizes.leaves if leaf.stack == stack) for stack in ("encoder", "decoder")
     )
-    drawn = {"encoder": [(encoder, True)], "decoder": [(decoder, False)] * 6}
-    expected = 6 * 2 * encoder * 10 + 6 * 2 * decoder * 4  # teacher
-    expected += 6 * encoder * 10 + 6 * 4 * decoder * 4  # student
+    cross = 2 * 32 * 32  # keys and values of the source tokens
+    drawn = drawn_layers(sizes, Assembly.parse("e6-d1x6"))
+    expected = 6 * 2 * encoder * 10 + 6 * 2 * ((decoder - cross) * 4 + cross * 10)  # teacher
+    expected += 6 * encoder * 10 + 6 * 4 * ((decoder - cross) * 4 + cross * 10)  # student
     expected += 6 * modular.shared.head.weight.numel() * 4
     assert useful_flops(sizes, 10, 4, drawn) == expected
 

@@ -15,7 +15,7 @@ LADDER: list[set[str]] = [
     {
         "data_prep.batching", "data_prep.config", "data_prep.partition",
         "pipeline.config", "pipeline.modes", "pipeline.prefixes", "pipeline.spans",
-        "pipeline.schedule", "pipeline.sizes", "pipeline.search_config", "pipeline.solve",
+        "pipeline.public_models", "pipeline.schedule", "pipeline.sizes", "pipeline.search_config", "pipeline.solve",
     },
     # formats
     {
@@ -47,6 +47,7 @@ LADDER: list[set[str]] = [
         "pipeline.assemble", "pipeline.baselines", "pipeline.evaluate", "pipeline.evaluation",
         "pipeline.slices", "pipeline.cost", "pipeline.compare", "pipeline.choose", "pipeline.report",
         "pipeline.report_page",
+        "pipeline.disk", "pipeline.forecast", "pipeline.planned",
         "pipeline.launch", "pipeline.preflight", "pipeline.run", "pipeline.doctor", "pipeline.bench",
         "pipeline.checkpoints", "pipeline.recover", "pipeline.trim",
         "pipeline.__main__", "slurm",

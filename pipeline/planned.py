@@ -1,0 +1,137 @@
+"""The models of a run before it runs: built on the meta device, from settings alone, to be counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from data_prep.hub import local_folder
+from pipeline.assemble import Baseline, baselines_of, granularity_of, spans_of
+from pipeline.baselines import DistilledModel, theseus_settings
+from pipeline.config import DistillConfig, Recipe
+from pipeline.estimate import Sizes, sizes_of
+from pipeline.families import family_of
+from pipeline.families import sizes_of as model_sizes_of
+from pipeline.families.t5 import t5_config
+from pipeline.modular import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.public_models import public_config
+from pipeline.sizes import ModelSizes
+from pipeline.spans import STACKS
+from pipeline.teacher import full_model_task
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a recipe's models will be."""
+
+    recipe: Recipe
+    settings: dict[str, Any]
+    """The teacher's, as in its config.json."""
+    has_own_head: bool
+    """The head is not tied to the embedding."""
+    source: str
+    """Where the settings come from, for people."""
+
+    @staticmethod
+    def of(recipe: Recipe) -> Planned:
+        """Read the teacher's settings, or take those of the public model of that name where it is not here.
+
+        Raises:
+            ValueError: not here, and no public model.
+        """
+        name = recipe.teacher.folder
+        if not name:
+            config = t5_config(recipe.data.vocab_size, dataclasses.asdict(recipe.teacher.architecture))
+            return Planned(recipe, config.to_dict(), False, "trained from scratch")
+        try:
+            folder = local_folder(name)
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            settings = public_config(name)
+            source = f"{name} (not here: sizes of the public model)"
+            return Planned(recipe, settings, settings.get("tie_word_embeddings") is False, source)
+        return Planned(recipe, settings, _has_own_head(folder, settings), name)
+
+    @property
+    def num_layers(self) -> tuple[int, int]:
+        """Teacher layers of (encoder, decoder)."""
+        keys = family_of(self.settings["model_type"]).depth_keys
+        encoder = self.settings[keys["encoder"]]
+        return encoder, self.settings.get(keys["decoder"], encoder)
+
+    @property
+    def baselines(self) -> list[Baseline]:
+        return baselines_of(self.recipe, self.num_layers)
+
+    def model(self, num_layers: tuple[int, int] | None = None) -> PreTrainedModel:
+        """The teacher, or a model of its kind with other numbers of layers, without memory for its weights."""
+        family = family_of(self.settings["model_type"])
+        entries = family.depth_entries(num_layers or self.num_layers)
+        settings = {key: value for key, value in {**self.settings, **entries}.items() if key != "model_type"}
+        with torch.device("meta"):
+            model: Any = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[self.settings["model_type"]](**settings))
+        if self.has_own_head:  # transformers ties until weights are loaded
+            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+        return model
+
+    @cached_property
+    def teacher_sizes(self) -> Sizes:
+        """The teacher while it trains."""
+        task = full_model_task(self.model())
+        return sizes_of(task.module, task.leaf_classes)
+
+    @cached_property
+    def distill_sizes(self) -> Sizes:
+        """Teacher and modular layers of stage distill."""
+        return self.modular_sizes(self.recipe.distill)
+
+    def modular_sizes(self, settings: DistillConfig) -> Sizes:
+        """Teacher and modular layers as these settings have them."""
+        granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
+        model = self.model()
+        family = family_of(model.config.model_type)
+        modular = ModularModel(model, family, granularities, settings.init, share_memory=True)
+        return sizes_of(modular, [TeacherLeaf, ModularLeaf])
+
+    def baseline_sizes(self, baseline: Baseline) -> Sizes:
+        """What the training of a baseline holds."""
+        if baseline.method == "theseus":
+            return self.modular_sizes(theseus_settings(self.recipe, granularity_of(baseline.assembly)))
+        assembly = baseline.assembly
+        task = full_model_task(self.model((assembly.encoder.num_layers, assembly.decoder.num_layers)))
+        wrapped: Any = task.module
+        module = DistilledModel(wrapped.model, self.model()) if baseline.method == "logit" else task.module
+        return sizes_of(module, task.leaf_classes)
+
+    def checkpoint_sizes(self) -> ModelSizes:
+        """Of the teacher and of every assembly, as folders in fp32."""
+        model = self.model()
+        weights = dict(model.named_parameters()) | dict(model.named_buffers())
+        return model_sizes_of(weights, family_of(model.config.model_type))
+
+    @property
+    def spans(self) -> tuple[Any, Any]:
+        """Modular spans of (encoder, decoder)."""
+        return spans_of(self.recipe, self.num_layers)
+
+
+def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a model's head is not its embedding: by its weights, as settings that transformers saves do not say."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            names = set(file.keys())
+    elif index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    else:
+        return settings.get("tie_word_embeddings") is False
+    return {"shared.weight", "lm_head.weight"} <= names

@@ -1,0 +1,65 @@
+"""Configurations of public T5, mT5 and BART models, so that a run can be planned where none has been fetched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_Sizes = tuple[int, int, int, int, int]  # d_model, d_kv, d_ff, heads, layers of each stack
+
+_T5: dict[str, _Sizes] = {
+    "small": (512, 64, 2048, 8, 6),
+    "base": (768, 64, 3072, 12, 12),
+    "large": (1024, 64, 4096, 16, 24),
+    "3b": (1024, 128, 16384, 32, 24),
+    "11b": (1024, 128, 65536, 128, 24),
+}
+"""T5 v1.0 (Raffel et al. 2020, section 3.7)."""
+
+_GATED: dict[str, _Sizes] = {
+    "small": (512, 64, 1024, 6, 8),
+    "base": (768, 64, 2048, 12, 12),
+    "large": (1024, 64, 2816, 16, 24),
+    "xl": (2048, 64, 5120, 32, 24),
+    "xxl": (4096, 64, 10240, 64, 24),
+}
+"""T5 v1.1, Flan-T5 and mT5: gated feed-forward layers, and a head of its own."""
+
+_BART: dict[str, _Sizes] = {"base": (768, 64, 3072, 12, 6), "large": (1024, 64, 4096, 16, 12)}
+
+
+def public_config(name: str) -> dict[str, Any]:
+    """What config.json of a public model says of its sizes.
+
+    Args:
+        name: of a repository or a folder; its last part counts, such as t5-large, flan-t5-xl or mt5-large.
+
+    Raises:
+        ValueError: none of the models known here.
+    """
+    short = name.partition("@")[0].rstrip("/").rpartition("/")[2]
+    if short not in PUBLIC:
+        raise ValueError(f"{name} is not here and no public model known offline ({', '.join(sorted(PUBLIC))})")
+    return PUBLIC[short]
+
+
+def _t5(sizes: _Sizes, **more: Any) -> dict[str, Any]:
+    names = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers")
+    shared = {"model_type": "t5", "vocab_size": 32128, "feed_forward_proj": "relu", "decoder_start_token_id": 0}
+    return {**shared, **dict(zip(names, sizes, strict=True)), "num_decoder_layers": sizes[-1], **more}
+
+
+def _bart(sizes: _Sizes) -> dict[str, Any]:
+    d_model, _, d_ff, num_heads, num_layers = sizes
+    stacks = {"ffn_dim": d_ff, "attention_heads": num_heads, "layers": num_layers}
+    both = {f"{stack}_{key}": value for stack in ("encoder", "decoder") for key, value in stacks.items()}
+    return {"model_type": "bart", "vocab_size": 50265, "max_position_embeddings": 1024, "d_model": d_model, **both}
+
+
+_OF_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+PUBLIC: dict[str, dict[str, Any]] = {
+    **{f"t5-{size}": _t5(sizes) for size, sizes in _T5.items()},
+    **{f"{kind}-{size}": _t5(sizes, **_OF_GATED) for kind in ("t5-v1_1", "flan-t5") for size, sizes in _GATED.items()},
+    **{f"mt5-{size}": _t5(sizes, model_type="mt5", vocab_size=250112, **_OF_GATED) for size, sizes in _GATED.items()},
+    **{f"bart-{size}": _bart(sizes) for size, sizes in _BART.items()},
+}
+"""Sizes by name."""
