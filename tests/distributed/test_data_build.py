@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -110,6 +111,31 @@ def test_a_killed_build_is_finished_by_another_world(recipe: Path, built: Path, 
     assert contents(out) == contents(built)
     redone = [path for path, mtime in kept.items() if path.stat().st_mtime_ns != mtime]
     assert not redone, "what was published is not made again"
+
+
+def test_a_killed_rank_stops_no_other_and_a_rerun_makes_only_its_units(
+    recipe: Path, built: Path, tmp_path: Path
+) -> None:
+    """1 of 8 ranks kills itself after one of its three units, started as the batch script does it with mpiexec."""
+    out, options = tmp_path / "data", ("--data.patience_s", "1")
+    own = shlex.join([sys.executable, str(ROOT / "tests/faults/injected_build.py"), "9", "before"])
+    rank = f"""trap "" USR1; if ((PMI_RANK == 5)); then {own} "${{@:4}}"; else "$@"; fi; exit $?"""
+    words = ["bash", "-c", rank, "rank", sys.executable, "-m", "data_prep", *command(recipe, out, 0, *options)[3:]]
+    launch = [str(MPIEXEC), "-disable-auto-cleanup", "-n", "8", *words]
+    result = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "a rank has died; run the same command again" in result.stderr
+    assert not (out / "manifest.json").exists()
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    units = [path for path in made if path.parent.name in ("train", "validation", "test")]
+    assert {path.name for path in (built / "train").glob("*.json")} - {path.name for path in units} == {
+        "000016.json",
+        "000017.json",
+    }
+    assert len(units) == 22
+    result = build(recipe, out, 3)
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(built)
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "what stood was not made again"
 
 
 def family_of(process: subprocess.Popen) -> set[int]:

@@ -99,12 +99,23 @@ elif stage == behave.get("slow_stage"):
 """
 
 DATA_PREP = """
-import sys
+import json, os, signal, sys, time
 from pathlib import Path
 
-out = Path(sys.argv[sys.argv.index("--out") + 1])
+command, out = sys.argv[1], Path(sys.argv[sys.argv.index("--out") + 1])
+if command == "plan":
+    sys.exit()
+rank = int(os.environ["SLURM_PROCID"])
+dying, died = json.loads((out.parent / "behave.json").read_text()).get("die_once"), out / "died"
 (out / "train").mkdir(parents=True, exist_ok=True)
-(out / "train" / "000000.tar").touch()
+if dying is not None and "SLURM_RESTART_COUNT" not in os.environ:
+    if rank == dying:
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not died.exists():
+        time.sleep(0.01)
+    time.sleep(4)  # in which a launcher that lets no rank live on would end this one
+(out / "train" / f"{rank:06d}.tar").touch()
 (out / "manifest.json").write_text("{}")
 """
 
