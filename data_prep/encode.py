@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -61,7 +61,10 @@ class _SentencePiece:
     out first, and what is between them is encoded by itself."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(folder / SPIECE))
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(folder / SPIECE))
+        except (RuntimeError, OSError) as err:
+            raise _not_a_tokenizer(folder / SPIECE, err) from err
         model = self._model
         num_pieces = model.get_piece_size()
         specials = {model.id_to_piece(i): i for i in (model.pad_id(), model.eos_id(), model.unk_id()) if i >= 0}
@@ -100,19 +103,32 @@ class _SentencePiece:
 
 def _num_sentinels(folder: Path) -> int:
     """How many <extra_id_k> Hugging Face's tokenizer adds to the pieces, as the files beside the model say."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _tokenizer_config(folder)
     added = {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
     return int(config.get("extra_ids") or sum(SENTINEL.format(k) in added for k in range(1000)))
 
 
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as err:
+        raise _not_a_tokenizer(path, err) from err
+
+
+def _not_a_tokenizer(path: Path, err: Exception) -> ValueError:
+    return ValueError(f"{path}: damaged, or no tokenizer of this kind ({err}); check data.tokenizer")
+
+
 class _Tokenizers:
     def __init__(self, folder: Path) -> None:
-        self._model = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        except Exception as err:  # the library raises no narrower one
+            raise _not_a_tokenizer(folder / TOKENIZER_JSON, err) from err
         self._model.no_truncation()
         self._model.no_padding()
-        config_path = folder / "tokenizer_config.json"
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        config = _tokenizer_config(folder)
         pad, eos, unk = (self._special(config, name) for name in ("pad", "eos", "unk"))
         self.info = TokenizerInfo("tokenizers", self._model.get_vocab_size(), pad, eos, unk)
         self._num_special = self._model.num_special_tokens_to_add(False)

@@ -257,6 +257,7 @@ def make_tokenizer_folder(out: Path, plan: Plan, anew: bool = False) -> dict[str
         made_from: dict[str, Any] = {"copied": {name: sha256_of(given / name) for name in names}}
 
         def fill(folder: Path) -> None:
+            Encoder(given, config.max_source_tokens, config.max_target_tokens)  # refuses what it cannot read
             for name in names:
                 shutil.copyfile(given / name, folder / name)
     else:

@@ -155,9 +155,12 @@ class TextFile:
                     pending.append(line)
                     yield _decode(line, f"{self._name}:{lines}")
 
-            for _ in csv.reader(text_lines(), delimiter=self._delimiter, strict=True):
-                yield b"".join(pending)
-                pending.clear()
+            try:
+                for _ in csv.reader(text_lines(), delimiter=self._delimiter, strict=True):
+                    yield b"".join(pending)
+                    pending.clear()
+            except csv.Error as err:
+                raise ValueError(f"{self._name}:{lines}: not a row of cells ({err}); check the quoting") from err
 
     def _content(self, piece: Piece) -> bytes:
         # A rank reads its pieces in order, so the stream of a compressed file goes forward only.
@@ -192,8 +195,9 @@ def _json_row(line: bytes, place: str) -> Row:
     text = _decode(line, place)
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as err:
-        raise ValueError(f"{place}: not a JSON object ({err.msg} at column {err.colno}); one object a line") from err
+    except (ValueError, RecursionError) as err:  # RecursionError: nested too deeply
+        reason = f"{err.msg} at column {err.colno}" if isinstance(err, json.JSONDecodeError) else err
+        raise ValueError(f"{place}: not a JSON object ({reason}); one object a line") from err
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a JSON {type(row).__name__}, not an object; write one object a line")
     return row

@@ -236,6 +236,64 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
         assert not (tmp_path / name / "manifest.json").exists()
 
 
+GOOD = [b'{"source": "number %d", "target": "Nummer %d"}' % (n, n) for n in range(60)]
+
+
+def with_bad_line(line: bytes) -> bytes:
+    """60 good records, the bad one as the 41st of the file."""
+    return b"\n".join([*GOOD[:40], line, *GOOD[40:]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(with_bad_line(GOOD[0]), mtime=0)[:-30], "the file is truncated or damaged"),
+        ("a.jsonl", with_bad_line('{"source": "\u00fc"}'.encode("latin-1")), ":41: not UTF-8 (byte 12)"),
+        (
+            "a.jsonl",
+            with_bad_line(b'{"source": "a"}'),
+            ":41: no field 'target'; present: source; set data.target_field",
+        ),
+        ("a.jsonl", b"", ": the file holds no record; remove it from the recipe or fill it"),
+        ("a.jsonl", with_bad_line(b"\0" * 9), ":41: not a JSON object"),
+        (
+            "a.jsonl",
+            with_bad_line(b'{"source": "a\\u0000", "target": "b"}'),
+            ":41: field 'source' holds a NUL character",
+        ),
+        (
+            "a.jsonl",
+            with_bad_line(b'{"source": "%s"}' % (b"x" * 1_000_000)),
+            ":41: a line of 1,000,015 bytes, more than",
+        ),
+        (
+            "a.jsonl",
+            with_bad_line('{"source": "\u200b", "target": "b"}'.encode()),
+            "record 41 (id train/40): empty source",
+        ),
+        ("spiece.model", b"no model", ": damaged, or no tokenizer of this kind"),
+        ("tokenizer.json", b"{}", ": damaged, or no tokenizer of this kind"),
+    ],
+    ids=["gzip", "utf-8", "field", "empty", "nuls", "nul", "long", "nothing", "sentencepiece", "tokenizer"],
+)
+def test_bad_inputs_are_one_line_and_publish_nothing(
+    built: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    """From two ranks, the bad record in the half of the second. A full and a read-only disk have a test below."""
+    (tmp_path / "good.jsonl").write_bytes(b"\n".join(GOOD))
+    (tmp_path / name).write_bytes(content)
+    is_text = name.startswith("a.")
+    tokenizer = str(built / "tokenizer" if is_text else tmp_path)
+    data = {"corpus": "files", "train": [str(tmp_path / (name if is_text else "good.jsonl"))], "tokenizer": tokenizer}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data | {"examples_per_block": 8, "blocks_per_shard": 1})
+    result = build(recipe, tmp_path / "data", 2)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith(f"data_prep: {tmp_path / name}{message if message[0] == ':' else ': ' + message}")
+    assert not (tmp_path / "data/manifest.json").exists()
+    if not is_text:
+        assert [path.name for path in (tmp_path / "data").iterdir()] == []
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [

@@ -121,6 +121,8 @@ def test_records_have_ids_dotted_fields_prefixes_and_language_tags() -> None:
         (b'{"source": "\\ud800", "target": "b"}', "a.jsonl:1: field 'source' is not Unicode text"),
         ('{"source": "\u00fc"}'.encode("latin-1"), r"a.jsonl:1: not UTF-8 \(byte 12\)"),
         (b"\0\0\0", "a.jsonl:1: not a JSON object"),
+        (b"[" * 100_000, "a.jsonl:1: not a JSON object"),
+        (b"1" * 5_000, "a.jsonl:1: not a JSON object"),
         (b"\n \n", r"a.jsonl: the file holds no record"),
         (b"", r"a.jsonl: the file holds no record"),
         (b'{"source": "%s"}' % (b"x" * 1_000_000), r"a.jsonl:1: a line of 1,000,014 bytes, more than data.max_line_b"),
@@ -141,6 +143,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 def test_a_ragged_csv_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("source,target\na,b\na,b,c\n")
     with pytest.raises(ValueError, match=r"a.csv: row 2: 3 cells where the header has 2; check the quoting"):
+        read(tmp_path / "a.csv")
+
+
+def test_a_quote_that_does_not_end_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('source,target\n"a,b\n')
+    with pytest.raises(ValueError, match=r"a.csv:3: not a row of cells \(unexpected end of data\); check the quoting"):
         read(tmp_path / "a.csv")
 
 
