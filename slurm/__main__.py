@@ -209,6 +209,7 @@ def _status(args: argparse.Namespace) -> None:
         while any(job.is_alive for job in jobs_of_run(run_dir)):
             time.sleep(WATCH_S)
             live.update(screen(run_dir), refresh=True)
+        live.update(screen(run_dir), refresh=True)  # a job may have ended since the last look
 
 
 def _logs(args: argparse.Namespace) -> None:
