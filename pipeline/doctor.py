@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from data_prep.publish import fsync_folder
+from pipeline.world import World
 
 MINIMUM_PYTHON = (3, 11)
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "sentencepiece", "webdataset", "mpi4py", "sacrebleu")
@@ -30,17 +31,20 @@ TIMEOUT_S = 100
 PROBE_BYTES = 64 * 2**20
 
 
-def doctor(run_dir: Path) -> None:
+def doctor(run_dir: Path, names: Sequence[str] = ()) -> None:
     """Print one line for each check: ok, or what failed and what to do about it.
+
+    Args:
+        names: of the checks; empty: all.
 
     Raises:
         ValueError: something that a run needs is missing.
     """
     failed = []
-    for name, check in CHECKS.items():
+    for name in names or CHECKS:
         started_s = time.perf_counter()
         try:
-            said, verdict = check(run_dir), "ok"
+            said, verdict = CHECKS[name](run_dir), "ok"
         except Exception as error:  # whatever it is, the other checks are wanted too
             said, verdict = str(error) or type(error).__name__, "failed"
             failed.append(name)
@@ -188,15 +192,14 @@ class _Branches(nn.Module):
         return state_BD.square().sum()
 
 
-def _train_a_little(num_steps: int = 6) -> None:
+def train_a_little(world: World, num_steps: int = 6) -> str:
     """On every rank: each collective that ZeRO uses, and a training whose ranks and steps use different layers, which
     must equal plain PyTorch. A library that keeps gradients of layers that a step did not use fails here."""
     import torch.distributed as dist
 
     from pipeline.config import OptimConfig
-    from pipeline.engine import Engine, join_world
+    from pipeline.engine import Engine
 
-    world = join_world()
     device, size = world.device, world.size
     mine = torch.full((4,), float(world.rank), device=device)
     everyone = torch.arange(size, device=device).float().repeat_interleave(4)
@@ -235,12 +238,20 @@ def _train_a_little(num_steps: int = 6) -> None:
         assert difference < 1e-4, (
             f"step {step} differs from plain PyTorch by {difference:.1e}: install the versions of requirements.txt"
         )
+    backend = dist.get_backend()
+    return f"{size} ranks over {backend}; ZeRO-3 with layers that a step does not use equals plain PyTorch"
+
+
+def main() -> None:
+    from pipeline.engine import join_world
+
+    world = join_world()
+    told = train_a_little(world)
     if world.is_main:
-        backend = dist.get_backend()
-        print(f"{size} ranks over {backend}; ZeRO-3 with layers that a step does not use equals plain PyTorch")
+        print(told)
     world.close()
 
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        _train_a_little()
+        main()

@@ -45,7 +45,7 @@ def _wait(folder: Path, number: int) -> Job | None:
         job = next((job for job in jobs_of_run(folder) if job.number == number), None)
         if job is None or not job.is_alive:
             return job
-        words = f"{job.state.lower()}{f' ({job.reason})' if job.state == 'PENDING' else ''}"
+        words = f"{job.state.lower()}{f' ({job.reason})' if job.reason not in ('None', '') else ''}"
         if words != shown:
             print(words, flush=True)
             shown = words
