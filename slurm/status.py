@@ -50,7 +50,7 @@ def screen(run_dir: Path) -> RenderableType:
     recipe = recipe_of(run_dir)
     jobs = jobs_of_run(run_dir)
     table = Table(box=None, pad_edge=False, title=f"{recipe.name}  {run_dir}", title_justify="left")
-    for heading in ("stage", "job", "state", "progress", "loss", "tokens/s", "left", "newest checkpoint"):
+    for heading in ("stage", "job", "state", "progress", "loss", "tokens/s", "time left", "checkpoint"):
         table.add_column(heading)
     for row in rows(recipe, run_dir, jobs):
         table.add_row(*vars(row).values())
@@ -68,7 +68,7 @@ def _sweep_screen(folder: Path) -> RenderableType:
     """One line for each point: the stage that it stands at."""
     jobs = jobs_of_run(folder)
     table = Table(box=None, pad_edge=False, title=f"sweep  {folder}", title_justify="left")
-    for heading in ("point", "stage", "job", "state", "progress", "loss", "tokens/s", "left", "newest checkpoint"):
+    for heading in ("point", "stage", "job", "state", "progress", "loss", "tokens/s", "time left", "checkpoint"):
         table.add_column(heading)
     history = []
     for task, root in enumerate(points_of_sweep(folder)):
@@ -120,12 +120,19 @@ def state_of(tasks: list[Job], done: bool, words: str) -> str:
     counts: dict[str, int] = {}
     for job in tasks:
         state = job.state.lower()
-        if state == "pending" and job.reason not in ("None", ""):
-            state += f" ({job.reason}{f', expected {job.start}' if job.start != 'N/A' else ''})"
+        if state == "pending" and job.reason == "Dependency":
+            state = "waiting"  # for the stage before
+        elif state == "pending" and job.reason not in ("None", ""):
+            state += f" ({job.reason}{f', expected {clock(job.start)}' if job.start != 'N/A' else ''})"
         counts[state] = counts.get(state, 0) + 1
     if len(tasks) == 1:
         return next(iter(counts))
     return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def clock(moment: str) -> str:
+    """A moment as SLURM writes it, to the minute."""
+    return time.strftime("%a %H:%M", time.strptime(moment, "%Y-%m-%dT%H:%M:%S"))
 
 
 def last_words(run_dir: Path, stage: str, number: int) -> str:
@@ -141,25 +148,29 @@ def histories(run_dir: Path, stage: str, number: int | str = "") -> list[tuple[s
 
 
 def training_figures(recipe: Recipe, run_dir: Path, stage: str, number: int, running: bool) -> dict[str, str]:
-    """Step, loss, speed, time left and checkpoint of a training stage."""
-    folder = stage_folder(run_dir, stage)
+    """Step, loss, speed, time left and checkpoint of a training stage; of its newest training, where it has several."""
+    whole = stage_folder(run_dir, stage)
+    files = sorted(
+        [*whole.glob("metrics.jsonl"), *whole.glob("*/metrics.jsonl")], key=lambda path: path.stat().st_mtime
+    )
+    folder = files[-1].parent if files else whole
     optim = getattr(recipe, stage).optim
     figures = {"progress": "", "checkpoint": checkpoint_age(folder)}
     record = last_record(folder / "metrics.jsonl")
     if record is None:
         return figures
-    figures["progress"] = f"step {record['step']} of {optim.num_steps}"
+    figures["progress"] = f"step {record['step']} of {optim.num_steps}{'' if folder == whole else f', {folder.name}'}"
     figures["loss"] = loss_of(record)
     figures["tokens_per_s"] = f"{record['tokens_per_s']:,.0f}"
     starts = [start for _, starts in histories(run_dir, stage, number) for start in starts]
-    if running and starts:
+    if running and starts and folder == whole:
         written_s = (folder / "metrics.jsonl").stat().st_mtime
         begun = starts[-1].progress_before.removeprefix("step_")
         num_made = record["step"] - (int(begun) if begun.isdigit() else 0)
         if num_made > 0:
             left_s = (optim.num_steps - record["step"]) * (written_s - starts[-1].begin_s) / num_made
             ends = time.strftime("%a %H:%M", time.localtime(written_s + left_s))
-            figures["left"] = f"{duration(left_s)}, until {ends}"
+            figures["left"] = f"{duration(left_s)} ({ends})"
     return figures
 
 
@@ -192,11 +203,13 @@ def checkpoint_age(folder: Path) -> str:
         age_s = time.time() - published[-1].stat().st_mtime
     except FileNotFoundError:  # pruned between the two looks
         return ""
-    return f"{published[-1].parent.name}, {duration(age_s)} ago"
+    return f"step {int(published[-1].parent.name.removeprefix('step_'))}, {duration(age_s)} ago"
 
 
 def duration(seconds: float) -> str:
     minutes = round(seconds) // 60
+    if minutes == 0:
+        return f"{round(seconds)} s"
     if minutes >= 24 * 60:
         return f"{minutes // 1440} d {minutes // 60 % 24} h"
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60:02} s"

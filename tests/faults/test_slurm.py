@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,10 +302,11 @@ def test_full_disk_is_named_and_room_is_enough(quiet: Path, tmp_path: Path) -> N
             run = begun(quiet, "distill", disk)
             slurm = stack.enter_context(SlurmCluster())
             jobs = Jobs(slurm, run)
-            used = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
-            # inside of the nodes too: they have mount tables of their own, but this file system is one
-            subprocess.run(["mount", "-o", f"remount,size={used // 1024 + 400}k", disk], check=True)
             job = jobs.submit("--only", "distill", "--nodes", "2")["distill"]
+            jobs.wait_training("distill")
+            used = shutil.disk_usage(disk).used
+            # inside of the nodes too: they have mount tables of their own, but this file system is one
+            subprocess.run(["mount", "-o", f"remount,size={used // 1024 + 100}k", disk], check=True)
             jobs.wait_end()
             assert jobs.states() == ["FAILED"], jobs.logs()
             told = jobs.story()

@@ -85,7 +85,7 @@ def test_chain_is_submitted_once_and_runs_to_its_end(slurm: SlurmCluster, tmp_pa
     assert f"{jobs['teacher']}" in lines["teacher"]
     assert "running" in lines["teacher"]
     assert "of 40" in lines["teacher"]
-    assert "pending (Dependency)" in lines["distill"]
+    assert "waiting" in lines["distill"]
     assert "GiB free" in lines["disk:"]
 
     slurm.run("scancel", jobs["evaluate"])  # a stage in the middle is lost

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from slurm.cluster import STAGE_JOBS, load_cluster
 from slurm.controller import Job
 from slurm.discover import choose_mpi, cluster_file, parse_partitions
 from slurm.render import Script, render
-from slurm.status import duration, last_record, loss_of, state_of
+from slurm.status import duration, last_record, loss_of, state_of, training_figures
 from slurm.sweep import points_of
 
 # sinfo -h -o "%P|%l|%D|%c|%m|%G" of a site with several kinds of nodes in one partition
@@ -99,14 +101,17 @@ def job(state: str, reason: str = "None", label: str = "5") -> Job:
 def test_states_in_words() -> None:
     assert state_of([], True, "") == "done"
     assert state_of([], False, "") == "not submitted"
-    assert state_of([job("PENDING", "Dependency")], False, "") == "pending (Dependency)"
+    assert state_of([job("PENDING", "Dependency")], False, "") == "waiting"
+    assert state_of([job("PENDING", "Resources")], False, "") == "pending (Resources)"
+    expected = replace(job("PENDING", "Priority"), start="2026-11-25T09:05:00")
+    assert state_of([expected], False, "") == "pending (Priority, expected Wed 09:05)"
     tasks = [job("RUNNING", label=f"5_{k}") for k in range(3)] + [job("COMPLETED", label="5_3")]
     assert state_of(tasks, False, "") == "3 running, 1 completed"
 
 
 def test_figures_in_words(tmp_path: Path) -> None:
     assert [duration(s) for s in (7, 125, 3 * 3600 + 61, 30 * 3600)] == [
-        "0 min 07 s",
+        "7 s",
         "2 min 05 s",
         "3 h 01 min",
         "1 d 6 h",
@@ -117,3 +122,15 @@ def test_figures_in_words(tmp_path: Path) -> None:
     assert last_record(file) is None
     file.write_text('{"step": 5, "tokens_per_s": 9}\n{"step": 10, "validation/a": 1}\n{"step": 15, "tok')
     assert last_record(file) == {"step": 5, "tokens_per_s": 9}
+
+
+def test_figures_of_the_baseline_are_those_of_its_newest_training(tmp_path: Path) -> None:
+    for name, step in (("logit-e1x6", 10), ("finetune-e1x6", 5)):
+        folder = tmp_path / "baseline" / name
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        (folder / "checkpoints" / f"step_{step:08d}" / "manifest.json").touch()
+        (folder / "metrics.jsonl").write_text(f'{{"step": {step}, "task": 0.5, "tokens_per_s": 9}}\n')
+    os.utime(tmp_path / "baseline" / "logit-e1x6" / "metrics.jsonl", (1, 1))
+    figures = training_figures(minute(), tmp_path, "baseline", 5, running=True)
+    assert figures.pop("checkpoint").startswith("step 5, ")
+    assert figures == {"progress": "step 5 of 10, finetune-e1x6", "loss": "task 0.500", "tokens_per_s": "9"}
