@@ -1,4 +1,4 @@
-"""Data: tokenise, store and read, against datasets.map, webdataset, mosaicml-streaming and litdata.
+"""Data: tokenise, store, read and start again, against datasets.map, webdataset, mosaicml-streaming and litdata.
 
 Every side does the same work in processes of its own: from a .jsonl.gz of pairs to something ready to train from, and
 from that to the same padded int64 batches. Baselines that are not installed are left out by name.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +31,7 @@ from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
 from data_prep.stats import bucketed_efficiency
 from pipeline.bench import Measure, report
+from pipeline.bench.data_restart import first_batch, rerun
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 DATASETS = {
@@ -35,6 +40,9 @@ DATASETS = {
     "the same, 2 processes": ("sp", 2),
 }
 PACKAGES = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
+PARTS = ("encode", "read", "padding", "first_batch", "rerun")
+TRAINING_RECORDS = 20_000  # of each file, for a tokenizer
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="*", default=[], metavar="NAME=FILE", help=".jsonl.gz with text, for padding only"
     )
-    parser.add_argument("--tokenizer", type=Path, help="folder with spiece.model (default: trained on built-in pairs)")
-    parser.add_argument(
-        "--rows", nargs="+", default=["encode", "read", "padding"], choices=["encode", "read", "padding"]
-    )
+    parser.add_argument("--tokenizer", type=Path, help="folder with spiece.model (default: trained on the files)")
+    parser.add_argument("--vocab_size", type=int, default=512, help="of the tokenizer that is trained")
+    parser.add_argument("--rows", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many runs counts")
     parser.add_argument("--write", type=Path, help="folder for a results file")
 
@@ -58,7 +65,10 @@ def main(arguments: argparse.Namespace) -> None:
             bench.build(name, path)
             measures += bench.encode(name, path) if "encode" in arguments.rows else []
             measures += bench.read(name) if "read" in arguments.rows else []
-        notes = bench.padding(dict(_named(arguments.text))) if "padding" in arguments.rows else ""
+            measures += first_batch(name, bench.out(name)) if "first_batch" in arguments.rows else []
+        if "rerun" in arguments.rows:
+            measures.append(rerun(bench.build, bench.out("rerun"), bench.builtin_pairs()))
+        notes = bench.padding() if "padding" in arguments.rows else ""
         if bench.left_out:
             notes += "\nNot installed, left out: " + ", ".join(sorted(bench.left_out))
         report("data", measures, notes, arguments.write)
@@ -78,12 +88,16 @@ class _Bench:
 
     def __post_init__(self) -> None:
         self.left_out: set[str] = set()
-        self.pairs = dict(_named(self.arguments.pairs)) or {"builtin": self._builtin_pairs()}
+        self.pairs = dict(_named(self.arguments.pairs)) or {"builtin": self.builtin_pairs()}
+        self.texts = dict(_named(self.arguments.text))
         self.tokenizer = self.arguments.tokenizer or self._train_tokenizer()
         self.tokens: dict[str, int] = {}
 
-    def _builtin_pairs(self) -> Path:
+    def builtin_pairs(self) -> Path:
+        """30,000 pairs of the built-in corpus."""
         path = self.scratch / "builtin.jsonl.gz"
+        if path.exists():
+            return path
         with gzip.open(path, "wt", encoding="utf-8") as file:
             for pair in make_corpus(0, 30_000, 1, 1)["train"]:
                 file.write(json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False) + "\n")
@@ -92,21 +106,28 @@ class _Bench:
     def _train_tokenizer(self) -> Path:
         folder = self.scratch / "tokenizer"
         folder.mkdir()
-        texts = [t for pair in make_corpus(0, 5000, 1, 1)["train"] for t in (pair.source, pair.target)]
-        train_sentencepiece(texts, 512, True, folder / "spiece.model")
+        train_sentencepiece(self._training_texts(), self.arguments.vocab_size, True, folder / "spiece.model")
         return folder
+
+    def _training_texts(self) -> Iterator[str]:
+        for path in (*self.pairs.values(), *self.texts.values()):
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                for row in map(json.loads, itertools.islice(file, TRAINING_RECORDS)):
+                    yield from (row[field] for field in ("source", "target", "text") if field in row)
 
     # ---- ours
 
-    def build(self, name: str, path: Path, ranks: int = 1, task: str = "pairs") -> float:
+    def out(self, name: str, ranks: int = 1) -> Path:
+        """Where a build is put."""
+        return self.scratch / f"{name}-{ranks}"
+
+    def build(self, name: str, path: Path, ranks: int = 1, anew: bool = True, **settings: Any) -> float:
         """Seconds of a whole `data_prep build`, start of the processes included."""
-        recipe = self.scratch / f"{name}.json"
-        data: dict[str, Any] = {"corpus": "files", "train": [str(path)], "tokenizer": str(self.tokenizer), "task": task}
-        if task != "pairs":
-            data["source_field"] = "text"
-        recipe.write_text(json.dumps({"data": data}))
-        out = self.scratch / f"{name}-{ranks}"
-        subprocess.run(["rm", "-rf", out], check=True)
+        recipe, out = self.scratch / f"{name}.json", self.out(name, ranks)
+        data = {"corpus": "files", "train": [str(path)], "tokenizer": str(self.tokenizer)}
+        recipe.write_text(json.dumps({"data": data | settings}))
+        if anew:
+            shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "data_prep", "build", "--config", str(recipe), "--out", str(out)]
         seconds = _seconds(command if ranks == 1 else [str(MPIEXEC), "-n", str(ranks), *command])
         shards = read_manifest(out).splits["train"].shards
@@ -150,7 +171,7 @@ class _Bench:
 
     def read(self, name: str) -> list[Measure]:
         """Stored data to padded batches of 32 in order, and bytes on disk."""
-        out = self.scratch / f"{name}-1"
+        out = self.out(name)
         reader = SplitReader(out, read_manifest(out), "train")
         sides = [*PACKAGES]
         results: dict[str, dict[str, Any]] = {}
@@ -197,13 +218,13 @@ class _Bench:
                     best = result
         return best
 
-    def padding(self, texts: dict[str, Path]) -> str:
+    def padding(self) -> str:
         """Real over padded tokens, micro-batches of 32 bucketed in windows of 25,600 examples."""
         lines = ["Real over padded tokens, micro-batches of 32 examples, windows of 25,600:"]
-        for name, path in texts.items():
-            self.build(name, path, task="span_corruption")
-        for name in (*self.pairs, *texts):
-            out = self.scratch / f"{name}-1"
+        for name, path in self.texts.items():
+            self.build(name, path, task="span_corruption", source_field="text")
+        for name in (*self.pairs, *self.texts):
+            out = self.out(name)
             reader = SplitReader(out, read_manifest(out), "train")
             examples = reader.read(np.arange(len(reader)))
             shares = bucketed_efficiency(examples.source_lengths, examples.target_lengths, 32, 25_600)
@@ -213,7 +234,7 @@ class _Bench:
 
 def _seconds(command: list[str]) -> float:
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     if done.returncode:
         raise ValueError(f"{' '.join(command[:4])} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     return time.perf_counter() - begin

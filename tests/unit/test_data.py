@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -147,6 +149,38 @@ def test_a_restored_cursor_continues_the_stream(data_dir: Path, shape: dict[str,
         (step, after), (other, other_after) = next(stream), next(again)
         assert after == other_after
         assert all(same(a, b) for a, b in zip(step.micro_batches, other.micro_batches, strict=True))
+
+
+def digest_of(micro_batches: list[MicroBatch]) -> str:
+    digest = hashlib.sha256()
+    for m in sorted(micro_batches, key=lambda m: m.index):
+        digest.update(repr((m.index, m.example_ids.tolist(), tuple(m.source_BS.shape))).encode())
+        for tensor in (m.source_BS, m.source_mask_BS, m.labels_BT):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_300_restarts_with_other_ranks_and_workers_continue_the_identical_stream(data_dir: Path) -> None:
+    """From a random step, through JSON of at most 1 KiB; every stop changes ranks and workers. Two epochs of it."""
+    shape = {"tokens": 120, "per_step": 12, "window": 50}
+    expected, cursors = [], [Cursor()]
+    for step, cursor in batches_of(data_dir, **shape).steps(Cursor(), 0, 1):
+        if cursor.epoch == 2:
+            break
+        expected.append(digest_of(step.micro_batches))
+        cursors.append(cursor)
+    rng = np.random.Generator(np.random.Philox(11))
+    for trial in range(300):
+        first = int(rng.integers(len(expected)))
+        state = json.dumps(cursors[first].to_dict())
+        assert len(state) <= 1024
+        world, workers = int(rng.choice([1, 2, 3, 4, 6, 12])), int(rng.integers(3))
+        batches, cursor = batches_of(data_dir, **shape, workers=workers), Cursor.from_dict(json.loads(state))
+        for number in range(first, min(first + 2, len(expected))):
+            parts = [batches.step(cursor, rank, world) for rank in range(world)]
+            assert digest_of([m for part, _ in parts for m in part.micro_batches]) == expected[number], (trial, number)
+            (cursor,) = {after for _, after in parts}
+            assert cursor == cursors[number + 1]
 
 
 def test_padding_masks_labels_and_counts(data_dir: Path) -> None:
