@@ -50,7 +50,7 @@ class Memory:
     """What the decoder reads of the encoder's output, for B examples."""
 
     cross: Sequence[KeysValues]
-    """For each decoder layer, [B, S, H, K]."""
+    """For each decoder layer, [B, H, S, K]."""
     bias: torch.Tensor
     """[B, 1, 1, S]."""
 
@@ -59,27 +59,29 @@ class Memory:
         return len(self.bias)
 
     def select(self, examples: torch.Tensor) -> Memory:
-        cross = [KeysValues(each.keys[examples], each.values[examples]) for each in self.cross]
-        return Memory(cross, self.bias[examples])
+        return Memory([each.select(examples) for each in self.cross], self.bias[examples])
 
 
 class StaticCache:
-    """Self-attention's keys and values of one layer in buffers of a fixed size, [R, L, H, K].
+    """Self-attention's keys and values of one layer in buffers of a fixed size, [R, H, L, K].
 
     Rows may stand at different positions: what lies behind a row's position is left over, masked, and overwritten.
     """
 
     def __init__(self, like: KeysValues, num_rows: int, length: int) -> None:
-        shape = (num_rows, length, *like.keys.shape[2:])
+        shape = (num_rows, like.keys.shape[1], length, like.keys.shape[3])
         self.keys, self.values = like.keys.new_zeros(shape), like.values.new_zeros(shape)
         self.positions_RQ = torch.empty(0)
         self.num_keys = 0
 
     @staticmethod
     def of(first: KeysValues, rows: torch.Tensor, length: int) -> StaticCache:
-        """A cache that begins with some rows of these keys and values [B, T, H, K]."""
-        cache, filled = StaticCache(first, len(rows), length), slice(0, min(length, first.keys.shape[1]))
-        cache.keys[:, filled], cache.values[:, filled] = first.keys[rows, filled], first.values[rows, filled]
+        """A cache that begins with some rows of these keys and values [B, H, T, K]."""
+        cache, filled = StaticCache(first, len(rows), length), slice(0, min(length, first.keys.shape[2]))
+        cache.keys[:, :, filled], cache.values[:, :, filled] = (
+            first.keys[rows, :, filled],
+            first.values[rows, :, filled],
+        )
         return cache
 
     def at(self, positions_RQ: torch.Tensor, num_keys: int) -> StaticCache:
@@ -88,18 +90,25 @@ class StaticCache:
         return self
 
     def extend(self, new: KeysValues) -> KeysValues:
-        place: tuple[Any, torch.Tensor] = (slice(None), self.positions_RQ[0])  # all rows at the same
-        if len(self.positions_RQ) > 1:
-            place = (torch.arange(len(self.keys), device=self.keys.device)[:, None], self.positions_RQ)
-        self.keys[place], self.values[place] = new.keys, new.values
-        return KeysValues(self.keys[:, : self.num_keys], self.values[:, : self.num_keys])
+        if len(self.positions_RQ) == 1:  # all rows at the same
+            places_Q = self.positions_RQ[0]
+            self.keys[:, :, places_Q], self.values[:, :, places_Q] = new.keys, new.values
+        else:
+            rows_R1 = torch.arange(len(self.keys), device=self.keys.device)[:, None]
+            place = (
+                rows_R1,
+                slice(None),
+                self.positions_RQ,
+            )  # [R, Q, H, K]: indices apart bring their axes to the front
+            self.keys[place], self.values[place] = new.keys.transpose(1, 2), new.values.transpose(1, 2)
+        return KeysValues(self.keys[:, :, : self.num_keys], self.values[:, :, : self.num_keys])
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
         filled = slice(0, self.num_keys)
-        keys, values = self.keys[rows, filled], self.values[rows, filled]
+        keys, values = self.keys[rows, :, filled], self.values[rows, :, filled]
         self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
-        self.keys[:, filled], self.values[:, filled] = keys, values
+        self.keys[:, :, filled], self.values[:, :, filled] = keys, values
 
 
 def step(

@@ -36,7 +36,7 @@ class Prefix:
     said_BT: torch.Tensor
     """What the decoder says after each of them."""
     caches: Sequence[KeysValues]
-    """Self-attention's keys and values of each layer, [B, T, H, K]."""
+    """Self-attention's keys and values of each layer, [B, H, T, K]."""
 
 
 @torch.inference_mode()

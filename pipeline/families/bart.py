@@ -129,7 +129,9 @@ class BartFamily:
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         attention: Any = cast(Any, layer).encoder_attn
         width = attention.head_dim
-        return KeysValues(heads(attention.k_proj(encoded_BSD), width), heads(attention.v_proj(encoded_BSD), width))
+        each = (attention.k_proj, attention.v_proj)
+        keys_BHSK, values_BHSK = (heads(project(encoded_BSD), width).contiguous() for project in each)
+        return KeysValues(keys_BHSK, values_BHSK)
 
     def call_cached(
         self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
@@ -137,14 +139,14 @@ class BartFamily:
         block = cast(Any, layer)
         attention = block.self_attn
         width, scale = attention.head_dim, attention.scaling
-        keys_RQHK, values_RQHK = (heads(each(hidden_RQD), width) for each in (attention.k_proj, attention.v_proj))
-        seen = cache.extend(KeysValues(keys_RQHK, values_RQHK))
+        keys_RHQK, values_RHQK = (heads(each(hidden_RQD), width) for each in (attention.k_proj, attention.v_proj))
+        seen = cache.extend(KeysValues(keys_RHQK, values_RHQK))
         attended_RQX = attend(heads(attention.q_proj(hidden_RQD), width), seen, inputs.self_bias, scale)
         hidden_RQD = block.self_attn_layer_norm(hidden_RQD + attention.out_proj(attended_RQX))
 
         attention = block.encoder_attn
-        queries_RQHK = heads(attention.q_proj(hidden_RQD), width)
-        attended_RQX = attend_across(queries_RQHK, cross, inputs.cross_bias, scale)
+        queries_RHQK = heads(attention.q_proj(hidden_RQD), width)
+        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale)
         hidden_RQD = block.encoder_attn_layer_norm(hidden_RQD + attention.out_proj(attended_RQX))
 
         forwarded_RQD = block.fc2(block.activation_fn(block.fc1(hidden_RQD)))

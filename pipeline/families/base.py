@@ -41,16 +41,20 @@ class KeysValues:
     """What attention looks at."""
 
     keys: torch.Tensor
-    """[B, L, H, K]."""
+    """[B, H, L, K]."""
     values: torch.Tensor
-    """[B, L, H, K]."""
+    """[B, H, L, K]."""
+
+    def select(self, examples: torch.Tensor) -> KeysValues:
+        """Those of some examples, in this order."""
+        return KeysValues(self.keys[examples], self.values[examples])
 
 
 class SelfCache(Protocol):
     """Keys and values of self-attention in one decoder layer, of the tokens decoded so far."""
 
     def extend(self, new: KeysValues) -> KeysValues:
-        """Take in those of the new tokens, [R, Q, H, K]; returns all that the new tokens may look at, [R, T, H, K]."""
+        """Take in those of the new tokens, [R, H, Q, K]; returns all that the new tokens may look at, [R, H, T, K]."""
 
 
 class Shared(Protocol):

@@ -166,7 +166,8 @@ class T5Family:
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         attention: Any = layer.get_submodule("layer.1.EncDecAttention")
         width = attention.key_value_proj_dim
-        return KeysValues(heads(attention.k(encoded_BSD), width), heads(attention.v(encoded_BSD), width))
+        keys_BHSK, values_BHSK = (heads(each(encoded_BSD), width).contiguous() for each in (attention.k, attention.v))
+        return KeysValues(keys_BHSK, values_BHSK)
 
     def call_cached(
         self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
@@ -180,8 +181,8 @@ class T5Family:
         hidden_RQD = _within_fp16(hidden_RQD + attention.o(attended_RQX))
 
         attention = cross_block.EncDecAttention
-        queries_RQHK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), width)
-        attended_RQX = attend_across(queries_RQHK, cross, inputs.cross_bias, scale=1.0)
+        queries_RHQK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), width)
+        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale=1.0)
         hidden_RQD = _within_fp16(hidden_RQD + attention.o(attended_RQX))
         return _within_fp16(feed_forward(hidden_RQD))
 
