@@ -5,7 +5,7 @@ SUITE ?= data
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint test-faults bench bench-gpu doctor clean help
+.PHONY: demo test lint test-faults bench bench-gpu full-size doctor clean help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,10 @@ bench: .venv/installed  ## benchmarks that run on a CPU
 	$(BIN)/python -m pipeline.bench checkpoint
 	$(BIN)/python -m pipeline.bench step
 	$(BIN)/python -m pipeline.bench data
+
+full-size: .venv/installed  ## T5-large and mT5-large all the way on a CPU: 24 GiB of memory, 70 GiB of disk, half an hour
+	$(BIN)/python -m pipeline.bench full-size --model t5-large
+	$(BIN)/python -m pipeline.bench full-size --model mt5-large
 
 bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU
 	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel  # baselines; left out where they do not install

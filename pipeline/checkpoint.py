@@ -82,6 +82,8 @@ class Checkpointer:
     Args:
         inputs: what the run was started with; a checkpoint of other identity is refused.
         product: JSON that the export of a checkpoint needs to know, such as spans and the teacher's hash.
+        beside: copy what is saved and write it while training goes on; False takes no memory for a copy, and a save
+            returns when it is published.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class Checkpointer:
         keep: Keep,
         inputs: dict[str, Any],
         product: Mapping[str, Any] | None = None,
+        beside: bool = True,
     ) -> None:
         self.folder = folder
+        self.beside = beside
         self.world = world
         self.keep = keep
         self.inputs = inputs
@@ -111,17 +115,17 @@ class Checkpointer:
         world.barrier()
 
     def save(self, engine: Sharded, state: TrainState, validation: Mapping[str, float] | None = None) -> None:
-        """Take a snapshot and have it written while training goes on; first waits for the save before. Collective.
+        """Take a snapshot and have it written, beside training if so; first waits for the save before. Collective.
 
         Args:
             validation: validation losses at this step, where they were computed.
 
         Raises:
-            RuntimeError: the save before failed, on this rank or another.
+            RuntimeError: the save before failed, on this rank or another; or this one, where it is waited for.
         """
         self.finish()
         slices = list(engine.slices())
-        self._snapshot = self._snapshot or Snapshot(slices)
+        self._snapshot = self._snapshot or Snapshot(slices, copied=self.beside)
         self._snapshot.take(slices)
         manifest = {
             "format": FORMAT_VERSION,
@@ -136,6 +140,8 @@ class Checkpointer:
             target=self._write, args=(self._snapshot, manifest), name="checkpoint", daemon=True
         )
         self._thread.start()
+        if not self.beside:
+            self.finish()
 
     @property
     def failed(self) -> bool:

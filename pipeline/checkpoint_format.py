@@ -40,9 +40,12 @@ class Slice(Protocol):
 class Snapshot:
     """A copy of this rank's slices in host memory, laid out as the file it will be: 12 bytes a trainable parameter of
     the rank, allocated once. Pinned where the slices live on a GPU, so that copying runs at the speed of the bus.
+
+    Args:
+        copied: False takes no copy: the slices must stay as they are until they are written.
     """
 
-    def __init__(self, slices: Sequence[Slice]) -> None:
+    def __init__(self, slices: Sequence[Slice], *, copied: bool = True) -> None:
         index: dict[str, Any] = {}
         header: dict[str, Any] = {}
         position = 0
@@ -59,16 +62,20 @@ class Snapshot:
         text += b" " * (-len(text) % 8)  # data starts at a multiple of 8 bytes
         self._header = len(text).to_bytes(8, "little") + text
         on_gpu = any(tensor.is_cuda for part in slices for tensor in part.tensors.values())
-        self._data = torch.empty(position, dtype=torch.float32, pin_memory=on_gpu)
-        self._views = list(self._data.split([t.numel() for part in slices for t in part.tensors.values()]))
+        self._copy = torch.empty(position, dtype=torch.float32, pin_memory=on_gpu) if copied else None
+        self._tensors: list[torch.Tensor] = []
 
     @torch.no_grad()
     def take(self, slices: Sequence[Slice]) -> None:
         """Copy the slices as they are now; returns when all is in host memory."""
         tensors = [tensor for part in slices for tensor in part.tensors.values()]
-        for view, tensor in zip(self._views, tensors, strict=True):
+        if self._copy is None:
+            self._tensors = tensors
+            return
+        self._tensors = [self._copy]
+        for view, tensor in zip(self._copy.split([each.numel() for each in tensors]), tensors, strict=True):
             view.copy_(tensor, non_blocking=True)
-        if self._data.is_pinned():
+        if self._copy.is_pinned():
             torch.cuda.current_stream().synchronize()
 
     def write(self, path: Path) -> dict[str, Any]:
@@ -91,8 +98,9 @@ class Snapshot:
         return {"bytes": size, "sha256": digest.hexdigest()}
 
     def _chunks(self) -> Iterator[memoryview]:
-        data = memoryview(self._data.numpy().data).cast("B") if self._data.numel() else memoryview(b"")
-        for part in (memoryview(self._header), data):
+        yield memoryview(self._header)
+        for tensor in filter(torch.Tensor.numel, self._tensors):
+            part = memoryview(tensor.cpu().numpy().data).cast("B")
             for first in range(0, len(part), CHUNK_BYTES):
                 yield part[first : first + CHUNK_BYTES]
 

@@ -111,6 +111,8 @@ class LoopConfig:
     """Keep the checkpoints of every so many steps, too; 0 keeps none for that."""
     keep_best: bool = operational(True)
     """Keep the checkpoint with the lowest mean validation loss, too (of those saved at a step that was validated)."""
+    save_beside: bool = operational(True)
+    """Write checkpoints beside training, from a copy of a rank's share in host memory; false copies none, and waits."""
     stop_before_end_s: float = operational(120.0)
     """Seconds before the end of a SLURM job's time at which training saves and asks for another start; at most half of
     the time that is left when it starts. Longer than two steps, a validation and a save."""

@@ -297,8 +297,9 @@ def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recom
     )
 
 
-def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, *, recompute: bool, reason: str) -> str:
+def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, loop: LoopConfig, reason: str) -> str:
     """What a run will train and need, for people."""
+    recompute = loop.recompute_activations
     needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute)
     moved = traffic(sizes, mode, batch.micro_batches_per_step // mode.num_ranks)
     num_layers = sum(leaf.trained for leaf in sizes.leaves)
@@ -316,7 +317,8 @@ def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, *, recompute: bool, 
         + (f", {readable(moved.between_nodes)} of that between nodes" if moved.between_nodes else ""),
     ]
     checkpoint = BYTES_IN_CHECKPOINT * sizes.num_trained
-    sentences.append(f"A checkpoint has {readable(checkpoint)}, and saving keeps one rank's share of it in host memory")
+    beside = ", and saving keeps one rank's share of it in host memory" if loop.save_beside else ""
+    sentences.append(f"A checkpoint has {readable(checkpoint)}{beside}")
     return ". ".join(sentences) + "."
 
 
@@ -336,4 +338,4 @@ def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -
         name, reason = choose(sizes, machine, batch.tokens_per_micro_batch, recompute=loop.recompute_activations)
         reason = f"chosen by auto: {reason}"
     mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node)
-    return name, paragraph(sizes, mode, batch, recompute=loop.recompute_activations, reason=reason)
+    return name, paragraph(sizes, mode, batch, loop, reason)

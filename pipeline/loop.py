@@ -121,6 +121,7 @@ class Trainer:
             keep=Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best),
             inputs=stage.inputs,
             product=task.product,
+            beside=loop.save_beside,
         )
         self.side_group = group = world.side_group()
         self.flags = StepFlags(group)

@@ -12,6 +12,7 @@ BENCHES = {
     "data": "pipeline.bench.data",
     "checkpoint": "pipeline.bench.checkpoint",
     "evaluate": "pipeline.bench.evaluate",
+    "full-size": "pipeline.bench.full_size",
     "kernels": "pipeline.bench.kernels",
     "search": "pipeline.bench.search",
     "switch": "pipeline.bench.switch",

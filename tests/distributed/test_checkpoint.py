@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import Keep
+from pipeline.checkpoint import Checkpointer, Keep
 from pipeline.checkpoint_format import checkpoints, damage, full_weights, step_of
 from pipeline.world import World
 from tests.distributed import saving
@@ -38,6 +38,21 @@ def test_what_ranks_wrote_any_other_number_reads(tmp_path, writers, readers):
     assert ranks(readers, saving.restore, tmp_path, 3) == [0] * readers
     for name, weight in full_weights(checkpoints(tmp_path)[-1]).items():
         assert torch.equal(weight.flatten(), saving.values(name, "weight", 3))
+
+
+def test_a_save_that_is_waited_for_writes_the_same_bytes_without_a_copy(tmp_path):
+    shards = saving.Shards(ALONE)
+    for beside in (True, False):
+        saver = Checkpointer(tmp_path / str(beside), ALONE, keep=Keep(last=2), inputs=saving.INPUTS, beside=beside)
+        shards.train(1)
+        saver.save(shards, saving.state_at(1))
+        if not beside:
+            assert steps_in(saver.folder) == [1]
+        shards.train(2)
+        saver.finish()
+    found = [checkpoints(tmp_path / name)[0] for name in ("True", "False")]
+    for name in ("rank_00000.safetensors", "manifest.json"):
+        assert (found[0] / name).read_bytes() == (found[1] / name).read_bytes()
 
 
 @pytest.mark.parametrize("lossy", [False, True])

@@ -386,8 +386,8 @@ def split_at(ids: list[int], marks: list[int]) -> list[list[int]]:
     return parts
 
 
-def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path) -> None:
-    """1,000 pairs as JSONL, gzip, zstd, CSV, TSV, Parquet and a folder saved by `datasets`."""
+def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 pairs as JSONL, gzip, zstd, CSV, TSV, Parquet, a folder saved by `datasets`, and fetched from a hub."""
     import datasets
 
     rows = [json.loads(line) for line in (built / "corpus/train.jsonl").read_text(encoding="utf-8").splitlines()][:1000]
@@ -402,9 +402,18 @@ def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path) -> None
     text = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
     (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(text))
+    commit = "c0ffee" * 6 + "cafe"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fetched = tmp_path / f"cache/datasets--owner--pairs/snapshots/{commit}/data"
+    fetched.mkdir(parents=True)
+    shutil.copy(tmp_path / "a.parquet", fetched / "train-0.parquet")
+    names = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "saved")
+    inputs = {name: str(tmp_path / name) for name in names}
+    inputs["hub"] = f"hub:datasets/owner/pairs@{commit}/data/train-*.parquet"
     hashes = {}
-    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "saved"):
-        data = {"corpus": "files", "train": [str(tmp_path / name)], "tokenizer": str(built / "tokenizer")}
+    for name, train in inputs.items():
+        data = {"corpus": "files", "train": [train], "tokenizer": str(built / "tokenizer")}
         out = tmp_path / f"data-{name}"
         result = build(write_recipe(tmp_path / "recipe.yaml", data), out)
         assert result.returncode == 0, result.stderr

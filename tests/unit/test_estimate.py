@@ -135,7 +135,7 @@ def test_a_named_configuration_stays_and_is_described(t5_large):
     assert name == "zero3"
     assert "as the recipe says" in said
     mode = Mode.of("zero3_offload", 2, 2)
-    assert "of host memory" in paragraph(t5_large, mode, BATCH, recompute=True, reason="because")
+    assert "of host memory" in paragraph(t5_large, mode, BATCH, LoopConfig(), "because")
 
 
 def test_useful_flops_count_parameters_and_tokens():
