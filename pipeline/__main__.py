@@ -16,6 +16,7 @@ choose     the assembly that fits a budget of latency, bytes or quality; exports
 trim       drop the vocabulary that the languages in use never need, from a T5 or mT5 folder
 doctor     check this machine or allocation: each line is ok, or says what to do
 checkpoint list, verify or export the checkpoints of a run
+bench      measure against named baselines (also: python -m pipeline.bench)
 """
 
 from __future__ import annotations

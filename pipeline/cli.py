@@ -29,6 +29,14 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(_one_line(str(ex or message)))
 
+    def dump(self, cfg: Namespace, **kwargs: Any) -> str:
+        """Settings as a recipe, which every other command takes, too: without the options of this command alone."""
+        own = vars(cfg).keys() - {field.name for field in dataclasses.fields(Recipe)}
+        recipe = cfg.clone()
+        for name in own:
+            del recipe[name]
+        return super().dump(recipe, **kwargs)
+
 
 def recipe_parser(program: str, description: str) -> ArgumentParser:
     """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""

@@ -7,9 +7,12 @@ import re
 import pytest
 import yaml
 
-from pipeline.__main__ import main
+import pipeline.__main__
+from data_prep.__main__ import main as data_prep_main
+from pipeline.__main__ import STAGES, TOOLS, main
 from pipeline.cli import RECIPES, field_names, parse_recipe, recipe_parser
-from pipeline.config import Recipe
+from pipeline.config import Recipe, fields_of_kind
+from slurm.__main__ import main as slurm_main
 
 
 def parse(*arguments):
@@ -33,6 +36,49 @@ def test_recipes_parse_and_print_as_what_they_are(name, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     printed.pop("verbose", None)
     assert printed["distill"]["granularities"] == [2, 3, 6]
+
+
+@pytest.mark.parametrize("command", ["run", "estimate"])
+def test_a_printed_recipe_is_the_same_recipe_to_every_command(command, tmp_path, capsys):
+    given = ["--config", "mt5_large", "--config", "translation", "--distill.losses.hidden", "[[0, 1.0], [9, 0.5]]"]
+    given += ["--data.prefix", "to {tgt}: ", "--teacher.loop.keep_best", "false"]
+    with pytest.raises(SystemExit, match="0"):
+        main([command, *given, "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    recipe, again = parse(*given), parse("--config", str(printed))
+    assert again == recipe
+    assert {field for kind in ("identity", "schedule", "operational") for field in fields_of_kind(again, kind)} == set(
+        field_names(Recipe)
+    )
+    with pytest.raises(SystemExit, match="2"):  # understood, and refused for what lacks here
+        main(["report", "--config", str(printed), "--run_dir", str(tmp_path)])
+    assert "stage evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [*STAGES, *TOOLS, "checkpoint", "checkpoint export", "bench", "bench full-size"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([*command.split(), "--help"])
+    assert not raised.value.code
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: python -m pipeline{'.' if 'bench' in command else ' '}{command.split()[0]} ")
+    assert not shown.err
+    assert command.split()[0] in (pipeline.__main__.__doc__ or "")
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["build"], ["verify"], ["repair"], ["stats"], ["cat"]])
+def test_every_command_of_data_preparation_has_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        data_prep_main([*command, "--help"])
+    assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["submit"], ["status"], ["clusters"], ["doctor"], ["sweep"], ["logs"]])
+def test_every_command_of_slurm_has_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        slurm_main([*command, "--help"])
+    assert "usage: python -m slurm" in capsys.readouterr().out
 
 
 def test_the_command_line_overrides_the_recipe():
