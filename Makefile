@@ -21,7 +21,7 @@ lint: .venv/installed  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-faults: .venv/installed slurm-here  ## one long fault suite: SUITE=data|engine|training|evaluation|slurm
+test-faults: .venv/installed slurm-here  ## one long fault suite, in slices of FAULT_SECONDS: SUITE=data|engine|training|evaluation|slurm
 	$(BIN)/python -m pytest tests/faults/test_$(SUITE).py -m faults --timeout 2400 -s
 
 bench: .venv/installed  ## benchmarks that run on a CPU

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -16,19 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from slurm.controller import ENDED
 from slurm.starts import Start, read_starts
+from tests.faults import trials
 from tests.faults.harness import STAGES, Road, scores
+from tests.faults.trials import SEED, folder_of
 from tests.slurm.cluster import SlurmCluster, slurm_version
 from tests.slurm.standin import ROOT, cluster_file
 
-SEED = int(os.environ.get("FAULT_SEED", "0"))
-FOLDER = Path(os.environ.get("FAULT_DIR", f"runs/faults/slurm-{SEED}")).absolute()
-SECONDS = float(os.environ.get("FAULT_SECONDS", "1500"))
-MUST_COUNT = os.environ.get("FAULT_WHOLE") == "1"
-STARTED_S = time.monotonic()
+FOLDER = folder_of("slurm")
 TIMEOUT_S = 280.0
 
 
@@ -158,26 +153,5 @@ def fast_cluster() -> SlurmCluster:
 def count_trials(
     kind: str, wanted: int, trial: Callable[[random.Random], dict[str, Any] | None]
 ) -> list[dict[str, Any]]:
-    """Run trials of a kind until there are enough of them over all slices, or the time of this slice is up; the records
-    of all of them. A trial that hit nothing (None) counts for nothing.
-
-    A slice that ends short of the count skips its test, or fails it with FAULT_WHOLE=1.
-    """
-    file = FOLDER / f"{kind}.jsonl"
-    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    number = found[-1]["number"] if found else 0
-    while len(found) < wanted and time.monotonic() - STARTED_S < SECONDS:
-        number += 1
-        begin_s = time.monotonic()
-        record = trial(random.Random(f"{kind}/{SEED}/{number}"))
-        if record is None:
-            print(f"{kind}: trial {number} came too late", flush=True)
-            continue
-        found.append({"number": number, "seconds": round(time.monotonic() - begin_s), **record})
-        with open(file, "a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps(found[-1]) + "\n")
-        print(f"{kind}: {found[-1]}", flush=True)
-    if len(found) < wanted:
-        message = f"{kind}: {len(found)} of {wanted} trials so far: start again to go on"
-        (pytest.fail if MUST_COUNT else pytest.skip)(message)
-    return found
+    """trials.count_trials in the folder of this suite, each trial with its own random numbers."""
+    return trials.count_trials(FOLDER, kind, wanted, lambda number: trial(random.Random(f"{kind}/{SEED}/{number}")))

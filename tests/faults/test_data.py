@@ -1,17 +1,18 @@
 """Data builds that are killed, or whose disk fills up, at any instant: the bytes must be those of a quiet build.
 
-FAULT_SEED chooses the random instants, FAULT_TRIALS how many of them.
+Trials are counted in FAULT_DIR over as many starts of this suite as it takes, each of FAULT_SECONDS; FAULT_SEED chooses
+other instants.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ import pytest
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
 from tests.distributed.test_data_build import ROOT, build, command, contents, family_of, kill_session, write_recipe
+from tests.faults.trials import SEED, count_trials, folder_of
 
-SEED = int(os.environ.get("FAULT_SEED", "0"))
-NUM_TRIALS = int(os.environ.get("FAULT_TRIALS", "40"))
-DATA = {"corpus": "demo", "num_demo_pairs": 700, "num_validation": 20, "num_test": 20, "vocab_size": 150}
-DATA |= {"examples_per_block": 32, "blocks_per_shard": 4}
+FOLDER = folder_of("data")
+NUM_KILLED = 300
+DATA = {"corpus": "demo", "num_demo_pairs": 400, "num_validation": 20, "num_test": 20, "vocab_size": 150}
+DATA |= {"examples_per_block": 32, "blocks_per_shard": 2}
 WORLDS = (0, 1, 2, 3, 5)
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
@@ -48,13 +50,14 @@ def injected(recipe: Path, out: Path, which: int, mode: str) -> subprocess.Compl
 
 
 def test_a_fault_before_and_after_every_write_fsync_and_rename(recipe: Path, quiet: Path, tmp_path: Path) -> None:
-    """Each in turn, then a restart with another number of ranks. FAULT_TRIALS bounds how many, spread evenly."""
+    """Each call in turn, killed before and after it and failing as on a full disk, then a restart with other ranks."""
     expected = contents(quiet)
     num_calls = int(injected(recipe, tmp_path / "count", 0, "count").stdout.split()[-1])
     faults = [(which, mode) for which in range(1, num_calls + 1) for mode in ("before", "after", "error")]
-    random.Random(f"inject/{SEED}").shuffle(faults)
-    for number, (which, mode) in enumerate(faults[:NUM_TRIALS]):
-        out = tmp_path / "data"
+
+    def trial(number: int) -> dict[str, Any]:
+        which, mode = faults[number - 1]
+        out, ranks = tmp_path / "data", WORLDS[number % len(WORLDS)]
         result = injected(recipe, out, which, mode)
         if mode == "error":
             assert (result.returncode, result.stderr.count("\n")) == (2, 1), (which, result.stderr)
@@ -62,43 +65,52 @@ def test_a_fault_before_and_after_every_write_fsync_and_rename(recipe: Path, qui
             assert not (out / "manifest.json").exists() or contents(out) == expected
         else:
             assert result.returncode == -9, (which, mode, result.stderr)
-        result = build(recipe, out, WORLDS[number % len(WORLDS)])
+        result = build(recipe, out, ranks)
         assert result.returncode == 0, (which, mode, result.stderr)
         assert contents(out) == expected, (which, mode)
         shutil.rmtree(out)
-    print(
-        f"\n{min(NUM_TRIALS, len(faults))} of {len(faults)} faults injected, {num_calls} calls of write, fsync, rename"
-    )
+        return {"call": which, "mode": mode, "restarted_ranks": ranks}
+
+    count_trials(FOLDER, f"call-{num_calls}", len(faults), trial)
 
 
 def test_kill_of_any_rank_at_any_instant(recipe: Path, quiet: Path, tmp_path: Path) -> None:
     """One process of the job, or all, at a random instant; up to two kills, then a restart with another world."""
     expected = contents(quiet)
-    generator = random.Random(f"data/{SEED}")
     start = time.monotonic()
     assert build(recipe, tmp_path / "timed", 2).returncode == 0
     seconds = time.monotonic() - start
-    num_kills = 0
-    for trial in range(NUM_TRIALS):
-        out = tmp_path / "data"
+
+    def trial(number: int) -> dict[str, Any] | None:
+        generator = random.Random(f"data/{SEED}/{number}")
+        out, worlds, published = tmp_path / "data", [], 0
         for _ in range(generator.choice((1, 2))):
-            words = command(recipe, out, generator.choice(WORLDS))
+            world = generator.choice(WORLDS)
             process = subprocess.Popen(
-                words, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command(recipe, out, world),
+                cwd=ROOT,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
             time.sleep(generator.uniform(0, seconds))
-            num_kills += process.poll() is None
+            if process.poll() is None:
+                worlds.append(world)
             family = sorted(family_of(process))
             if family and generator.random() < 0.5:
                 subprocess.run(["kill", "-9", str(generator.choice(family))], stderr=subprocess.DEVNULL, check=False)
                 time.sleep(0.05)
             kill_session(process)
-        result = build(recipe, out, generator.choice(WORLDS))
-        assert result.returncode == 0, (trial, result.stderr)
-        assert contents(out) == expected, f"trial {trial}"
+            published = len(list(out.glob("*/*.tar")))
+        world = generator.choice(WORLDS)
+        result = build(recipe, out, world)
+        assert result.returncode == 0, (number, result.stderr)
+        assert contents(out) == expected, f"trial {number}"
         shutil.rmtree(out)
-    print(f"\n{NUM_TRIALS} trials with {num_kills} kills")
-    assert num_kills >= NUM_TRIALS / 2
+        return {"killed_worlds": worlds, "shards_then": published, "restarted_ranks": world} if worlds else None
+
+    records = count_trials(FOLDER, "killed", NUM_KILLED, trial)
+    assert any(0 < record["shards_then"] < len(list(quiet.glob("*/*.tar"))) for record in records)
 
 
 def test_bit_flips_and_truncations(quiet: Path, tmp_path: Path) -> None:
