@@ -31,7 +31,7 @@ from jsonargparse import ArgumentParser
 
 from pipeline.cli import EXIT_MISTAKE, die_with_parent, parse_recipe, recipe_parser, run_program
 from pipeline.config import Recipe
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, Stage
 
 TRAINING = ("teacher", "distill", "baseline", "recover")
 TOOLS = ("compare", "choose", "trim")
@@ -121,9 +121,11 @@ def _fetch(recipe: Recipe) -> None:
 
 
 def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
+    stage = Stage.of(recipe, run, name)
     from pipeline.engine import join_world
+    from pipeline.watchdog import Watchdog
+    from pipeline.world import World
 
-    world = join_world()
     if name == "teacher":
         from pipeline.teacher import train_teacher as train
     elif name == "distill":
@@ -132,8 +134,13 @@ def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
         from pipeline.recover import recover as train
     else:
         from pipeline.baselines import train_baseline as train
-    train(recipe, run, world, extend=extend)
-    world.close()
+    hang_timeout_s = (recipe.teacher if name == "teacher" else recipe.distill).loop.hang_timeout_s
+    heartbeat = run.root / "heartbeat" / name
+    with Watchdog(heartbeat, World.from_environment(), hang_timeout_s=hang_timeout_s) as watchdog:
+        world = join_world()
+        watchdog.met()
+        train(recipe, stage, world, watchdog, extend=extend)
+        world.close()
 
 
 def _program(name: str) -> Callable[[Recipe, RunDir], None]:

@@ -34,19 +34,19 @@ from pipeline.modular import ModularModel
 from pipeline.rundir import RunDir, Stage
 from pipeline.spans import STACKS
 from pipeline.teacher import full_model_task, load_model, save_trained
+from pipeline.watchdog import Watchdog
 from pipeline.world import World
 
 
-def train_baseline(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
+def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/baseline/<method>-<assembly>/model for every baseline of the recipe, one after the other. Collective."""
-    started_s = time.time()
-    stage = Stage.of(recipe, run, "baseline")
+    started_s, run = time.time(), stage.run
     if begin_stage(stage, world, extend=extend):
         return
     wanted = baselines_of(recipe, num_teacher_layers(run))
     for each in wanted:
         try:
-            _train_one(each, recipe, replace(stage, name=f"baseline/{each.name}"), world, extend=extend)
+            _train_one(each, recipe, replace(stage, name=f"baseline/{each.name}"), world, watchdog, extend=extend)
         except SystemExit:
             requeue = stage.folder / each.name / "REQUEUE"
             if world.is_main and requeue.exists():  # whoever started the stage looks for it there
@@ -56,7 +56,7 @@ def train_baseline(recipe: Recipe, run: RunDir, world: World, *, extend: bool = 
         stage.publish([each.model(run) for each in wanted], started_s=started_s)
 
 
-def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, *, extend: bool) -> None:
+def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, watchdog: Watchdog, *, extend: bool) -> None:
     """Train and publish one baseline. `part` is the stage as far as it concerns this one, in a folder of its own."""
     started_s, run = time.time(), part.run
     if begin_stage(part, world, extend=extend):
@@ -72,7 +72,7 @@ def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, *, ext
         task = full_model_task(load_model(start))
         if each.method == "logit":
             task = distilled_task(task, load_model(run.teacher_model), recipe.distill.losses)
-    Trainer(task, part, world, optim=optim, batch=batch, loop=loop).train()
+    Trainer(task, part, world, watchdog, optim=optim, batch=batch, loop=loop).train()
     if world.is_main:
         if each.method == "theseus":
             library = part.folder / "library"

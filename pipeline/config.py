@@ -117,8 +117,8 @@ class LoopConfig:
     """Seconds before the end of a SLURM job's time at which training saves and asks for another start; at most half of
     the time that is left when it starts. Longer than two steps, a validation and a save."""
     hang_timeout_s: float = operational(600.0)
-    """Seconds without progress after which a rank takes the run for hung, says where every rank is, and leaves. Longer
-    than any single forward, backward, optimizer step or save. Ranks that died are found sooner."""
+    """Seconds without progress, or of waiting for others at the start, after which a rank takes the run for hung, says
+    where every rank is, and leaves. Longer than any forward, backward or save. Ranks that died are found sooner."""
 
     def __post_init__(self) -> None:
         for name in ("log_every_steps", "validate_every_steps", "save_every_steps", "keep_checkpoints"):

@@ -17,20 +17,20 @@ from pipeline.library import export_library, product_of
 from pipeline.loop import Task, Trainer, begin_stage
 from pipeline.losses import GlobalCounts, LossTerms, Objectives, granularity_label
 from pipeline.modular import ModularLeaf, ModularModel, ModularOutputs, TeacherLeaf, Wanted, granularity_of
-from pipeline.rundir import RunDir, Stage
+from pipeline.rundir import Stage
 from pipeline.sampler import Sampler
 from pipeline.scoring import bleu
 from pipeline.spans import STACKS, Assembly, coarsest_assembly, preset_assembly, pure_tiling, teacher_assembly
 from pipeline.teacher import load_model
 from pipeline.tokenizer import load_tokenizer
 from pipeline.validation import Translation
+from pipeline.watchdog import Watchdog
 from pipeline.world import World
 
 
-def train_modular(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
+def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/distill/library, the modular layers of all granularities. Collective over all ranks."""
-    started_s = time.time()
-    stage = Stage.of(recipe, run, "distill")
+    started_s, run = time.time(), stage.run
     if begin_stage(stage, world, extend=extend):
         return
     settings = recipe.distill
@@ -46,7 +46,7 @@ def train_modular(recipe: Recipe, run: RunDir, world: World, *, extend: bool = F
     )
     trainer = Trainer(
         task,
-        stage, world, optim=settings.optim, batch=settings.batch, loop=settings.loop,
+        stage, world, watchdog, optim=settings.optim, batch=settings.batch, loop=settings.loop,
     )  # fmt: skip
     trainer.train()
     if world.is_main:

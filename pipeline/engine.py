@@ -20,8 +20,8 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read when it is imported
 
 import deepspeed
+from deepspeed.utils import groups, set_z3_leaf_modules
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -63,6 +63,8 @@ def join_world() -> World:
     try:
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
     except torch.distributed.DistNetworkError as error:
+        if not world.is_main:  # which listens there; the others lack it
+            raise
         port, address = os.environ["MASTER_PORT"], os.environ["MASTER_ADDR"]
         raise ValueError(f"port {port} of {address} cannot be used: set MASTER_PORT to a free one ({error})") from error
     return world
@@ -107,9 +109,9 @@ class Engine:
         for name, parameter in self._parameters.items():
             self._clip_groups.setdefault(clip_group(name), []).append(parameter)
             by_factor.setdefault(lr_factor(name), []).append(parameter)
-        groups = [{"params": parameters, "factor": factor} for factor, parameters in sorted(by_factor.items())]
+        by_rate = [{"params": parameters, "factor": factor} for factor, parameters in sorted(by_factor.items())]
         optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=1e-8, fused=True
+            by_rate, lr=0.0, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=1e-8, fused=True
         )
         config = {
             **read_ds_config(ds_config),
@@ -220,13 +222,16 @@ def _into_shards(model: nn.Module, leaves: Sequence[nn.Module], config: dict[str
     device, and each rank of a node would hold a copy of a file that they could all read from the same pages.
     """
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    has_hpz = config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
     converted: Any = None
     for module in (*leaves, model):
         fresh = [parameter for parameter in module.parameters() if not hasattr(parameter, "ds_id")]
         for parameter in fresh:
             parameter.data = parameter.data.to(dtype, copy=True)  # the pages of a file stay untouched
         if converted is None:
-            deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+            # a second model of this process takes the group of the node that the first has made
+            group = groups._get_zero_param_intra_parallel_group() if has_hpz else None
+            deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype, zero_param_parallel_group=group)
             converted = fresh[0]
         elif fresh:
             converted.convert_to_zero_parameters(param_list=fresh)

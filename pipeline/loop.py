@@ -88,9 +88,17 @@ class Trainer:
     """One training run of one stage, from its newest checkpoint to its last step."""
 
     def __init__(
-        self, task: Task, stage: Stage, world: World, *, optim: OptimConfig, batch: BatchConfig, loop: LoopConfig
+        self,
+        task: Task,
+        stage: Stage,
+        world: World,
+        watchdog: Watchdog,
+        *,
+        optim: OptimConfig,
+        batch: BatchConfig,
+        loop: LoopConfig,
     ) -> None:
-        self.task, self.stage, self.world = task, stage, world
+        self.task, self.stage, self.world, self.watchdog = task, stage, world, watchdog
         self.optim, self.cadence = optim, loop
         data = stage.run.data
         seed = stage.identity["seed"]
@@ -137,7 +145,11 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step; leaves with exit code 85 when asked to stop before it."""
-        self._rehearse()
+        with self.watchdog.training(self.clock):
+            self._rehearse()
+            self._train()
+
+    def _train(self) -> None:
         state = self.checkpointer.restore(self.engine, self.task.restarts) or TrainState(0, Cursor())
         num_steps = self.optim.num_steps
         if state.step > num_steps or (
@@ -149,11 +161,8 @@ class Trainer:
         if state.step:
             logger_of(self.world).info("%s: continuing from step %d of %d", self.stage.name, state.step, num_steps)
         stop = StopSignal(self.stage.run.root / "STOP", self.world, self.cadence.stop_before_end_s)
-        watchdog = Watchdog(
-            self.stage.folder / "heartbeat", self.world, self.clock, hang_timeout_s=self.cadence.hang_timeout_s
-        )
         records = Records(self.stage, self.world, state.step, num_steps)
-        with watchdog, records, stop, self.checkpointer:
+        with records, stop, self.checkpointer:
             self._run(state, records, stop)
         self.flags.close()
 

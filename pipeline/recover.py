@@ -21,22 +21,22 @@ from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.scoring import References
 from pipeline.spans import Assembly
 from pipeline.teacher import full_model_task, load_model, save_trained
+from pipeline.watchdog import Watchdog
 from pipeline.world import World
 
 
-def recover(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
+def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/recover/model, or say that tuning made the assembly worse and publish none. Collective over all ranks.
 
     Raises:
         ValueError: no assembly is named, or one that the library cannot make.
     """
-    started_s = time.time()
+    started_s, run = time.time(), stage.run
     settings = recipe.recover
     if not settings.assembly:
         raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
     if settings.optim.num_steps == 0:
         raise ValueError("recover.optim.num_steps is 0: there would be nothing to compare")
-    stage = Stage.of(recipe, run, "recover")
     if begin_stage(stage, world, extend=extend):
         return
     start, tuned = stage.folder / "start", stage.folder / "tuned"
@@ -48,7 +48,7 @@ def recover(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) 
     world.barrier()
     trainer = Trainer(
         full_model_task(load_model(start)),
-        stage, world, optim=settings.optim, batch=recipe.distill.batch, loop=recipe.distill.loop,
+        stage, world, watchdog, optim=settings.optim, batch=recipe.distill.batch, loop=recipe.distill.loop,
     )  # fmt: skip
     trainer.train()
     if world.is_main:

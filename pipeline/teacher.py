@@ -27,6 +27,7 @@ from pipeline.losses import GlobalCounts, LossTerms, task_loss
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.spans import STACKS
 from pipeline.tokenizer import save_tokenizer, vocabulary_size
+from pipeline.watchdog import Watchdog
 from pipeline.world import World
 
 
@@ -76,10 +77,9 @@ def full_model_task(model: PreTrainedModel) -> Task:
     )
 
 
-def train_teacher(recipe: Recipe, run: RunDir, world: World, *, extend: bool = False) -> None:
+def train_teacher(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/teacher/model, a Hugging Face folder. Collective over all ranks."""
-    started_s = time.time()
-    stage = Stage.of(recipe, run, "teacher")
+    started_s, run = time.time(), stage.run
     if begin_stage(stage, world, extend=extend):
         return
     settings = recipe.teacher
@@ -89,7 +89,7 @@ def train_teacher(recipe: Recipe, run: RunDir, world: World, *, extend: bool = F
     else:
         trainer = Trainer(
             full_model_task(_starting_model(recipe, run)),
-            stage, world, optim=settings.optim, batch=settings.batch, loop=settings.loop,
+            stage, world, watchdog, optim=settings.optim, batch=settings.batch, loop=settings.loop,
         )  # fmt: skip
         trainer.train()
         if world.is_main:

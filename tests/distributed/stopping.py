@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline.metrics import PhaseClock
 from pipeline.preempt import StepFlags, StopSignal
@@ -33,11 +38,20 @@ def stop_by_signal(world: World, folder: Path, asked_rank: int, asked_step: int)
     (folder / f"rank_{world.rank}").write_text(str(step))
 
 
-def watch(world: World, folder: Path, clock: PhaseClock, hang_timeout_s: float = 60) -> Watchdog:
+def watchdog_of(world: World, folder: Path, hang_timeout_s: float = 60) -> Watchdog:
     """One with the patience of a test."""
     return Watchdog(
-        folder / "heartbeat", world, clock, hang_timeout_s=hang_timeout_s, beat_s=0.1, look_after_s=0.4, silence_s=2.0
+        folder / "heartbeat", world, hang_timeout_s=hang_timeout_s, beat_s=0.1, look_after_s=0.4, silence_s=2.0
     )
+
+
+@contextlib.contextmanager
+def watch(world: World, folder: Path, clock: PhaseClock, hang_timeout_s: float = 60) -> Iterator[None]:
+    """In training, after the ranks have met."""
+    with watchdog_of(world, folder, hang_timeout_s) as watchdog:
+        watchdog.met()
+        with watchdog.training(clock):
+            yield
 
 
 def steps_under_watch(world: World, folder: Path) -> None:
@@ -79,8 +93,48 @@ def rank_that_fails(world: World, folder: Path) -> None:
 
 
 def beats_without_pause(folder: Path) -> None:
-    world = World.from_environment()
-    watchdog = watch(world, folder, PhaseClock(world.device))
-    with watchdog:
+    with watchdog_of(World.from_environment(), folder) as watchdog:
         while True:
             watchdog._beat()
+
+
+def record_of(folder: Path, rank: int) -> dict[str, Any]:
+    """What a rank's file says now; before its first beat, nothing has been said."""
+    try:
+        return json.loads((folder / "heartbeat" / f"rank_{rank:05d}.json").read_text())
+    except (OSError, ValueError):
+        return {"pid": 0, "beat": 0}
+
+
+def wait_for_looks(folder: Path, rank: int, count: int) -> None:
+    """Until a rank has looked at the files of the others several times; it does so between two beats."""
+    while not record_of(folder, rank)["pid"]:
+        time.sleep(0.01)
+    begin = record_of(folder, rank)["beat"]
+    while record_of(folder, rank)["beat"] <= begin + count:
+        time.sleep(0.01)
+
+
+def rank_that_dies_on_its_way(folder: Path, is_seen: bool) -> None:
+    """Rank 1 dies before the ranks have met; the others have seen it by then, or not."""
+    world = World.from_environment()
+    if world.rank == 1 and not is_seen:
+        return
+    with watchdog_of(world, folder, hang_timeout_s=60 if is_seen else 1.0) as watchdog:
+        if world.rank == 1:
+            for rank in (0, 2):
+                wait_for_looks(folder, rank, 3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.init_process_group("gloo")
+        watchdog.met()
+
+
+def rank_that_comes_late(folder: Path) -> None:
+    """Rank 1 comes when rank 0 has looked at what an earlier start has left of it."""
+    world = World.from_environment()
+    if world.rank == 1:
+        wait_for_looks(folder, 0, 5)
+    with watchdog_of(world, folder) as watchdog:
+        dist.init_process_group("gloo")
+        watchdog.met()
+        world.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import time
 
 import pytest
@@ -44,11 +46,30 @@ def test_the_others_leave_when_a_rank_dies_or_stops_and_name_it(tmp_path, number
         assert ": step 3, forward of e2x3-d6" in text
 
 
+@pytest.mark.parametrize(
+    ("is_seen", "said"), [(True, r"rank 1 \(process \d+ on .*\) has died"), (False, "rank 1.* of 3 ha(s|ve) not come")]
+)
+def test_a_rank_that_dies_before_the_ranks_have_met_is_named(tmp_path, is_seen, said):
+    codes = run_ranks(3, stopping.rank_that_dies_on_its_way, tmp_path, is_seen, preload=PRELOAD, log=tmp_path)
+    assert codes == [1, -signal.SIGKILL if is_seen else 0, 1]
+    for text in say(tmp_path, 3)[::2]:
+        assert re.search(said, text)
+
+
+def test_what_an_earlier_start_has_left_is_not_believed(tmp_path):
+    stale = {"rank": 1, "host": socket.gethostname(), "pid": 1, "start": "0", "beat": 7, "left": None}
+    stale |= {"namespace": os.readlink("/proc/self/ns/pid"), "step": 3, "phase": "forward", "draw": ""}
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "rank_00001.json").write_text(json.dumps(stale))
+    codes = run_ranks(2, stopping.rank_that_comes_late, tmp_path, preload=PRELOAD, log=tmp_path)
+    assert codes == [0, 0], say(tmp_path, 2)
+
+
 def test_a_rank_killed_in_the_middle_of_a_beat_leaves_a_whole_record(tmp_path):
     record = tmp_path / "heartbeat" / "rank_00000.json"
     for trial in range(40):
         (process,) = start_ranks(1, stopping.beats_without_pause, tmp_path, preload=PRELOAD)
-        while not record.exists() or str(process.pid) not in record.read_text():
+        while stopping.record_of(tmp_path, 0)["pid"] != process.pid:
             time.sleep(0.001)
         time.sleep(0.001 * trial)
         process.kill()

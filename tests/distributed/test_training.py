@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import signal
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from pipeline.checkpoint_format import checkpoints
 from tests.distributed import training
-from tests.forks import wait_for
+from tests.forks import run_ranks, wait_for
 
 LOSSES = ("hidden", "logit", "task", "hidden/granularity_2", "hidden/granularity_3", "replaced_share")
 
@@ -91,6 +93,34 @@ def test_a_record_a_step_with_all_that_should_be_in_it(whole):
         assert {f"seconds_per_step/{phase}" for phase in ("data", "forward", "backward", "optimizer")} <= times
     assert "seconds_per_step/save" in records[2]  # the record after a save holds what it cost
     assert list((whole / "tensorboard" / "distill").glob("events*"))
+
+
+def test_the_longest_micro_batches_come_first_in_each_phase(prepared, tmp_path):
+    run_dir = training.copy_of(prepared, tmp_path / "run")
+    options = ("--distill.optim.num_steps=5",)
+    (code,) = run_ranks(
+        1, training.stage_step_by_step, "distill", str(run_dir), options, preload=training.PRELOAD, timeout_s=200
+    )
+    assert code == 0
+    steps = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    assert [step for step, _, _ in steps] == [0, 3, 0, 1, 2, 3, 4]
+    longest = [max(side) for side in zip(*(each for _, _, lengths in steps for each in lengths), strict=True)]
+    assert [rest for _, *rest in steps[:2]] == [[0.0, [longest] * 4]] * 2
+    assert all(rate > 0 for _, rate, _ in steps[2:])
+    assert [longest] * 4 not in [lengths for _, _, lengths in steps[2:]]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(prepared, tmp_path):
+    """A learning rate without bound: the first step goes well, the second does not."""
+    run_dir = training.copy_of(prepared, tmp_path / "run")
+    options = ("--distill.local_steps=0", "--distill.optim.learning_rate=1e30", "--distill.loop.save_every_steps=1")
+    assert training.run("distill", 2, run_dir, *options, log=run_dir) == [2, 2]
+    assert [path.name for path in checkpoints(run_dir / "distill" / "checkpoints")] == ["step_00000001"]
+    for rank in (0, 1):
+        said = (run_dir / f"rank_{rank}").read_text().splitlines()[-1]
+        assert "error: step 1 stopped before the optimizer moved: gradients are not finite in encoder." in said
+        for micro_batch in range(4):  # of all ranks
+            assert re.search(rf"micro-batch {micro_batch}: loss (nan|inf), draw e[\dx.]+-d[\dx.]+, examples \d+", said)
 
 
 def test_resumed_on_the_same_ranks_it_is_the_same_run(stopped, whole, tmp_path):

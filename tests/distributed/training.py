@@ -10,10 +10,13 @@ import sys
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pipeline.distill
 import pipeline.teacher  # noqa: F401 for the fork server
 from pipeline.__main__ import main
+from pipeline.data import StepBatch
+from pipeline.loop import Trainer
 from tests.forks import run_ranks, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,21 @@ SMALL = (
 def stage(name: str, run_dir: str, options: tuple[str, ...]) -> None:
     """What a rank does: `python -m pipeline NAME ...`."""
     main([name, "--config", "minute", "--run_dir", run_dir, *SMALL, *options])
+
+
+def stage_step_by_step(name: str, run_dir: str, options: tuple[str, ...]) -> None:
+    """The same, and a line for every step that the loop makes: its number, its learning rate, and the lengths of source
+    and target of each micro-batch."""
+
+    def told(self: Trainer, step: int, batch: StepBatch, sums: Any, learning_rate: float) -> None:
+        lengths = [(each.source_BS.shape[1], each.labels_BT.shape[1]) for each in batch.micro_batches]
+        with open(Path(run_dir) / "steps.jsonl", "a") as file:
+            file.write(json.dumps([step, learning_rate, lengths]) + "\n")
+        untold(self, step, batch, sums, learning_rate)
+
+    untold = Trainer._step
+    with mock.patch.object(Trainer, "_step", told):
+        stage(name, run_dir, options)
 
 
 def start(name: str, num_ranks: int, run_dir: Path, *options: str, log: Path | None = None) -> list[ForkServerProcess]:

@@ -87,7 +87,7 @@ class Jobs:
 
     def pid(self, stage: str, rank: int) -> int:
         """The process of a training rank."""
-        heartbeat = self.run / stage / "heartbeat" / f"rank_{rank:05d}.json"
+        heartbeat = self.run / "heartbeat" / stage / f"rank_{rank:05d}.json"
         return int(json.loads(heartbeat.read_text())["pid"])
 
     def starts(self) -> list[Start]:

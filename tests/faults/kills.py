@@ -35,6 +35,7 @@ OPTIONS = (
     "--distill.optim.num_steps=12",
     "--distill.loop.save_every_steps=1",
     "--distill.loop.validate_every_steps=12",
+    "--distill.loop.hang_timeout_s=40",  # how long a rank waits for one that was killed before it could say anything
 )
 
 
@@ -87,8 +88,7 @@ def kill_once(number: int, chance: random.Random, run_dir: Path, *, aim_at_save:
     else:
         reached = wait_for_save(processes, places, begin_s, num_skipped=chance.randrange(3))
         time.sleep(chance.uniform(0, SAVE_S if aim_at_save else STEP_S))
-    # before ranks have met, only their launcher can know that one is dead: torchrun and srun then end all of them
-    victims = processes if at_start or chance.random() < 0.5 else [chance.choice(processes)]
+    victims = processes if chance.random() < 0.5 else [chance.choice(processes)]
     for process in victims:
         if reached and process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
