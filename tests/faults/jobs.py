@@ -3,6 +3,7 @@ quiet run without SLURM on the same number of ranks; trials are counted over any
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import random
@@ -105,14 +106,15 @@ class Jobs:
 
 
 def quiet_run() -> Path:
-    """A finished run without SLURM, on two ranks, by the program as it is."""
+    """A finished run without SLURM, on two ranks, by the program as it is; slices side by side share it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    made_by = FOLDER / "quiet.version"
-    if not made_by.exists() or made_by.read_text() != version():
-        shutil.rmtree(FOLDER / "quiet", ignore_errors=True)
-        made_by.write_text(version())
-    road = Road(FOLDER / "quiet")
-    road.finish()
+    road, made_by = Road(FOLDER / "quiet"), FOLDER / "quiet.version"
+    with open(FOLDER / "quiet.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made_by.exists() or made_by.read_text() != version():
+            shutil.rmtree(road.run_dir, ignore_errors=True)
+            road.finish()
+            made_by.write_text(version())
     return road.run_dir
 
 
