@@ -16,7 +16,6 @@ from typing import Any
 
 from data_prep.config import DataConfig, SetConfig, identity_settings
 from data_prep.corruption import segment_tokens, span_counts
-from data_prep.demo import make_corpus
 from data_prep.encode import SPIECE, TOKENIZER_FILES, TOKENIZER_JSON, Encoder, train_sentencepiece
 from data_prep.hub import data_files, local_folder, names_data
 from data_prep.partition import Unit
@@ -237,6 +236,8 @@ def _make_corpus_folder(out: Path, config: DataConfig) -> None:
     sizes = (config.seed, config.num_demo_pairs, config.num_validation, config.num_test)
 
     def fill(folder: Path) -> None:
+        from data_prep.demo import make_corpus  # what it is made with takes longer to import than all the rest
+
         for split, pairs in make_corpus(*sizes).items():
             with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 for number, pair in enumerate(pairs):

@@ -4,6 +4,7 @@ run        all stages in order, each in its own processes; stages that are done 
 estimate   memory, traffic, FLOPs, hours and disk that a run will take (--nodes N --gpus M --gib G)
 fetch      download what the recipe names as hub:owner/name, on a machine with internet
 teacher    train, fine-tune or take the teacher            (under torchrun or srun)
+label      have the teacher write targets for the training sources: one more source of data (pseudo-labels)
 distill    train the modular layers of all granularities   (under torchrun or srun)
 baseline   shrink and fine-tune one small model directly   (under torchrun or srun)
 search     find the assemblies that lose least under any budget
@@ -35,7 +36,7 @@ from pipeline.rundir import RunDir, Stage
 
 TRAINING = ("teacher", "distill", "baseline", "recover")
 TOOLS = ("compare", "choose", "trim")
-STAGES = ("run", "estimate", "fetch", *TRAINING, "search", "assemble", "evaluate", "report", "doctor")
+STAGES = ("run", "estimate", "fetch", *TRAINING, "label", "search", "assemble", "evaluate", "report", "doctor")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -73,6 +74,9 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
         parser.add_argument("--dry-run", action="store_true", help="Check everything, say what would be done, and end.")
     if name == "estimate":
         _add_machine(parser)
+    if name == "label":
+        parser.add_argument("--num_beams", type=int, default=4, help="Beams of the teacher.")
+        parser.add_argument("--min_chrf", type=float, default=40.0, help="Least chrF (0-100) with the reference.")
     recipe, options = parse_recipe(parser, arguments)
     run = RunDir(Path(recipe.resolved_run_dir))
     if name == "doctor":
@@ -90,6 +94,11 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
         print(estimate(recipe, **machine, gib=options["gib"], peak_tflops=options["tflops"], share=options["share"]))
     elif name == "fetch":
         _fetch(recipe)
+    elif name == "label":
+        from pipeline.label import Rule, label
+        from pipeline.world import World
+
+        label(recipe, run, Rule(options["num_beams"], options["min_chrf"]), World.from_environment())
     elif name in TRAINING:
         _train(name, recipe, run, extend=options["extend"])
     else:

@@ -22,7 +22,6 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,10 +38,9 @@ from pipeline.rundir import RunDir, Stage, write_atomic
 from pipeline.scoring import p_values, quality_of
 from pipeline.slices import Plan, Workshop, agree_on_plan, merge, read_unit, tokenize
 from pipeline.tokenizer import load_tokenizer
-from pipeline.units import publish_sealed, read_sealed, take_claim, touch
+from pipeline.units import publish_sealed, read_sealed, work_off
 from pipeline.world import World
 
-POLL_S = 0.2
 METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "loss")
 TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "ms_per_token", "tokens_per_s", "tokens_per_s_low",
          "tokens_per_s_high", "peak_memory_bytes")  # fmt: skip
@@ -96,8 +94,8 @@ def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
         return scores
     plan, workshop = agree_on_plan(work, missing), Workshop(work, world.device)
     with tqdm(total=len(plan.units), desc="evaluate", unit="unit", disable=None if world.is_main else True) as bar:
-        _work_off(
-            work,
+        work_off(
+            work.folder / "claims",
             plan.units,
             name=lambda unit: f"{plan.folder.name}.{unit[0]}.{unit[1]}",
             is_done=lambda unit: read_unit(plan, *unit) is not None,
@@ -107,8 +105,8 @@ def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
         )
     if not all(read_unit(plan, *unit) for unit in plan.units):
         return scores  # others still decode, and will score
-    _work_off(
-        work,
+    work_off(
+        work.folder / "claims",
         missing,
         name=lambda system: f"score.{system.name}",
         is_done=lambda system: read_score(work, system) is not None,
@@ -116,35 +114,6 @@ def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
         wait=world.is_main,
     )
     return {system.name: score for system in work.systems if (score := read_score(work, system))}
-
-
-def _work_off(
-    work: Evaluation,
-    units: list[Any],
-    *,
-    name: Callable[[Any], str],
-    is_done: Callable[[Any], bool],
-    do: Callable[[Any, Callable[[], None]], None],
-    wait: bool,
-    progress: Callable[[], Any] = lambda: None,
-) -> None:
-    """Do every unit that nobody has done or claimed; with `wait`, return only when all are done."""
-    left = list(units)
-    while True:
-        for unit in list(left):
-            done = is_done(unit)
-            if not done and (claim := take_claim(work.folder / "claims", name(unit))):
-                # Another worker may have published and released between the look and the claim.
-                if not is_done(unit):
-                    do(unit, lambda claim=claim: touch(claim))  # type: ignore[misc]
-                claim.unlink(missing_ok=True)
-                done = True
-            if done:
-                left.remove(unit)
-                progress()
-        if not left or not wait:
-            return
-        time.sleep(POLL_S)
 
 
 def read_score(work: Evaluation, system: System) -> dict[str, Any] | None:

@@ -69,6 +69,9 @@ class _Float:
         return score
 
 
+_CHRF = CHRF()
+
+
 class _Bleu(_Float, BLEU):
     pass
 
@@ -174,3 +177,8 @@ def p_values(references: References, baseline: Sequence[str], systems: Mapping[s
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
     """Corpus BLEU (0..100) with sacrebleu's defaults."""
     return BLEU().corpus_score(outputs, [references]).score
+
+
+def chrf(output: str, reference: str) -> float:
+    """chrF (0..100) of one output with sacrebleu's defaults."""
+    return _CHRF.sentence_score(output, [reference]).score

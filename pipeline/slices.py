@@ -24,7 +24,7 @@ from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.families import FAMILIES
 from pipeline.rundir import read_json
 from pipeline.spans import STACKS
-from pipeline.together import Member, Outputs, decode_together, rules_of
+from pipeline.together import Member, Outputs, Rules, decode_together, rules_of
 from pipeline.tokenizer import load_tokenizer
 from pipeline.units import create_once, digest_of, publish_sealed, read_sealed
 from pipeline.views import Pool, load_pool
@@ -154,7 +154,9 @@ class _Views:
         return tokenize(self.pool.tokenizer, self.work, "target")
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
-        found = self._outputs([self._member(name) for name in names], places, beat)
+        members = [self._member(name) for name in names]
+        sources, references = ([side[i] for i in places] for side in (self.sources, self.references))
+        found = decode_in_memory(self.pool, members, sources, references, self.rules, beat)
         counts = [len(self.references[i]) for i in places]
         return {
             name: (
@@ -172,25 +174,36 @@ class _Views:
         encoder, decoder = (tuple(self.pool.layers[stack]) for stack in STACKS)
         return Member(name, encoder, decoder)
 
-    def _outputs(self, members: list[Member], places: list[int], beat: Callable[[], None]) -> dict[str, Outputs]:
-        """Outputs of all members that fit into memory, if need be one by one and in smaller batches."""
-        sources, references = ([side[i] for i in places] for side in (self.sources, self.references))
-        try:
-            return decode_together(self.pool, members, sources, references, self.rules, beat=beat)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        release_memory(self.pool.device)
-        if len(members) > 1:
-            return {name: each for member in members for name, each in self._outputs([member], places, beat).items()}
-        if len(places) == 1:
-            return {}
-        (member,), half = members, len(places) // 2
-        halves = [self._outputs(members, part, beat).get(member.name) for part in (places[:half], places[half:])]
-        if None in halves:
-            return {}
-        tokens, losses = ([x for each in halves if each for x in getattr(each, side)] for side in ("tokens", "losses"))
-        return {member.name: Outputs(tokens, losses)}
+
+def decode_in_memory(
+    pool: Pool,
+    members: Sequence[Member],
+    sources: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]],
+    rules: Rules,
+    beat: Callable[[], None],
+) -> dict[str, Outputs]:
+    """decode_together of all members that fit into memory, if need be one by one and in smaller batches."""
+    try:
+        return decode_together(pool, members, sources, references, rules, beat=beat)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory(pool.device)
+    if len(members) > 1:
+        alone = [decode_in_memory(pool, [member], sources, references, rules, beat) for member in members]
+        return {name: outputs for each in alone for name, outputs in each.items()}
+    if len(sources) == 1:
+        return {}
+    (member,), half = members, len(sources) // 2
+    halves = [
+        decode_in_memory(pool, members, sources[part], references[part], rules, beat).get(member.name)
+        for part in (slice(half), slice(half, None))
+    ]
+    if None in halves:
+        return {}
+    tokens, losses = ([x for each in halves if each for x in getattr(each, side)] for side in ("tokens", "losses"))
+    return {member.name: Outputs(tokens, losses)}
 
 
 class _Plain:

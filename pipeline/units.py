@@ -12,11 +12,13 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.rundir import read_json, write_atomic
 
+POLL_S = 0.2
 STALE_CLAIM_S = 600.0  # holders touch their claim after every batch; on other hosts silence is the only sign of death
 
 
@@ -104,3 +106,32 @@ def touch(claim: Path) -> None:
     """Say that the claim's holder is alive."""
     with contextlib.suppress(FileNotFoundError):
         os.utime(claim)
+
+
+def work_off(
+    claims: Path,
+    units: list[Any],
+    *,
+    name: Callable[[Any], str],
+    is_done: Callable[[Any], bool],
+    do: Callable[[Any, Callable[[], None]], None],
+    wait: bool,
+    progress: Callable[[], Any] = lambda: None,
+) -> None:
+    """Do every unit that nobody has done or claimed; with `wait`, return only when all are done."""
+    left = list(units)
+    while True:
+        for unit in list(left):
+            done = is_done(unit)
+            if not done and (claim := take_claim(claims, name(unit))):
+                # Another worker may have published and released between the look and the claim.
+                if not is_done(unit):
+                    do(unit, lambda claim=claim: touch(claim))  # type: ignore[misc]
+                claim.unlink(missing_ok=True)
+                done = True
+            if done:
+                left.remove(unit)
+                progress()
+        if not left or not wait:
+            return
+        time.sleep(POLL_S)

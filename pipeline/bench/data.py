@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -106,7 +107,9 @@ class _Bench:
     def _train_tokenizer(self) -> Path:
         folder = self.scratch / "tokenizer"
         folder.mkdir()
-        train_sentencepiece(self._training_texts(), self.arguments.vocab_size, True, folder / "spiece.model")
+        num_sentinels = 100 if self.texts else 0
+        size = self.arguments.vocab_size
+        train_sentencepiece(self._training_texts(), size, True, folder / "spiece.model", num_sentinels)
         return folder
 
     def _training_texts(self) -> Iterator[str]:
@@ -139,25 +142,23 @@ class _Bench:
         if find_spec("datasets") is None:
             self.left_out.add("datasets")
             return []
-        ours: dict[int, float] = {}
-        theirs: dict[str, float] = {}
+        times: dict[str, float] = {}
+
+        def keep_fastest(label: str, seconds: float) -> None:
+            times[label] = min(times.get(label, math.inf), seconds)
+            print(f"{name}: {label} {seconds:.2f} s", file=sys.stderr, flush=True)
+
         for _ in range(self.arguments.repeats):  # interleaved, so that a busy machine hurts all alike
             for ranks in (1, 2):
-                ours[ranks] = min(ours.get(ranks, 1e9), self.build(name, path, ranks))
+                keep_fastest(f"ours on {ranks} rank(s)", self.build(name, path, ranks))
             for label, (kind, processes) in DATASETS.items():
                 with tempfile.TemporaryDirectory(dir=self.scratch) as cache:
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "pipeline.bench.data_baselines",
-                        "map",
-                        str(path),
-                        str(self.tokenizer),
-                    ]
-                    theirs[label] = min(theirs.get(label, 1e9), _seconds([*command, kind, str(processes), cache]))
+                    side = ["map", str(path), str(self.tokenizer), kind, str(processes), cache]
+                    keep_fastest(label, _seconds([sys.executable, "-m", "pipeline.bench.data_baselines", *side]))
+        ours = {ranks: times[f"ours on {ranks} rank(s)"] for ranks in (1, 2)}
         floor = _floor_of_tokenising(path, self.tokenizer)
         millions = self.tokens[name] / 1e6
-        rows = [(ranks, label, theirs[label]) for ranks, label in zip((1, 1, 2), DATASETS, strict=True)]
+        rows = [(ranks, label, times[label]) for label, (_, ranks) in DATASETS.items()]
         measures = [
             Measure("data", f"{name}: tokenise on {ranks} rank(s)", ours[ranks] / millions, seconds / millions, label,
                     "s by million tokens", floor / ranks / millions)

@@ -61,7 +61,7 @@ def built(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 def test_any_number_of_ranks_makes_the_same_bytes(recipe: Path, built: Path, tmp_path: Path, ranks: int) -> None:
     result = build(recipe, tmp_path / "data", ranks)
     assert result.returncode == 0, result.stderr

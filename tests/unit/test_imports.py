@@ -45,7 +45,7 @@ LADDER: list[set[str]] = [
         "data_prep.build", "data_prep.verify", "data_prep.__main__", "pipeline.teacher", "pipeline.distill",
         "pipeline.search", "pipeline.search_costs",
         "pipeline.assemble", "pipeline.baselines", "pipeline.evaluate", "pipeline.evaluation",
-        "pipeline.slices", "pipeline.cost", "pipeline.compare", "pipeline.choose", "pipeline.report",
+        "pipeline.slices", "pipeline.label", "pipeline.cost", "pipeline.compare", "pipeline.choose", "pipeline.report",
         "pipeline.report_page",
         "pipeline.disk", "pipeline.forecast", "pipeline.planned",
         "pipeline.launch", "pipeline.preflight", "pipeline.run", "pipeline.doctor", "pipeline.bench",

@@ -148,7 +148,7 @@ def test_a_ragged_csv_row_is_named(tmp_path: Path) -> None:
 
 def test_a_quote_that_does_not_end_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('source,target\n"a,b\n')
-    with pytest.raises(ValueError, match=r"a.csv:3: not a row of cells \(unexpected end of data\); check the quoting"):
+    with pytest.raises(ValueError, match=r"a.csv:2: not a row of cells \(unexpected end of data\); check the quoting"):
         read(tmp_path / "a.csv")
 
 
