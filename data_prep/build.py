@@ -8,6 +8,7 @@ running it again, with any number of ranks.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -136,6 +137,7 @@ def _plan_and_missing(out: Path, config: DataConfig) -> tuple[Plan, list[Unit]]:
 def _make_share(out: Path, plan: Plan, missing: Sequence[Unit]) -> None:
     """Make this rank's share of the missing units. A failure of a later rank is left as a note for rank 0."""
     mine = [missing[number] for number in share_of_rank(len(missing), _RANK, _WORLD)]
+    gc.disable()  # records hold no cycles, and looking for some takes 4 % of the time
     try:
         if mine:
             maker = UnitMaker(out, plan)
