@@ -160,6 +160,7 @@ class T5Family:
             position_bias=inputs.self_bias,
             encoder_hidden_states=encoded_BSD,
             encoder_decoder_position_bias=inputs.cross_bias,
+            is_causal=False,  # the bias says so already; otherwise every decoder layer masks a copy of it again
         )
         return outputs[0]
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM
 
 from pipeline.families import family_of
@@ -88,3 +89,39 @@ def test_bart_never_drops_a_layer_in_training(tmp_path):
 def test_longest_texts():
     assert family_of("bart").max_positions(tiny_bart().config) == 40
     assert family_of("mt5").max_positions(tiny_t5("mt5").config) is None
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Keeps (operator, address of the mask, whether the mask requires grad) of every attention that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "scaled_dot_product" in str(func):
+            mask = kwargs["attn_mask"]
+            self.found.append((func, mask.data_ptr(), mask.requires_grad))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_hand_the_stacks_own_bias_to_the_fast_attention(kind):
+    """No zero bias for cross-attention, no copy of the bias in any layer, and nothing that requires grad in it, which
+    would keep PyTorch from its fused attention (on CPU and CUDA alike)."""
+    family, shared, layers = parts(tiny_model(kind))
+    shared.requires_grad_(False)
+    batch = random_batch(5)
+    encoder = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
+    ones_BT = torch.ones_like(batch.labels_BT[:1], dtype=torch.bool)
+    decoder = StackInputs(shared.self_bias("decoder", ones_BT), shared.cross_bias(batch.source_mask_BS))
+    encoded_BSD = shared.embed("encoder", batch.source_BS)
+    target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT)).requires_grad_()
+    with AttentionCalls() as calls:
+        family.call_layer(layers["encoder"][1], encoded_BSD.requires_grad_(), None, encoder)
+        family.call_layer(layers["decoder"][1], target_BTD, encoded_BSD, decoder)
+    fast = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    biases = (encoder.self_bias, decoder.self_bias, decoder.cross_bias)
+    assert calls.found == [(fast, bias.data_ptr(), False) for bias in biases]
+    assert decoder.cross_bias.shape == (len(batch.source_BS), 1, 1, batch.source_BS.shape[1])
