@@ -246,11 +246,14 @@ class ModularModel(nn.Module):
         shared = self.shared
         outputs = ModularOutputs({}, attention={"self": {}, "cross": {}})
         capture = wanted is not None and wanted.attention
-        inputs = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
+        mask_BS = batch.source_mask_BS
+        # by distance, too, whether or not an attention loss wants it: the order in which modules run stays one
+        by_distance_HR = shared.distance_bias("encoder", mask_BS)
+        inputs = StackInputs(shared.self_bias("encoder", mask_BS), distance_bias_HR=by_distance_HR)
         source_BSD = shared.embed("encoder", batch.source_BS)
         target_mask_BT = batch.labels_BT != -100
         # an example without targets only fills a micro-batch up: it counts nowhere
-        counted_BS = batch.source_mask_BS & target_mask_BT.any(1, keepdim=True)
+        counted_BS = mask_BS & target_mask_BT.any(1, keepdim=True)
         teacher_BSD, student_BSD, same = self._run_stack(
             "encoder", draw, source_BSD, None, None, True, inputs, counted_BS, counted_BS, outputs, capture
         )
@@ -258,8 +261,9 @@ class ModularModel(nn.Module):
         student_BSD = teacher_BSD if draw is None else shared.finish("encoder", student_BSD)
 
         # padding needs no mask: it stands behind every target token, where the causal mask hides it
-        bias = shared.self_bias("decoder", torch.ones_like(target_mask_BT[:1]))
-        inputs = StackInputs(bias, shared.cross_bias(batch.source_mask_BS))
+        ones_1T = torch.ones_like(target_mask_BT[:1])
+        by_distance_HR = shared.distance_bias("decoder", ones_1T)
+        inputs = StackInputs(shared.self_bias("decoder", ones_1T), shared.cross_bias(mask_BS), by_distance_HR)
         target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT))
         teacher_BTD, student_BTD, _ = self._run_stack(
             "decoder",
@@ -270,7 +274,7 @@ class ModularModel(nn.Module):
             same,
             inputs,
             target_mask_BT,
-            batch.source_mask_BS,
+            mask_BS,
             outputs,
             capture,
         )
@@ -364,7 +368,8 @@ class ModularModel(nn.Module):
                     *teacher_maps[span.last][kind],
                     query_mask_BQ=mask_BL,
                     key_mask_BS=mask_BL if kind == "self" else source_mask_BS,
-                    bias=inputs.bias(kind),
+                    bias_HR=inputs.distance_bias_HR if kind == "self" else None,
+                    causal=(stack, kind) == ("decoder", "self"),
                     scale=self.family.attentions(self.modular[stack][str(span)].layer)[kind].scale,
                 )
             outputs.pairs[name] = HiddenPair(

@@ -61,6 +61,9 @@ class BartShared(nn.Module):
             visible = visible & (positions_L[None, :] <= positions_L[:, None])
         return self._masked(visible)
 
+    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> None:
+        return None  # positions are in the embeddings
+
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         return self._masked(mask_BS[:, None, None, :])
 

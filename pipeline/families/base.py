@@ -28,12 +28,8 @@ class StackInputs:
     In cached decoding [R or 1, H or 1, Q, T]."""
     cross_bias: torch.Tensor | None = None
     """Mask of cross-attention, [B, 1, 1, S]; None in the encoder."""
-
-    def bias(self, kind: str) -> torch.Tensor:
-        """The bias of "self" or "cross"."""
-        bias = self.self_bias if kind == "self" else self.cross_bias
-        assert bias is not None
-        return bias
+    distance_bias_HR: torch.Tensor | None = None
+    """Position bias in self_bias by distance (see Shared.distance_bias); for the attention loss alone."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,10 @@ class Shared(Protocol):
 
     def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
         """Additive self-attention bias [B, H or 1, L, L] for a mask of real tokens."""
+
+    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor | None:
+        """What self_bias has beside masks, by distance: a key at s has [:, s - q + L - 1] of [H, 2L - 1] for a query at
+        q; None where it has nothing."""
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         """Additive cross-attention bias [B, 1, 1, S]."""

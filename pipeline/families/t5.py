@@ -31,14 +31,21 @@ class PositionBias(nn.Module):
         self.num_buckets = attention.relative_attention_num_buckets
         self.max_distance = attention.relative_attention_max_distance
 
+    def by_distance(self, mask_BL: torch.Tensor) -> torch.Tensor:
+        """The bias [H, 2L - 1] of all distances key - query among L tokens, from 1 - L on."""
+        num_tokens = mask_BL.shape[1]
+        distance_R = torch.arange(1 - num_tokens, num_tokens, device=mask_BL.device)
+        buckets_R = T5Attention._relative_position_bucket(
+            distance_R, self.bidirectional, self.num_buckets, self.max_distance
+        )
+        return self.table(buckets_R).T
+
     def forward(self, mask_BL: torch.Tensor) -> torch.Tensor:
         """Additive self-attention bias [B, H, L, L]; keys that are padding (or later, in a decoder) are masked."""
-        positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        num_tokens = mask_BL.shape[1]
+        positions_L = torch.arange(num_tokens, device=mask_BL.device)
         distance_LL = positions_L[None, :] - positions_L[:, None]
-        buckets_LL = T5Attention._relative_position_bucket(
-            distance_LL, self.bidirectional, self.num_buckets, self.max_distance
-        )
-        bias_HLL = self.table(buckets_LL).permute(2, 0, 1)
+        bias_HLL = self.by_distance(mask_BL)[:, distance_LL + num_tokens - 1]
         visible = mask_BL[:, None, None, :]
         if not self.bidirectional:
             visible = visible & (distance_LL <= 0)
@@ -84,6 +91,10 @@ class T5Shared(nn.Module):
 
     def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
         return self.bias[stack](mask_BL)
+
+    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
+        bias: Any = self.bias[stack]
+        return bias.by_distance(mask_BL)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         dtype = self.embedding.weight.dtype

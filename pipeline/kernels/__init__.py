@@ -110,10 +110,20 @@ def attention_loss(
 ) -> AttentionLoss:
     """Attention loss of each pair; the contract is `attention_reference.attention_loss`.
 
+    CUDA: two launches a pair, in which maps exist tile by tile (without triton, in fp64 or with wider heads than the
+    kernels take: as on a CPU). CPU: plain PyTorch in chunks of examples.
+
     Args:
         eager: take the definition, which makes whole attention maps.
     """
-    return (attention_reference if eager else attention_chunked).attention_loss(pairs, weight, upstream)
+    if eager:
+        return attention_reference.attention_loss(pairs, weight, upstream)
+    if pairs and pairs[0].student_query_BQHK.device.type == "cuda" and _has_triton():
+        from pipeline.kernels import attention_triton
+
+        if attention_triton.takes(pairs):
+            return attention_triton.attention_loss(pairs, weight, upstream)
+    return attention_chunked.attention_loss(pairs, weight, upstream)
 
 
 @cache

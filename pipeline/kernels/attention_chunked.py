@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.attention_reference import AttentionLoss, AttentionPair, check_attention, num_queries
+from pipeline.kernels.attention_reference import (
+    AttentionLoss,
+    AttentionPair,
+    check_attention,
+    counted_queries,
+    distances,
+    position_bias,
+)
 from pipeline.kernels.reference import accumulation_dtype
 
 CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of one fp32 map; one example at least
@@ -56,7 +63,10 @@ def _pass_over(pair: AttentionPair, scale: float, with_gradient: bool) -> tuple[
     """(loss, gradient of the queries, gradient of the keys), the gradients for a gradient `scale` of the loss."""
     num_batch, num_queries_each, num_heads, _ = pair.student_query_BQHK.shape
     num_keys, dtype = pair.student_key_BSHK.shape[1], accumulation_dtype(pair.student_query_BQHK)
-    num_rows = (num_queries(pair) * num_heads).clamp(min=1).to(dtype)
+    counted_BQ = counted_queries(pair)
+    num_rows = (counted_BQ.sum() * num_heads).clamp(min=1).to(dtype)
+    bias_HQS = position_bias(pair, dtype) if pair.bias_HR is not None else None
+    later_QS = distances(pair) > 0 if pair.causal else None
     gradients = [
         torch.empty(state.shape, dtype=state.dtype, device=state.device)
         for state in (pair.student_query_BQHK, pair.student_key_BSHK)
@@ -73,13 +83,14 @@ def _pass_over(pair: AttentionPair, scale: float, with_gradient: bool) -> tuple[
             for state, mask in zip(pair[:4], [pair.query_mask_BQ, pair.key_mask_BS] * 2, strict=True)
         ]
         student_query_CHQK, student_key_CHSK, teacher_query_CHQK, teacher_key_CHSK = queries_keys
-        bias = pair.bias[chunk] if len(pair.bias) > 1 else pair.bias
-        hidden_C11S = ~pair.key_mask_BS[chunk, None, None, :]
-        student_CHQS = _log_attention(student_query_CHQK, student_key_CHSK, pair.scale, bias, hidden_C11S)
-        teacher_CHQS = _log_attention(teacher_query_CHQK, teacher_key_CHSK, pair.scale, bias, hidden_C11S)
+        hidden_C1QS = ~pair.key_mask_BS[chunk, None, None, :]
+        if later_QS is not None:
+            hidden_C1QS = hidden_C1QS | later_QS
+        student_CHQS = _log_attention(student_query_CHQK, student_key_CHSK, pair.scale, bias_HQS, hidden_C1QS)
+        teacher_CHQS = _log_attention(teacher_query_CHQK, teacher_key_CHSK, pair.scale, bias_HQS, hidden_C1QS)
         probability_CHQS = teacher_CHQS.exp()
         divergence_CHQ = torch.linalg.vecdot(probability_CHQS, teacher_CHQS.sub_(student_CHQS))
-        counted_C1Q = (pair.query_mask_BQ[chunk] & pair.key_mask_BS[chunk].any(1, keepdim=True))[:, None, :]
+        counted_C1Q = counted_BQ[chunk, None, :]
         loss += torch.where(counted_C1Q, divergence_CHQ, 0).sum()
         if with_gradient:
             pull_CHQS = student_CHQS.exp_().sub_(probability_CHQS).mul_(pair.scale * scale / num_rows)
@@ -89,7 +100,11 @@ def _pass_over(pair: AttentionPair, scale: float, with_gradient: bool) -> tuple[
     return (loss / num_rows, *gradients)
 
 
-def _log_attention(query_CHQK: Tensor, key_CHSK: Tensor, scale: float, bias: Tensor, hidden_C11S: Tensor) -> Tensor:
-    scores_CHQS = (query_CHQK @ key_CHSK.transpose(-1, -2)).mul_(scale).add_(bias)
-    scores_CHQS.masked_fill_(hidden_C11S, torch.finfo(scores_CHQS.dtype).min)
+def _log_attention(
+    query_CHQK: Tensor, key_CHSK: Tensor, scale: float, bias_HQS: Tensor | None, hidden_C1QS: Tensor
+) -> Tensor:
+    scores_CHQS = (query_CHQK @ key_CHSK.transpose(-1, -2)).mul_(scale)
+    if bias_HQS is not None:
+        scores_CHQS.add_(bias_HQS)
+    scores_CHQS.masked_fill_(hidden_C1QS, torch.finfo(scores_CHQS.dtype).min)
     return torch.log_softmax(scores_CHQS, dim=-1)

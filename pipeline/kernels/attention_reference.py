@@ -1,6 +1,6 @@
 """The definition of the attention loss, in eager PyTorch: what every other path must equal.
 
-Shapes: P pairs, B batch, Q queries, S keys, H heads, K width of a head.
+Shapes: P pairs, B batch, Q queries, S keys, H heads, K width of a head, R = Q + S - 1 distances.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class AttentionPair(NamedTuple):
     student_query_BQHK, student_key_BSHK  as the projections make them; the only tensors that get gradients.
     teacher_query_BQHK, teacher_key_BSHK  the same shapes; must not require grad.
     query_mask_BQ, key_mask_BS            bool, True where the token is real.
-    bias                                  added to the scores of both, [1 or B, 1 or H, 1 or Q, S]: position bias and
-                                          masks such as the causal one (the dtype's minimum). Must not require grad.
+    bias_HR                               position bias of both, by distance: a key at s has bias_HR[:, s - q + Q - 1]
+                                          for a query at q. Must not require grad.
+    causal                                queries see no keys behind their own position.
     scale                                 factor of the scores before the bias.
     """
 
@@ -31,7 +32,8 @@ class AttentionPair(NamedTuple):
     teacher_key_BSHK: Tensor
     query_mask_BQ: Tensor
     key_mask_BS: Tensor
-    bias: Tensor
+    bias_HR: Tensor | None = None
+    causal: bool = False
     scale: float = 1.0
 
 
@@ -50,7 +52,8 @@ def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream
     """KL(teacher's attention || student's), in nats, mean over heads and real queries of this batch.
 
     Padded keys have no probability in either distribution, and padded queries count nowhere; both are selected away,
-    never multiplied. A batch of padding only gives loss 0 and zero gradients.
+    never multiplied. A query that sees no real key gives no loss and no gradient. A batch of padding only gives loss 0
+    and zero gradients.
 
     Args:
         weight: factor of share_P.
@@ -63,25 +66,42 @@ def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream
     losses = []
     for pair in pairs:
         keep_BHQS = pair.query_mask_BQ[:, None, :, None] & pair.key_mask_BS[:, None, None, :]
+        if pair.causal:
+            keep_BHQS = keep_BHQS & (distances(pair) <= 0)
         logs = []
         for query_BQHK, key_BSHK in (pair[0:2], pair[2:4]):
             dtype = accumulation_dtype(query_BQHK)
             query_BQHK = torch.where(pair.query_mask_BQ[:, :, None, None], query_BQHK.to(dtype), 0)
             key_BSHK = torch.where(pair.key_mask_BS[:, :, None, None], key_BSHK.to(dtype), 0)
-            scores_BHQS = torch.einsum("bqhk,bshk->bhqs", query_BQHK, key_BSHK) * pair.scale + pair.bias.to(dtype)
+            scores_BHQS = torch.einsum("bqhk,bshk->bhqs", query_BQHK, key_BSHK) * pair.scale
+            if pair.bias_HR is not None:
+                scores_BHQS = scores_BHQS + position_bias(pair, dtype)
             lowest = torch.finfo(dtype).min
             logs.append(torch.log_softmax(torch.where(keep_BHQS, scores_BHQS, lowest), dim=-1))
         student_BHQS, teacher_BHQS = logs
         terms_BHQS = teacher_BHQS.exp() * (teacher_BHQS - student_BHQS)
-        num_rows = (num_queries(pair) * student_BHQS.shape[1]).clamp(min=1)
+        num_rows = (counted_queries(pair).sum() * student_BHQS.shape[1]).clamp(min=1)
         losses.append(torch.where(keep_BHQS, terms_BHQS, 0).sum() / num_rows)
     loss_P = torch.stack(losses)
     return AttentionLoss(loss_P * weight, loss_P.detach())
 
 
-def num_queries(pair: AttentionPair) -> Tensor:
-    """Real queries that have a key to look at; a scalar."""
-    return (pair.query_mask_BQ & pair.key_mask_BS.any(1, keepdim=True)).sum()
+def counted_queries(pair: AttentionPair) -> Tensor:
+    """Real queries of examples that have a real key; bool [B, Q]."""
+    return pair.query_mask_BQ & pair.key_mask_BS.any(1, keepdim=True)
+
+
+def distances(pair: AttentionPair) -> Tensor:
+    """Position of the key minus that of the query, [Q, S]."""
+    device = pair.student_query_BQHK.device
+    query_Q, key_S = (torch.arange(state.shape[1], device=device) for state in pair[:2])
+    return key_S - query_Q[:, None]
+
+
+def position_bias(pair: AttentionPair, dtype: torch.dtype) -> Tensor:
+    """The bias as it is added to the scores of every example, [H, Q, S]."""
+    assert pair.bias_HR is not None
+    return pair.bias_HR.to(dtype)[:, distances(pair) + pair.student_query_BQHK.shape[1] - 1]
 
 
 def check_attention(pairs: Sequence[AttentionPair]) -> None:
@@ -97,10 +117,14 @@ def check_attention(pairs: Sequence[AttentionPair]) -> None:
             )
         if (pair.teacher_query_BQHK.shape, pair.teacher_key_BSHK.shape) != (query_BQHK.shape, key_BSHK.shape):
             raise ValueError(f"pair {index}: teacher and student have different shapes: no maps to compare")
-        for name in ("teacher_query_BQHK", "teacher_key_BSHK", "bias"):
-            if getattr(pair, name).requires_grad:
+        for name in ("teacher_query_BQHK", "teacher_key_BSHK", "bias_HR"):
+            tensor = getattr(pair, name)
+            if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"pair {index}: {name} requires grad, but it is frozen; pass it detached")
         for name, state in (("query_mask_BQ", query_BQHK), ("key_mask_BS", key_BSHK)):
             mask = getattr(pair, name)
             if mask.dtype != torch.bool or mask.shape != state.shape[:2]:
                 raise ValueError(f"pair {index}: {name} must be bool {list(state.shape[:2])}, got {mask.dtype}")
+        bias_shape = (query_BQHK.shape[2], query_BQHK.shape[1] + key_BSHK.shape[1] - 1)
+        if pair.bias_HR is not None and pair.bias_HR.shape != bias_shape:
+            raise ValueError(f"pair {index}: bias_HR must be {list(bias_shape)}, got {list(pair.bias_HR.shape)}")

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.kernels.reference import (
     MIN_DENOMINATOR,
     MIN_NORM,
+    USED_UP,
     HiddenLoss,
     HiddenPair,
     Mode,
@@ -26,7 +27,6 @@ from pipeline.kernels.reference import (
 )
 
 CHUNK_BYTES = 2**19  # of one fp32 buffer; two or three of these share a core's L2 cache
-USED_UP = "the fused loss makes its gradient once, in forward: call it again to run backward again"
 
 
 def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:

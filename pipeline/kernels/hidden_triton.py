@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenPair, Mode, check_pairs
+from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM, USED_UP, HiddenLoss, HiddenPair, Mode, check_pairs
 
 TILE_ELEMENTS = 4096  # ROWS x COLS: 32 elements a thread and input with 4 warps, more warps where rows are longer
 TILES = 4
@@ -32,7 +32,7 @@ TABLE_FIELDS = 16
 FIELDS = tl.constexpr(TABLE_FIELDS)
 STUDENT, TEACHER, START, GRADIENT = tl.constexpr(4), tl.constexpr(7), tl.constexpr(10), tl.constexpr(13)
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
@@ -42,7 +42,7 @@ def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, up
     """
     check_pairs(pairs, mode)
     for dtype in (pairs[0].student_BTD.dtype, pairs[0].teacher_BTD.dtype):
-        if dtype not in _TRITON_DTYPES:
+        if dtype not in TRITON_DTYPES:
             raise ValueError(f"the fused hidden loss has no {dtype}; use pipeline.kernels.reference.hidden_loss")
     widest = max(pair.student_BTD.shape[-1] for pair in pairs)
     if widest > WIDEST:
@@ -70,9 +70,7 @@ class _HiddenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.used_up:
-            raise RuntimeError(
-                "the fused loss makes its gradient once, in forward: call it again to run backward again"
-            )
+            raise RuntimeError(USED_UP)
         ctx.used_up = True
         # Under saved-tensor hooks these are other tensors than forward wrote, so their addresses are taken now.
         gradients = ctx.saved_tensors
@@ -111,8 +109,8 @@ def _plan(pairs: Sequence[HiddenPair], gradients: Sequence[Tensor | None]) -> _P
     cols = triton.next_power_of_2(max(16, *(line[2] for line in lines)))
     rows = rows_of_tile(cols)
     compile_time = {
-        "S_DTYPE": _TRITON_DTYPES[pairs[0].student_BTD.dtype],
-        "T_DTYPE": _TRITON_DTYPES[pairs[0].teacher_BTD.dtype],
+        "S_DTYPE": TRITON_DTYPES[pairs[0].student_BTD.dtype],
+        "T_DTYPE": TRITON_DTYPES[pairs[0].teacher_BTD.dtype],
         "ALIGNED": aligned,
         "TILES": TILES,
         "ROWS": rows,
@@ -168,7 +166,7 @@ def rescale(gradients: Sequence[Tensor | None], grad_P: Tensor, upstream: float)
     table = _to_device(lines, grad_P.device)
     rescale_kernel[(len(lines) * num_blocks,)](
         table, grad_P, grad_P.stride(0), upstream, len(lines),
-        DTYPE=_TRITON_DTYPES[dtype], ALIGNED=aligned, ROWS=4, COLS=TILE_ELEMENTS // 4,
+        DTYPE=TRITON_DTYPES[dtype], ALIGNED=aligned, ROWS=4, COLS=TILE_ELEMENTS // 4,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ Mode = Literal["mse", "span", "cosine"]
 MIN_DENOMINATOR = 1e-12
 MIN_NORM = 1e-6  # what a row's norm is at least taken for, so that a row of zeros has a finite gradient
 
+USED_UP = "the fused loss makes its gradient once, in forward: call it again to run backward again"
+
 
 class HiddenPair(NamedTuple):
     """One student state and the teacher state that it should equal.

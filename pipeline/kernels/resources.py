@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from pipeline.kernels import head_triton, hidden_triton
+from pipeline.kernels import attention_triton, head_triton, hidden_triton
 from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM
 
 ARCHITECTURES = (80, 90)
-DTYPES = (tl.bfloat16, tl.float16, tl.float32)
+POINTERS = {tl.bfloat16: "*bf16", tl.float16: "*fp16", tl.float32: "*fp32"}
 
 
 class Variant(NamedTuple):
@@ -39,11 +39,14 @@ class Variant(NamedTuple):
     num_warps: int = 4
     aligned: tuple[str, ...] = ()
     """Arguments that are multiples of 16, which a launch would find out."""
+    max_registers: int | None = None
+    """Of a thread; None: hidden_triton.max_registers."""
 
 
 def variants() -> Iterator[Variant]:
-    """Hidden-state kernels at D = 1024 and 4096, the row kernel of the head in every form that changes its code."""
-    for dtype in DTYPES:
+    """Hidden-state kernels at D = 1024 and 4096, the row kernel of the head in every form that changes its code,
+    the attention kernels with heads of 64 and 128 channels."""
+    for dtype in POINTERS:
         for cols in (1024, 4096):
             tile = {
                 "T_DTYPE": dtype,
@@ -65,13 +68,45 @@ def variants() -> Iterator[Variant]:
         constants = {"DTYPE": dtype, "ALIGNED": True, "ROWS": 4, "COLS": hidden_triton.TILE_ELEMENTS // 4}
         yield Variant(f"rescale {dtype}", hidden_triton.rescale_kernel, types, constants)
         yield from _head_variants(dtype)
+    for dtype, width in ((tl.bfloat16, 64), (tl.bfloat16, 128), (tl.float32, 64)):
+        yield from _attention_variants(dtype, width)
     types = {"partials": "*fp32", "share_P": "*fp32", "loss_P": "*fp32", "num_pairs": "i32", "num_blocks": "i32"}
     constants = {"EPS": MIN_DENOMINATOR, "LANES": hidden_triton.LANES}
     yield Variant("reduce", hidden_triton.reduce_kernel, {**types, "weight": "fp32"}, constants)
 
 
+def _attention_variants(dtype: Any, width: int) -> Iterator[Variant]:
+    """With everything that takes registers: bias, causal mask, gradient."""
+    pointer, size = POINTERS[dtype], dtype.primitive_bitwidth // 8
+    states = dict.fromkeys(("s_query", "s_key", "t_query", "t_key", "bias_HR"), pointer)
+    masks = {"query_mask": "*i32", "key_mask": "*i32", "num_counted": "*i64", "logs": "*fp32"}
+    sizes = dict.fromkeys(("num_queries", "num_keys", "num_heads", "width"), "i32")
+    types = {**states, **masks, "scale": "fp32", "pull": "fp32", **sizes, "gradient": pointer}
+    constants = {
+        "TILES": 8,
+        "WITH_BIAS": True,
+        "CAUSAL": True,
+        "BLOCK": attention_triton.BLOCK[size],
+        "STEP": attention_triton.STEP[size],
+        "WIDTH": width,
+        "S_DOT": dtype,
+        "T_DOT": dtype,
+    }
+    aligned = (*states, "logs", *sizes, "gradient")
+    warps = attention_triton.num_warps(width)
+    name, kernel = f"attention keys {dtype} k{width}", attention_triton.keys_kernel
+    of_keys = Variant(name, kernel, types, constants, warps, aligned, max_registers=255)
+    yield of_keys
+    yield of_keys._replace(
+        name=f"attention queries {dtype} k{width}",
+        kernel=attention_triton.queries_kernel,
+        types={**types, "partials": "*fp32"},
+        constants={**constants, "WITH_GRADIENT": True},
+    )
+
+
 def _head_variants(dtype: Any) -> Iterator[Variant]:
-    pointer = "*" + {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32"}[dtype]
+    pointer = POINTERS[dtype]
     types = {
         "student_MV": pointer, "teacher_MV": pointer, "labels_M": "*i64", "task_M": "*fp32", "logit_M": "*fp32",
         "row_stride": "i32", "vocabulary": "i32", "task": "fp32", "pull": "fp32", "inverse_temperature": "fp32",
@@ -96,7 +131,8 @@ def measure(variant: Variant, architecture: int) -> dict[str, int]:
     names = variant.kernel.arg_names
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=divisible)
-    options = {"num_warps": variant.num_warps, "maxnreg": hidden_triton.max_registers(variant.num_warps)}
+    most = variant.max_registers or hidden_triton.max_registers(variant.num_warps)
+    options = {"num_warps": variant.num_warps, "maxnreg": most}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:

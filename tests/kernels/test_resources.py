@@ -19,10 +19,11 @@ def test_kernels_compile_ahead_of_time() -> None:
     print(result.stdout)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["sm"] for line in lines} == {80, 90}
-    assert {line["kernel"].split()[0] for line in lines} == {"change", "loss", "reduce", "rescale", "head"}
+    assert {line["kernel"].split()[0] for line in lines} == {"change", "loss", "reduce", "rescale", "head", "attention"}
     for line in lines:
+        holds_tiles = line["kernel"].startswith("attention")  # for matrix products
         assert line["spill_bytes"] == 0, line
-        assert line["shared_bytes"] <= 1024, line
-        assert line["registers"] <= 240, line
+        assert line["shared_bytes"] <= (80 * 1024 if holds_tiles else 1024), line
+        assert line["registers"] <= (255 if holds_tiles else 240), line
         if line["kernel"] != "reduce":  # one that reads the table without alignment hints loads 2 bytes at once
             assert line["widest_load_bytes"] == 16, line

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM
 
-from pipeline.families import family_of
+from pipeline.families import StackInputs, family_of
 from pipeline.teacher import load_model
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model, tiny_t5
 

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.families import family_of
 from pipeline.kernels import HeadObjective
+from pipeline.kernels.attention_reference import distances, position_bias
 from pipeline.modular import ModularModel, Wanted
 from pipeline.spans import Assembly, Span, teacher_assembly
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model, tiny_t5
@@ -229,7 +230,10 @@ def test_attention_pairs_are_the_attentions_of_the_unmodified_model(kind):
             stack, _, text = name.partition(".")
             maps = hf.cross_attentions if kind_of_map == "cross" else getattr(hf, f"{stack}_attentions")
             scores = torch.einsum("bqhk,bshk->bhqs", pair.teacher_query_BQHK, pair.teacher_key_BSHK) * pair.scale
-            found = torch.softmax(scores + pair.bias, -1)
+            if pair.bias_HR is not None:
+                scores += position_bias(pair, scores.dtype)
+            hidden = ~pair.key_mask_BS[:, None, None, :] | (pair.causal & (distances(pair) > 0))
+            found = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
             rows = pair.query_mask_BQ[:, None, :].expand(found.shape[:3])
             torch.testing.assert_close(found[rows], maps[int(text.split("-")[1])][rows], atol=1e-5, rtol=1e-4)
             assert not pair.teacher_query_BQHK.requires_grad
