@@ -75,13 +75,10 @@ class StaticCache:
         self.num_keys = 0
 
     @staticmethod
-    def of(first: KeysValues, rows: torch.Tensor, length: int) -> StaticCache:
-        """A cache that begins with some rows of these keys and values [B, H, T, K]."""
-        cache, filled = StaticCache(first, len(rows), length), slice(0, min(length, first.keys.shape[2]))
-        cache.keys[:, :, filled], cache.values[:, :, filled] = (
-            first.keys[rows, :, filled],
-            first.values[rows, :, filled],
-        )
+    def of(first: KeysValues, length: int) -> StaticCache:
+        """A cache that begins with these keys and values [R, H, T, K]."""
+        cache, filled = StaticCache(first, len(first.keys), length), slice(0, min(length, first.keys.shape[2]))
+        cache.keys[:, :, filled], cache.values[:, :, filled] = first.keys[:, :, filled], first.values[:, :, filled]
         return cache
 
     def at(self, positions_RQ: torch.Tensor, num_keys: int) -> StaticCache:

@@ -38,6 +38,18 @@ class Prefix:
     caches: Sequence[KeysValues]
     """Self-attention's keys and values of each layer, [B, H, T, K]."""
 
+    def select(self, rows: torch.Tensor) -> Prefix:
+        """Some of the examples."""
+        return Prefix(self.given_BT[rows], self.said_BT[rows], [each.select(rows) for each in self.caches])
+
+
+def settle(prefix: Prefix, rules: Rules) -> tuple[list[list[int]], torch.Tensor]:
+    """Outputs of the examples that one pass takes to their end, nothing for the others; and the places of these."""
+    rows = _Rows(len(prefix.given_BT), rules, prefix.given_BT.device)
+    rows.take(prefix.given_BT, prefix.said_BT)
+    unsettled = rows.compact()
+    return rows.outputs, unsettled
+
 
 @torch.inference_mode()
 def greedy(
@@ -46,20 +58,17 @@ def greedy(
     """Greedy outputs of B examples, the start token left out, the end of sequence put in.
 
     Args:
-        prefix: a pass over guessed outputs.
+        prefix: a pass over guessed outputs, which has settled none of these examples (see `settle`).
         drafts_BP: texts to take drafts from, one after the other, NOTHING between them.
     """
     device, num_examples = memory.bias.device, memory.num_examples
     rows = _Rows(num_examples, rules, device)
-    caches: list[StaticCache] = []
-    if prefix is not None and not rules.processors:
+    if prefix is not None:
         rows.take(prefix.given_BT, prefix.said_BT)
-        unfinished = rows.compact()
-        caches = [StaticCache.of(each, unfinished, rows.capacity) for each in prefix.caches]
-        memory = memory.select(unfinished)
+        caches = [StaticCache.of(each, rows.capacity) for each in prefix.caches]
     else:
         caches = [StaticCache(each, num_examples, rows.capacity) for each in memory.cross]
-    drafts_RP = None if drafts_BP is None or rules.processors else drafts_BP[rows.examples_R]
+    drafts_RP = None if rules.processors else drafts_BP
     share = 1.0 if rules.processors else COMPACT_SHARE
     while len(rows.examples_R):
         draft_RQ = rows.draft(drafts_RP)
@@ -102,10 +111,11 @@ class _Rows:
     def take(self, block_RQ: torch.Tensor, said_RQ: torch.Tensor) -> None:
         """Keep what the decoder said for as long as the block was what it says.
 
-        The block begins with the last token known of each row; said[:, i] is what it says after block[:, : i + 1].
+        The block begins with the last token known of each row; said[:, i] is what it says after block[:, : i + 1], or
+        NOTHING where it was not asked.
         """
         width = block_RQ.shape[1]
-        right_RQ = said_RQ[:, :-1] == block_RQ[:, 1:]
+        right_RQ = (said_RQ[:, :-1] == block_RQ[:, 1:]) & (said_RQ[:, 1:] != NOTHING)
         num_kept_R = right_RQ.long().cumprod(1).sum(1) + 1
         places_Q = torch.arange(width, device=block_RQ.device)
         ends_RQ = torch.isin(said_RQ, self.eos_ids) & (places_Q < num_kept_R[:, None])

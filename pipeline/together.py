@@ -2,7 +2,8 @@
 
 Encoders: one layer call for each distinct prefix of the encoder paths. Cross-attention keys and values: once for each
 encoder output and decoder layer. References: one teacher-forced pass gives the validation loss of every assembly, one
-call for each distinct prefix of the decoder paths; the same pass is the first guess that greedy decoding verifies.
+call for each distinct prefix of the decoder paths; the same pass is the first guess that greedy decoding verifies, and
+often all that is needed. What is left of all assemblies with the same decoder is decoded as one batch.
 
 Shapes: B examples, S source tokens, T target tokens, D model width, V vocabulary, N tokens.
 """
@@ -10,22 +11,27 @@ Shapes: B examples, S source tokens, T target tokens, D model width, V vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 
 from pipeline.beams import beam_search
+from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
 from pipeline.decoder import Decoder, Memory, Rules, logits_at_once
 from pipeline.families import StackInputs
 from pipeline.families.base import KeysValues
-from pipeline.greedy import NOTHING, Prefix, greedy, lay_out_drafts
+from pipeline.greedy import NOTHING, Prefix, greedy, lay_out_drafts, settle
+from pipeline.pending import Pending, join
 from pipeline.prefixes import walk
 from pipeline.spans import Span
 from pipeline.views import Pool
 
 IGNORED_LABEL = -100
+# padded source tokens that encoders and references are computed on together; on a GPU as many as the batch has
+TOKENS_PER_PART = {"cpu": 1024, "cuda": 2**30}
+MAX_PENDING_BYTES = {"cpu": 2**29, "cuda": 2**33}  # keys and values of rows that wait for others
 # settings of a generation config that Rules carry; anything else leaves the checkpoint to transformers' own generate
 UNDERSTOOD = {
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
@@ -120,68 +126,77 @@ def decode_together(
         members: the first one's outputs serve the others as drafts, so let it be the teacher.
         sources, references: token ids of B examples.
         calls: counts layer calls.
-        beat: called after each member.
+        beat: called after each piece of work.
 
     Returns:
         By member name.
     """
-    calls = calls or LayerCalls()
-    batch = _Batch(pool, rules, calls, beat, *_padded(pool, rules, sources, references))
-    encoder_inputs = StackInputs(pool.shared.self_bias("encoder", batch.mask_BS))
-
-    def encode(hidden_BSD: torch.Tensor, span: Span) -> torch.Tensor:
-        calls.encoder += 1
-        return pool.family.call_layer(pool.layers["encoder"][span], hidden_BSD, None, encoder_inputs)
-
-    embedded_BSD = pool.shared.embed("encoder", batch.source_BS)
-    for path, hidden_BSD in walk([member.encoder for member in members], embedded_BSD, encode):
-        encoded_BSD = pool.shared.finish("encoder", hidden_BSD)
-        batch.decode([member for member in members if member.encoder == path], encoded_BSD, members[0].name)
+    batch = _Batch(pool, members, references, rules, calls or LayerCalls(), beat)
+    for places in parts_of(sources, pool.device):
+        batch.read([sources[i] for i in places], places)
+    batch.decode_pending()
     return batch.results
 
 
-def _padded(
-    pool: Pool, rules: Rules, sources: Sequence[Sequence[int]], references: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(source_BS, mask_BS, labels_BT) on the pool's device."""
-
-    def pad(texts: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
-        longest = max(1, *(len(text) for text in texts)) if texts else 1
-        return torch.tensor([[*text, *[filler] * (longest - len(text))] for text in texts], device=pool.device)
-
-    lengths = torch.tensor([len(text) for text in sources], device=pool.device)
-    source_BS = pad(sources, rules.pad_id)
-    mask_BS = torch.arange(source_BS.shape[1], device=pool.device) < lengths[:, None]
-    return source_BS, mask_BS, pad(references, IGNORED_LABEL)
+def parts_of(sources: Sequence[Sequence[int]], device: torch.device) -> list[list[int]]:
+    """Places of the examples that encoders and references are computed on together: few enough to hold little padding
+    and to stay in a CPU's cache."""
+    return batches_of([len(text) for text in sources], TOKENS_PER_PART[device.type])
 
 
-@dataclass
+def _padded(texts: Sequence[Sequence[int]], filler: int, device: torch.device) -> torch.Tensor:
+    longest = max(1, *map(len, texts))
+    return torch.tensor([[*text, *[filler] * (longest - len(text))] for text in texts], device=device)
+
+
 class _Batch:
     """The examples of one call of decode_together, and what has been found out so far."""
 
-    pool: Pool
-    rules: Rules
-    calls: LayerCalls
-    beat: Callable[[], None]
-    source_BS: torch.Tensor
-    mask_BS: torch.Tensor
-    labels_BT: torch.Tensor
-    results: dict[str, Outputs] = field(default_factory=dict)
+    def __init__(
+        self, pool: Pool, members: Sequence[Member], references: Sequence[Sequence[int]], rules: Rules,
+        calls: LayerCalls, beat: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.pool, self.members, self.references = pool, members, references
+        self.rules, self.calls, self.beat = rules, calls, beat
+        self.results = {member.name: Outputs([[] for _ in references], [0.0 for _ in references]) for member in members}
+        self.pending: dict[tuple[Span, ...], list[Pending]] = {}  # by decoder
 
-    def decode(self, members: Sequence[Member], encoded_BSD: torch.Tensor, drafter: str) -> None:
-        """All members that share this encoder output."""
-        pool, calls = self.pool, self.calls
+    def read(self, sources: Sequence[Sequence[int]], places: Sequence[int]) -> None:
+        """Encode some examples, and take their references through every decoder."""
+        pool = self.pool
+        source_BS = _padded(sources, self.rules.pad_id, pool.device)
+        lengths = torch.tensor([len(text) for text in sources], device=pool.device)
+        mask_BS = torch.arange(source_BS.shape[1], device=pool.device) < lengths[:, None]
+        labels_BT = _padded([self.references[i] for i in places], IGNORED_LABEL, pool.device)
+        inputs = StackInputs(pool.shared.self_bias("encoder", mask_BS))
+
+        def encode(hidden_BSD: torch.Tensor, span: Span) -> torch.Tensor:
+            self.calls.encoder += 1
+            return pool.family.call_layer(pool.layers["encoder"][span], hidden_BSD, None, inputs)
+
+        embedded_BSD = pool.shared.embed("encoder", source_BS)
+        for path, hidden_BSD in walk([member.encoder for member in self.members], embedded_BSD, encode):
+            members = [member for member in self.members if member.encoder == path]
+            self._force(members, pool.shared.finish("encoder", hidden_BSD), mask_BS, labels_BT, places)
+
+    def _force(
+        self, members: Sequence[Member], encoded_BSD: torch.Tensor, mask_BS: torch.Tensor, labels_BT: torch.Tensor,
+        places: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Losses of all members that share this encoder output; their rows, as far as the references have not settled
+        them, begin to wait."""
+        pool = self.pool
         cross: dict[Span, KeysValues] = {}
         for span in {span: None for member in members for span in member.decoder}:
             cross[span] = pool.family.cross_keys_values(pool.layers["decoder"][span], encoded_BSD)
-        given_BT = pool.shared.decoder_inputs(self.labels_BT)
+        given_BT = pool.shared.decoder_inputs(labels_BT)
         positions_1T = torch.arange(given_BT.shape[1], device=pool.device)[None]
-        cross_bias = pool.shared.cross_bias(self.mask_BS)
+        cross_bias = pool.shared.cross_bias(mask_BS)
         inputs = StackInputs(pool.shared.bias_at(positions_1T, given_BT.shape[1]), cross_bias)
 
         def force(state: tuple[torch.Tensor, tuple[KeysValues, ...]], span: Span) -> tuple[torch.Tensor, Any]:
             hidden_BTD, seen = state
-            calls.decoder += 1
+            self.calls.decoder += 1
             cache = _Recorder()
             layer = pool.layers["decoder"][span]
             hidden_BTD = pool.family.call_cached(layer, hidden_BTD, cache, cross[span], inputs)
@@ -189,27 +204,69 @@ class _Batch:
 
         start: tuple[torch.Tensor, tuple[KeysValues, ...]] = (pool.shared.embed_at(given_BT, positions_1T), ())
         for path, (hidden_BTD, seen) in walk([member.decoder for member in members], start, force):
-            decoder = Decoder(pool.family, pool.shared, pool.path("decoder", path), pool.vocabulary_size)
-            said_BT, losses = _score(decoder, pool.shared.finish("decoder", hidden_BTD), self.labels_BT)
+            said_BT, losses = _score(self._decoder(path), pool.shared.finish("decoder", hidden_BTD), labels_BT)
+            names = [member.name for member in members if member.decoder == path]
+            for name in names:
+                for place, loss in zip(places, losses, strict=True):
+                    self.results[name].losses[place] = loss
             memory = Memory([cross[span] for span in path], cross_bias)
-            if self.rules.num_beams > 1:
-                tokens = beam_search(decoder, memory, self.rules)
-            else:
-                tokens = greedy(decoder, memory, self.rules, Prefix(given_BT, said_BT, seen), self._drafts(drafter))
-            for member in members:
-                if member.decoder == path:
-                    self.results[member.name] = Outputs(tokens, losses)
+            self._wait(path, Pending(names, places, memory, Prefix(given_BT, said_BT, seen)))
             self.beat()
 
-    def _drafts(self, drafter: str) -> torch.Tensor:
-        """What greedy decoding takes its guesses from: the member decoded last, the drafter, the references."""
-        references = [[token for token in text if token >= 0] for text in self.labels_BT.tolist()]
-        texts = [references]
-        if drafter in self.results:
-            texts = [self.results[drafter].tokens, references]
-        if self.results and (last := next(reversed(self.results))) != drafter:
-            texts = [self.results[last].tokens, *texts]
-        return lay_out_drafts(texts, self.rules, self.pool.device)
+    def _wait(self, path: tuple[Span, ...], rows: Pending) -> None:
+        """Let rows wait for others with the same decoder, after those that their references have settled."""
+        if self.rules.num_beams > 1 or self.rules.processors:
+            rows = replace(rows, prefix=None)
+        else:
+            assert rows.prefix is not None
+            outputs, unsettled = settle(rows.prefix, self.rules)
+            self._put(rows.names, rows.examples, outputs)
+            rows = rows.select(unsettled)
+        if rows.examples:
+            self.pending.setdefault(path, []).append(rows)
+        if (
+            sum(each.num_bytes for parts in self.pending.values() for each in parts)
+            > MAX_PENDING_BYTES[self.pool.device.type]
+        ):
+            self.decode_pending()
+
+    def decode_pending(self) -> None:
+        """Decode all rows that wait; those of the first member first, for they are drafts for the others."""
+        for path in sorted(self.pending, key=lambda path: path != self.members[0].decoder):
+            decoder, parts = self._decoder(path), self.pending.pop(path)
+            while parts:
+                room = MAX_EXAMPLES_PER_BATCH - len(parts[0].examples)
+                together = [parts.pop(0)]
+                while parts and len(parts[0].examples) <= room:
+                    room -= len(parts[0].examples)
+                    together.append(parts.pop(0))
+                self._decode(decoder, together)
+
+    def _decode(self, decoder: Decoder, parts: Sequence[Pending]) -> None:
+        memory, prefix = join(parts)
+        if self.rules.num_beams > 1:
+            outputs = beam_search(decoder, memory, self.rules)
+        else:
+            examples = [i for part in parts for i in part.examples]
+            outputs = greedy(decoder, memory, self.rules, prefix, self._drafts(examples))
+        rest = iter(outputs)
+        for part in parts:
+            self._put(part.names, part.examples, [next(rest) for _ in part.examples])
+        self.beat()
+
+    def _decoder(self, path: tuple[Span, ...]) -> Decoder:
+        pool = self.pool
+        return Decoder(pool.family, pool.shared, pool.path("decoder", path), pool.vocabulary_size)
+
+    def _put(self, names: Sequence[str], examples: Sequence[int], outputs: Sequence[list[int]]) -> None:
+        for name in names:
+            for example, tokens in zip(examples, outputs, strict=True):
+                self.results[name].tokens[example] = tokens
+
+    def _drafts(self, examples: Sequence[int]) -> torch.Tensor:
+        """What greedy decoding takes its guesses from: what the first member says, and the references."""
+        texts = (self.results[self.members[0].name].tokens, self.references)
+        return lay_out_drafts([[each[i] for i in examples] for each in texts], self.rules, self.pool.device)
 
 
 class _Recorder:

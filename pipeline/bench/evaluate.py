@@ -23,7 +23,8 @@ from pipeline.prefixes import count_layers, count_prefixes
 from pipeline.rundir import RunDir
 from pipeline.slices import tokenize
 from pipeline.spans import STACKS, Assembly, Span, tilings
-from pipeline.together import LayerCalls, Member, decode_together, rules_of
+from pipeline.together import LayerCalls, Member, decode_together, parts_of, rules_of
+from pipeline.tokenizer import load_tokenizer
 from pipeline.views import load_pool
 
 NUM_UNIFORM = 50
@@ -63,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
     theirs = sorted(baseline, key=lambda each: each.seconds)[len(baseline) // 2]
     views = [work.member(system) for system in work.systems if system.kind in VIEWS]
     encoders = [member.encoder for member in views]
-    num_slices = len(_slices(work))
+    num_parts = _num_parts(work, device)
     measures = [
         Measure(
             "evaluate", "wall time", best.seconds, theirs.seconds, "transformers generate, folder by folder", "s",
@@ -71,8 +72,8 @@ def main(arguments: argparse.Namespace) -> None:
         ),
         Measure(
             "evaluate", "encoder layer calls", best.calls.encoder,
-            num_slices * sum(len(path) for path in encoders), "each system by itself", "calls",
-            num_slices * count_prefixes(encoders),
+            num_parts * sum(len(path) for path in encoders), "each system by itself", "calls",
+            num_parts * count_prefixes(encoders),
         ),
     ]  # fmt: skip
     report("evaluate", measures, _notes(work, best, theirs, arguments), arguments.write)
@@ -95,6 +96,12 @@ def _slices(work: Evaluation) -> list[list[int]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.run.teacher_model, local_files_only=True)
     lengths = [len(ids) for ids in tokenize(tokenizer, work, "source")]
     return batches_of(lengths, work.recipe.evaluate.tokens_per_batch)
+
+
+def _num_parts(work: Evaluation, device: torch.device) -> int:
+    """In how many parts the examples go through the encoders."""
+    sources = tokenize(load_tokenizer(work.run.teacher_model), work, "source")
+    return sum(len(parts_of([sources[i] for i in places], device)) for places in _slices(work))
 
 
 def _together(work: Evaluation, device: torch.device) -> Result:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
+from pipeline import together
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.cost import padded
 from pipeline.decode import up_to_end
@@ -59,7 +60,8 @@ def by_transformers(folder, sources, settings) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_tokens_are_those_of_generate(run, name):
+def test_tokens_are_those_of_generate(run, name, monkeypatch):
+    monkeypatch.setitem(together.TOKENS_PER_PART, "cpu", 40)  # several parts, put together again for decoding
     settings, sources = SETTINGS[name], texts(1, 12, 10)
     pool = load_pool(run.teacher_model, torch.device("cpu"), run.library)
     config = pool.model.generation_config.to_dict()
@@ -83,6 +85,15 @@ def test_losses_are_those_of_the_exported_models(run):
             with torch.no_grad():
                 mean = model(input_ids=torch.tensor([source]), labels=labels).loss
             assert loss == pytest.approx(float(mean) * len(reference), rel=1e-5)
+
+
+def test_references_that_break_off_leave_nothing_in_the_outputs(run):
+    sources = texts(1, 6, 10)
+    expected = by_transformers(run.root / ASSEMBLIES[0], sources, {})
+    references = [output[: 2 + i] for i, output in enumerate(expected)]  # right as far as they go, and without an end
+    pool = load_pool(run.teacher_model, torch.device("cpu"))
+    found = decode_together(pool, members()[:1], sources, references, rules_of(pool.model, MAX_NEW, 1))
+    assert found[ASSEMBLIES[0]].tokens == expected
 
 
 def test_layers_are_called_once_for_each_distinct_prefix(run):

@@ -30,8 +30,8 @@ LADDER: list[set[str]] = [
         "pipeline.modular",
         "pipeline.preempt", "pipeline.sampler", "pipeline.tokenizer", "pipeline.units", "pipeline.report_data",
         "pipeline.library", "pipeline.records", "pipeline.watchdog",
-        "pipeline.decoder", "pipeline.greedy", "pipeline.beams", "pipeline.together", "pipeline.views",
-        "pipeline.scoring", "pipeline.switching",
+        "pipeline.decoder", "pipeline.greedy", "pipeline.beams", "pipeline.pending", "pipeline.together",
+        "pipeline.views", "pipeline.scoring", "pipeline.switching",
         "pipeline.assembly_losses", "pipeline.report_front",
     },
     # machinery
