@@ -31,6 +31,12 @@ class StackInputs:
     distance_bias_HR: torch.Tensor | None = None
     """Position bias in self_bias by distance (see Shared.distance_bias); for the attention loss alone."""
 
+    def bias(self, kind: str) -> torch.Tensor:
+        """The bias of "self" or "cross"."""
+        bias = self.self_bias if kind == "self" else self.cross_bias
+        assert bias is not None
+        return bias
+
 
 @dataclass(frozen=True)
 class KeysValues:
