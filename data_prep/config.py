@@ -242,5 +242,7 @@ def _check_set(config: SetConfig | DataConfig, place: str) -> None:
             raise ValueError(f"{place}{name} is {getattr(config, name)!r}: give a field name such as translation.en")
     if config.task == "span_corruption" and (config.test or config.prefix):
         raise ValueError(f"{place}task is span_corruption, which has no test texts and no prefix: leave them empty")
+    if config.task == "pairs" and config.source_field == config.target_field:
+        raise ValueError(f"{place}source_field and target_field are both {config.source_field!r}: name two fields")
     if isinstance(config, SetConfig) and config.weight < 0:
         raise ValueError(f"{place}weight is {config.weight}: choose 0 or more")

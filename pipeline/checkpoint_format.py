@@ -26,6 +26,8 @@ from data_prep.publish import sha256_of
 
 FORMAT_VERSION = 2
 CHUNK_BYTES = 2**24
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, by its specification."""
 
 
 class Slice(Protocol):
@@ -232,6 +234,25 @@ def fill(slices: Iterable[Slice], checkpoint: Path) -> None:
             target[start - part.offset : stop - part.offset] = stored.read(key, start, stop).to(target.device)
         missing[part.name] -= stop - start
     check_complete(checkpoint, missing)
+
+
+def shapes_of(file: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file, from its header alone: it may be larger than the memory.
+
+    Raises:
+        ValueError: it is shorter than its header says, or no safetensors file.
+    """
+    try:
+        with open(file, "rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length) if length < MAX_HEADER_BYTES else b"")
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged or no safetensors file: fetch it again") from None
+    if file.stat().st_size != size:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes of {size:,}: fetch it again")
+    return {name: entry["shape"] for name, entry in entries.items()}
 
 
 def check_complete(checkpoint: Path, missing: dict[str, int]) -> None:

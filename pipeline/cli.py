@@ -20,7 +20,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.config import Recipe
+from pipeline.limits import check_ranges
 
+TYPES = {"tuple": "a list, such as [{value}]", "int": "a whole number", "float": "a number", "bool": "true or false"}
+"""What the parser's types are called to people."""
 RECIPES = Path(__file__).resolve().parent / "recipes"
 EXIT_MISTAKE = 2
 
@@ -56,7 +59,9 @@ def parse_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Reci
     """
     parsed = parser.parse_args(_with_recipe_paths(arguments))
     values = parser.instantiate(parsed)
-    return Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe)}), values
+    recipe = Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe)})
+    check_ranges(recipe)
+    return recipe, values
 
 
 def run_program(program: Callable[[], None], *, verbose: bool) -> None:
@@ -89,11 +94,30 @@ def recipe_path(name: str) -> Path:
 
 def _check_yaml(path: Path) -> None:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a recipe: it must hold fields and their values, such as `name: summaries`")
+    sections = {name[: match.start()] for name in field_names(Recipe) for match in re.finditer(r"\.", name)}
+    for name in sorted(sections):
+        place: Any = content
+        for part in name.split("."):
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict):
+            raise ValueError(f"{path}: section {name} holds no fields but {place!r}: give it some, or leave it out")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{twice[0]!r} is there twice in the section that begins at line {line}: remove one")
+        return super().construct_mapping(node, deep)
 
 
 def field_names(config_class: type[Any], prefix: str = "") -> list[str]:
@@ -119,6 +143,12 @@ def _with_recipe_paths(arguments: Sequence[str]) -> list[str]:
 def _one_line(message: str) -> str:
     """A parser's message in one line, with the nearest field where a key is unknown."""
     line = " ".join(message.split())
+    wrong = re.fullmatch(
+        r"Parser key \"(?P<key>[\w.]+)\": Expected an? <class '(?P<type>\w+)'>. Got value: (?P<value>.*)", line
+    )
+    if wrong and wrong["type"] in TYPES:
+        value = wrong["value"]
+        return f"{wrong['key']} is {value}: it must be {TYPES[wrong['type']].format(value=value.strip('[]'))}"
     unknown = re.search(r"(?:[Kk]ey|Option) [\"']?-*(?P<key>[\w.]+)[\"']? is not (?:expected|accepted)", line)
     unknown = unknown or re.search(r"[Uu]nrecognized arguments: -*(?P<key>[\w.]+)", line)
     unknown = unknown or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", line)

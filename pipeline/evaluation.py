@@ -14,6 +14,7 @@ import transformers
 
 from data_prep.publish import sha256_of
 from pipeline.assemble import System
+from pipeline.checkpoint_format import shapes_of
 from pipeline.config import Recipe
 from pipeline.library import check_library
 from pipeline.rundir import RunDir
@@ -155,7 +156,7 @@ def peer(text: str) -> System:
         raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it needs config.json and *.safetensors")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     encoder, decoder = (next((getattr(config, k) for k in keys if hasattr(config, k)), 0) for keys in LAYER_KEYS)
-    counts = {tensor: math.prod(shape) for file in weights for tensor, shape in _shapes(file).items()}
+    counts = {tensor: math.prod(shape) for file in weights for tensor, shape in shapes_of(file).items()}
     total, embeddings = sum(counts.values()), sum(n for tensor, n in counts.items() if tensor.endswith(VOCABULARY))
     return System(
         name=name or folder.name,
@@ -170,10 +171,3 @@ def peer(text: str) -> System:
         num_non_embedding_parameters=total - embeddings,
         bytes=sum(file.stat().st_size for file in weights),
     )
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file, from its header alone: it may be larger than the memory."""
-    with open(file, "rb") as content:
-        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

@@ -30,7 +30,12 @@ def read_ds_config(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join([*sorted(each.stem for each in DS_CONFIGS.glob("*.json")), AUTO])
         raise ValueError(f"no DeepSpeed configuration {name!r}: choose from {known}, or give the path of a .json file")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a DeepSpeed configuration: it must be a JSON object")
     taken = [key for key in OURS if key in config]
     if taken:
         raise ValueError(f"{path} sets {', '.join(taken)}: the recipe decides these, remove them there")

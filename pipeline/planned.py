@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from data_prep.hub import local_folder
 from pipeline.assemble import Baseline, baselines_of, granularity_of, spans_of
 from pipeline.baselines import DistilledModel, theseus_settings
+from pipeline.checkpoint_format import shapes_of
 from pipeline.config import DistillConfig, Recipe
 from pipeline.estimate import Sizes, sizes_of
 from pipeline.families import family_of
@@ -126,12 +127,46 @@ class Planned:
 
 def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether a model's head is not its embedding: by its weights, as settings that transformers saves do not say."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        with safe_open(single, framework="pt") as file:
-            names = set(file.keys())
-    elif index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    else:
+    files = weight_files(folder)
+    if not files:
         return settings.get("tie_word_embeddings") is False
-    return {"shared.weight", "lm_head.weight"} <= names
+    return {"shared.weight", "lm_head.weight"} <= {name for file in files for name in shapes_of(file)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model; none where it has weights of another kind."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [path for path in [folder / "model.safetensors"] if path.is_file()]
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def check_fit(planned: Planned, folder: Path) -> None:
+    """Hold the names and shapes that a teacher's safetensors files announce against its settings.
+
+    Raises:
+        ValueError: a layer is missing or left over, a weight has another shape, or a file is damaged.
+    """
+    found = {
+        name.removeprefix("model."): shape for file in weight_files(folder) for name, shape in shapes_of(file).items()
+    }
+    if not found:
+        return
+    model = planned.model()
+    wanted = {name.removeprefix("model."): list(weight.shape) for name, weight in model.state_dict().items()}
+    family = family_of(model.config.model_type)
+    prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
+
+    def layers(names: Iterable[str]) -> set[str]:
+        each = {prefix: {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+                for prefix in prefixes}  # fmt: skip
+        return {prefix + index for prefix, indices in each.items() for index in indices}
+
+    for name, shape in sorted(wanted.items()):
+        if found.get(name, shape) != shape:
+            raise ValueError(f"teacher.folder {folder}: {name} has shape {found[name]}, but config.json says {shape}")
+        if name.startswith(prefixes) and name not in found:
+            raise ValueError(f"teacher.folder {folder}: its weights lack {name}, which config.json asks for")
+    if left_over := sorted(layers(found) - layers(wanted)):
+        raise ValueError(f"teacher.folder {folder}: config.json says nothing of layer {left_over[0]} among its weights")

@@ -17,18 +17,21 @@ from transformers import AutoConfig
 
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
+from data_prep.reader import SplitReader
+from data_prep.shards import read_manifest
 from pipeline.assemble import coarsest_of, requested_assemblies
 from pipeline.config import SEARCHED, Recipe
 from pipeline.disk import check_disk
+from pipeline.evaluation import peer
 from pipeline.families import family_of
 from pipeline.modes import AUTO, read_ds_config
-from pipeline.planned import Planned
+from pipeline.planned import Planned, check_fit
 from pipeline.rundir import RunDir, Stage
 from pipeline.search import check_budgets
 from pipeline.solve import Budget, Cost, shape_of
 from pipeline.spans import STACKS
 from pipeline.teacher import check_lengths
-from pipeline.tokenizer import load_tokenizer, vocabulary_size
+from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "search", "assemble")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -42,6 +45,9 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     """
     _check_ranks(recipe)
     _check_run_directory(run)
+    _check_parts(recipe)
+    for folder in recipe.evaluate.folders:
+        peer(folder)
     num_layers = _num_layers(recipe)
     _check_granularities(recipe, num_layers)
     requested_assemblies(recipe, num_layers)
@@ -72,6 +78,8 @@ def _check_ranks(recipe: Recipe) -> None:
 
 def _check_run_directory(run: RunDir) -> None:
     folder = run.root
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise ValueError(f"run_dir {folder}: ~ is not expanded here: write the whole path")
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
@@ -80,6 +88,29 @@ def _check_run_directory(run: RunDir) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise PermissionError(f"cannot write to {folder} ({error.strerror}): choose another run_dir") from error
+
+
+def _check_parts(recipe: Recipe) -> None:
+    """Training is validated on one part of the data, and all systems are scored on another."""
+    for part in ("validation", "test"):
+        if not any(getattr(each, part) for each in recipe.data.all_sets):
+            raise ValueError(f"data.{part} is empty: name at least one file for it")
+
+
+def check_micro_batches(recipe: Recipe, run: RunDir) -> None:
+    """Hold the micro-batches of every training against the examples, once there are some.
+
+    Raises:
+        ValueError: the longest example does not fit into a micro-batch.
+    """
+    manifest = read_manifest(run.data)
+    longest = max(int(SplitReader(run.data, manifest, part).index["longest_pair"].max()) for part in manifest.splits)
+    for name, batch in (("teacher", recipe.teacher.batch), ("distill", recipe.distill.batch)):
+        if batch.tokens_per_micro_batch < longest and (name != "teacher" or recipe.teacher.optim.num_steps):
+            raise ValueError(
+                f"{name}.batch.tokens_per_micro_batch is {batch.tokens_per_micro_batch}, but the longest example has "
+                f"{longest} tokens (source and target): choose at least {longest}"
+            )
 
 
 def _num_layers(recipe: Recipe) -> tuple[int, int]:
@@ -92,8 +123,9 @@ def _num_layers(recipe: Recipe) -> tuple[int, int]:
     _check_weights(folder)
     _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
     check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
-    keys = family_of(config["model_type"]).depth_keys
-    return config[keys["encoder"]], config.get(keys["decoder"], config[keys["encoder"]])
+    planned = Planned.of(recipe)
+    check_fit(planned, folder)
+    return planned.num_layers
 
 
 def _read_model_config(folder: Path) -> dict[str, Any]:
@@ -102,9 +134,11 @@ def _read_model_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        family_of(config["model_type"])
+        needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the settings of a Hugging Face model ({type(error).__name__})") from error
+    if missing := [name for name in needed if name not in config]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
     return config
 
 
@@ -112,6 +146,7 @@ def _check_weights(folder: Path) -> None:
     found = [name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         raise FileNotFoundError(f"teacher.folder {folder} holds no weights: it needs {WEIGHTS[0]} or {WEIGHTS[2]}")
+    refuse_pointer(folder / found[0])
     if found[0].endswith(".index.json"):
         index = json.loads((folder / found[0]).read_text(encoding="utf-8"))
         missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})

@@ -31,8 +31,9 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
         SystemExit: a stage failed, with its exit code.
     """
     order = [name for name in ORDER if name != "search" or SEARCHED in recipe.assemble.presets]
-    if dry_run or not all(_is_done(recipe, run, name) for name in order[1:-1]):
-        from pipeline.preflight import preflight  # late: with everything done nothing needs torch
+    is_done = not dry_run and all(_is_done(recipe, run, name) for name in order[1:-1])
+    if not is_done:
+        from pipeline.preflight import check_micro_batches, preflight  # late: with everything done nothing needs torch
 
         preflight(recipe, run, extend=extend)
     if dry_run:
@@ -50,6 +51,8 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
         if not done:
             options = ["--extend"] * (extend and name in TRAINING) + ["--verbose"] * (verbose and name != "data")
             run_stage(name, recipe, run, options)
+        if name == "data" and not is_done:
+            check_micro_batches(recipe, run)
         seconds = time.monotonic() - stage_started_s
         print(f"{name:<9} {'up to date' if done else f'{seconds:6.1f} s'}", flush=True)
     lock.close()

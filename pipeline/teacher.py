@@ -127,12 +127,16 @@ def load_model(folder: Path) -> PreTrainedModel:
     """A supported encoder-decoder from a local folder, in fp32.
 
     Raises:
-        ValueError: not a model that a family knows.
+        ValueError: not a model that a family knows, or weights are missing, which transformers would draw at random.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model, found = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
     family.disable_layer_drop(model)
     return model
 

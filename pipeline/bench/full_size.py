@@ -42,6 +42,8 @@ BUCKET = 20_000_000
 SUB_GROUP = 50_000_000
 """Elements that the optimizer steps through at a time; as many gradients are copied."""
 NUM_RANKS = 2
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "2"}
+"""glibc gives a freed tensor back at once, instead of keeping it for the next that may fit."""
 IDLE = "baseline (of none)"
 """A training stage that joins, finds nothing to train and ends: what a rank takes before it has a model."""
 NUM_STEPS = 3
@@ -90,12 +92,13 @@ def _measure(name: str, folder: Path, write: Path | None) -> None:
 def _write_inputs(name: str, folder: Path) -> Path:
     """Model, tokenizer, texts, DeepSpeed configuration and recipe; the path of the recipe."""
     settings = dict(public_config(name))
+    config: Any = CONFIG_MAPPING[settings.pop("model_type")](**settings)
     with torch.device("meta"):
-        config: Any = CONFIG_MAPPING[settings.pop("model_type")](**settings)
         model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.bfloat16)
-        if settings.get("tie_word_embeddings") is False:
-            model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     model.to_empty(device="cpu")
+    model.tie_weights()
+    if settings.get("tie_word_embeddings") is False:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.fill_(1.0) if parameter.dim() == 1 else parameter.data.normal_(std=0.02)
@@ -179,7 +182,7 @@ def watched(name: str, command: list[str], folder: Path) -> Step:
     print(f"{name} ...", flush=True)
     started_s = time.monotonic()
     with open(folder / "log.txt", "ab") as log:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        environment = {**os.environ, **MALLOC, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True,
             preexec_fn=_die_first,

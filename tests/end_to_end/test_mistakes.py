@@ -27,6 +27,7 @@ from pipeline.rundir import STAGES, RunDir, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [{"source": f"word {i} and word {i + 1}", "target": f"Wort {i} und Wort {i + 1}"} for i in range(60)]
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 6, "num_decoder_layers": 6}
 
 
@@ -133,6 +134,18 @@ RECIPE = {
     "no tokenizer": Mistake("data.tokenizer is empty", "--data.tokenizer="),
     "no teacher": Mistake("give one of the two", "--teacher.folder="),
     "vocabulary size": Mistake("data.vocab_size is 3: choose a value from 64", "--data.vocab_size 3"),
+    "one file where a list goes": Mistake("data.train is train.jsonl: it must be a list, such as [train.jsonl]",
+                                          "--data.train train.jsonl"),
+    "steps as 1e3": Mistake("num_steps is 1000.0: it must be a whole number", "--distill.optim.num_steps 1e3"),
+    "no ranks": Mistake("launch.num_ranks is 0: choose 1 or more", "--launch.num_ranks 0"),
+    "no beams": Mistake("evaluate.num_beams is 0: choose 1 or more", "--evaluate.num_beams 0"),
+    "decay of a moment": Mistake("distill.optim.beta1 is 1.5: choose a value from 0 to", "--distill.optim.beta1 1.5"),
+    "no heads": Mistake("architecture.num_heads is 0", "--teacher.architecture.num_heads 0"),
+    "name of a folder": Mistake("name is '../x'", "--name ../x"),
+    "a key twice": Mistake("'name' is there twice", break_it=text("recipe.yaml", "name: a\nname: b\n")),
+    "an empty section": Mistake("section data holds no fields", break_it=text("recipe.yaml", "name: a\ndata:\n")),
+    "an open quote": Mistake("not valid YAML", break_it=text("recipe.yaml", 'name: "a\n')),
+    "source and target mixed up": Mistake("target_field are both 'source'", "--data.target_field source"),
     "corpus": Mistake("choose \"demo\" or \"files\"", "--data.corpus web"),
 }  # fmt: skip
 
@@ -156,6 +169,25 @@ BEFORE_ANY_WORK = {
     ),
     "teacher without a shard": Mistake(
         "which model.safetensors.index.json names", break_it=lambda: next(Path("teacher").glob("model-*")).unlink()
+    ),
+    "more layers than weights": Mistake(
+        "lack decoder.block.6.", break_it=edit("teacher/config.json", num_layers=7, num_decoder_layers=7)
+    ),
+    "fewer layers than weights": Mistake(
+        "says nothing of layer encoder.block.5 ", break_it=edit("teacher/config.json", num_layers=5)
+    ),
+    "weights of another width": Mistake("but config.json says", break_it=edit("teacher/config.json", d_model=32)),
+    "settings cut": Mistake("lacks num_layers, d_model", break_it=text("teacher/config.json",
+                                                                   '{"model_type": "t5", "vocab_size": 48}')),
+    "weights cut": Mistake("fetch it again", break_it=lambda: os.truncate(next(Path("teacher").glob("model-*")), 9000)),
+    "tokenizer of git lfs": Mistake("is a pointer of Git LFS", break_it=text("teacher/spiece.model", LFS)),
+    "tokenizer damaged": Mistake("(spiece.model) cannot be read", break_it=text("teacher/spiece.model", "hello")),
+    "no validation texts": Mistake("data.validation is empty", "--data.validation []"),
+    "no test texts": Mistake("data.test is empty", "--data.test []"),
+    "home": Mistake("~ is not expanded", "--run_dir ~/run"),
+    "other model": Mistake("nowhere is not a Hugging Face folder", "--evaluate.folders [nowhere]"),
+    "ds_config not json": Mistake(
+        "ds.json is not valid JSON", "--distill.loop.ds_config ds.json", text("ds.json", "{")
     ),
     "tokenizer missing": Mistake("nowhere holds no tokenizer", "--data.tokenizer nowhere"),
     "tokenizer of another model": Mistake("is not the teacher's", "--data.tokenizer other_tokenizer"),
@@ -200,6 +232,10 @@ DATA = {
     "not gzip": Mistake(
         "truncated or damaged", "--data.train [train.jsonl.gz]", lambda: shutil.copy("train.jsonl", "train.jsonl.gz")
     ),
+    "sheet with semicolons": Mistake(
+        "present: source;target", "--data.train [a.csv]", text("a.csv", "source;target\na;b\n")
+    ),
+    "utf-16": Mistake("not UTF-8", "--data.train [a.jsonl]", text("a.jsonl", "\ufeff{}".encode("utf-16"))),
     "other settings": Mistake(
         "begun with other data settings (max_source_tokens 9 -> 512)",
         break_it=lambda: subprocess.run(
@@ -249,6 +285,16 @@ def test_a_mistake_is_one_line_and_costs_nothing(name: str, place: Path, capfd: 
     assert {path: after.get(path) for path in before} == before
     made = {Path(path).name for path in after.keys() - before.keys()}
     assert not made & {"manifest.json", "stage.json", "model.safetensors"}, "something was published"
+
+
+def test_a_micro_batch_below_the_longest_example_is_found_before_training(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--config", "recipe.yaml", "--distill.batch.tokens_per_micro_batch", "5"])
+    assert "distill.batch.tokens_per_micro_batch is 5, but the longest example has" in capfd.readouterr().err
+    assert Path("run/data/manifest.json").is_file()
+    assert not Path("run/teacher").exists()
 
 
 def test_there_are_at_least_forty_mistakes() -> None:

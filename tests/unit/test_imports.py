@@ -14,7 +14,7 @@ LADDER: list[set[str]] = [
     # arithmetic: the standard library (and numpy in batching and partition)
     {
         "data_prep.batching", "data_prep.config", "data_prep.partition",
-        "pipeline.config", "pipeline.modes", "pipeline.prefixes", "pipeline.spans",
+        "pipeline.config", "pipeline.limits", "pipeline.modes", "pipeline.prefixes", "pipeline.spans",
         "pipeline.public_models", "pipeline.schedule", "pipeline.sizes", "pipeline.search_config", "pipeline.solve",
     },
     # formats
