@@ -79,7 +79,8 @@ class Planned:
         entries = family.depth_entries(num_layers or self.num_layers)
         settings = {key: value for key, value in {**self.settings, **entries}.items() if key != "model_type"}
         with torch.device("meta"):
-            model: Any = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[self.settings["model_type"]](**settings))
+            config = CONFIG_MAPPING[self.settings["model_type"]](**settings)
+            model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # as it is loaded
         if self.has_own_head:  # transformers ties until weights are loaded
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         return model
