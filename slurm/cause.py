@@ -17,6 +17,7 @@ _TORCHRUN = re.compile(
 )
 _SRUN = re.compile(r"^srun: error: \S+: tasks? (?P<rank>\d+)\S*: (?P<how>.+)$", re.MULTILINE)
 _NODE_FAILURE = re.compile(r"Node failure on (\S+)|NODE FAILURE", re.IGNORECASE)
+_TORCH = re.compile(r"^\[rank\d+\]: ?")  # what torch puts before every line of a traceback
 _EXIT_CODE = re.compile(r"exit code (\d+)")
 _MESSAGE = re.compile(
     r"^(?:error: .+|data_prep: .+"  # mistakes in recipe or data
@@ -90,7 +91,7 @@ def _signal_name(number: int) -> str:
 
 def _cause(log: Path) -> str:
     """The last line of a log that reads like an error, else the last line."""
-    lines = [line.strip() for line in _read(log).splitlines() if line.strip()]
+    lines = [_TORCH.sub("", line.strip()) for line in _read(log).splitlines() if line.strip()]
     told = [line for line in lines if _MESSAGE.match(line)]
     return (told or lines or [f"{log.name} is empty"])[-1][:MAX_LENGTH]
 

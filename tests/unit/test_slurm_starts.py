@@ -38,7 +38,9 @@ def test_torchrun_names_the_rank_that_was_first_over_all_nodes(tmp_path: Path) -
 
 
 def test_srun_names_the_task_that_was_first(tmp_path: Path) -> None:
-    log = "Traceback (most recent call last):\n  File x\nzipfile.BadZipFile: no\nValueError: 3 is odd\n[W] bye\n"
+    log = (
+        "Traceback (most recent call last):\n  File x\nzipfile.BadZipFile: no\n[rank3]: ValueError: 3 is odd\n[W] bye\n"
+    )
     failure = first_failure(logs_with(tmp_path, launch=SRUN, rank_3=log), 7, processes_per_node=2)
     assert failure.text == "rank 3 failed first (exit status 7): ValueError: 3 is odd"
 
