@@ -13,7 +13,7 @@ help:  ## what there is to make
 demo: .venv/installed  ## the main job on the built-in corpus: data, teacher, modular layers, every ratio, report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here  ## all tests (about 15 minutes on 2 cores)
+test: .venv/installed slurm-here chromium-here  ## all tests (about 20 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 lint: .venv/installed  ## format, lint and types

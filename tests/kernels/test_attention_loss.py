@@ -244,6 +244,8 @@ def test_never_waits_for_the_device_and_never_holds_a_map(path, monkeypatch):
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones((), device="cuda").item()  # so a wait would be seen
         module.attention_loss([pair]).share_P.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -248,6 +248,8 @@ def test_never_waits_for_the_device(path: Path, mode: Mode) -> None:
     module_of(name).hidden_loss(pairs, mode).share_P.sum().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones((), device=device).item()  # so a wait would be seen
         module_of(name).hidden_loss(pairs, mode).share_P.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
