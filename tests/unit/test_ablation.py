@@ -31,7 +31,7 @@ def test_every_configuration_changes_one_thing_and_keeps_the_budget(name):
     changed = recipe_with("minute", RUN, changes_of(name, plain, seed=3, bleu_examples=7))
     before, after = (fields_of_kind(each, "identity") for each in (plain, changed))
     different = {field for field in after if before[field] != after[field]} - {"seed"}
-    assert len(different) == {AS_IT_IS: 0, "task-loss-only": 2}.get(name, 1)
+    assert len(different) == {AS_IT_IS: 0, "task-loss-only": 2, "attention-losses": 2}.get(name, 1)
     assert all(field.startswith("distill.") for field in different)
     assert fields_of_kind(plain, "schedule") == fields_of_kind(changed, "schedule")
     assert changed.seed == 3
