@@ -46,13 +46,15 @@ doctor: .venv/installed  ## check this machine: packages, ranks, MPI, kernels
 clean:  ## remove the virtual environment and the runs
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first: DeepSpeed's set-up imports it; DS_BUILD_OPS=0: its C++ and CUDA ops are not needed
-.venv/installed: requirements.txt
+# torch first: DeepSpeed's set-up imports it; DS_BUILD_OPS=0: its C++ and CUDA ops are not needed; this project last and
+# in place, so that its commands run in any folder
+.venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check $$(grep -oE '^torch==[0-9.]+' requirements.txt) numpy setuptools wheel ninja packaging
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation $$(grep -oE '^deepspeed==[0-9.]+' requirements.txt)
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 # the SLURM tests run a real controller; without root they skip (and fail in CI)
