@@ -79,17 +79,23 @@ def _fits(row: Row, latency_ms: float | None, num_bytes: float | None, keep: flo
 def _nearest(rows: Sequence[Row], latency_ms: float | None, num_bytes: float | None, keep: float | None) -> str:
     """What each budget comes up against."""
     parts = []
-    timed = [row for row in rows if row.latency_ms is not None]
-    if latency_ms is not None and timed:
-        fastest = min(timed, key=lambda row: row.latency_ms or 0.0)
-        parts.append(f"the fastest is {fastest.name} with {fastest.latency_ms:.1f} ms")
+    if latency_ms is not None:
+        timed = [row for row in rows if row.latency_ms is not None]
+        fastest = min(timed, key=lambda row: row.latency_ms or 0.0, default=None)
+        text = (
+            "no latency was measured"
+            if fastest is None
+            else f"the fastest is {fastest.name} with {fastest.latency_ms:.1f} ms"
+        )
+        parts.append(text)
     if num_bytes is not None:
         smallest = min(rows, key=lambda row: row.bytes)
         parts.append(f"the smallest is {smallest.name} with {smallest.bytes} bytes")
-    kept = [row for row in rows if row.percent is not None]
-    if keep is not None and kept:
-        best = max(kept, key=lambda row: row.percent or 0.0)
-        parts.append(f"{best.name} keeps most, {best.percent:.1f} %")
+    if keep is not None:
+        kept = [row for row in rows if row.percent is not None]
+        best = max(kept, key=lambda row: row.percent or 0.0, default=None)
+        text = "the teacher has no BLEU to keep" if best is None else f"{best.name} keeps most, {best.percent:.1f} %"
+        parts.append(text)
     return ", ".join(parts)
 
 

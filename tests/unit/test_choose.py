@@ -48,6 +48,19 @@ def test_what_does_not_fit_is_told(run: RunDir, arguments, message):  # noqa: F8
         choose.main(["--run", str(run.root), *arguments])
 
 
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"keep": 0.9}, "fits; the teacher has no BLEU to keep$"),
+        ({"latency_ms": 5.0}, "fits; no latency was measured$"),
+    ],
+)
+def test_what_was_not_measured_is_told(run: RunDir, budget, message):  # noqa: F811
+    rows = [replace(row, percent=None, latency_ms=None) for row in read_rows(run.scores)[0]]
+    with pytest.raises(ValueError, match=message):
+        choose.choose(rows, **budget)
+
+
 def test_sizes():
     assert [choose.bytes_of(text) for text in ("300M", "1.5G", "200Mi", "2KB", "7")] == [
         3e8,
