@@ -1,15 +1,15 @@
 """The hidden-state loss on a CPU: the definition of reference.py in one pass over chunks that stay in the cache.
 
-The gradient is made in the forward pass and is all that is kept. Padding is cleared by row index, which touches padded
-rows only (on a GPU `nonzero` would wait for the device).
+The gradient is made in the forward pass and is all that is kept; a difference in its dtype is made in its place.
+Padding is cleared by row index, which touches padded rows only (on a GPU `nonzero` would wait for the device).
 
 Shapes: P pairs, B batch, T tokens, D channels, R = B x T rows, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,21 +36,37 @@ def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, up
     return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
 
 
+class _Cut(NamedTuple):
+    """How the rows of some states are cut into chunks."""
+
+    padded: list[Tensor | None]
+    """Which rows of each chunk are padding, counted from the first of them; None for none."""
+    num_valid: int
+    buffers_CD: Tensor
+    """Memory for two chunks, which stays in the cache from chunk to chunk."""
+
+
 class _HiddenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
     ) -> tuple[Tensor, Tensor]:
-        padding = {id(pair.mask_BT): (~pair.mask_BT).flatten().nonzero().squeeze(1) for pair in pairs}
-        losses, gradients = [], []
+        dtype = accumulation_dtype(students[0], pairs[0].teacher_BTD)
+        pass_over = _cosine_pass if mode == "cosine" else _square_pass
+        cuts: dict[tuple[int, int], _Cut] = {}  # pairs of one stack share theirs
+        errors, totals, gradients = [], [], []
         for pair, student_BTD, wanted in zip(pairs, students, ctx.needs_input_grad[4:], strict=True):
             gradient_BTD = torch.empty(student_BTD.shape, dtype=student_BTD.dtype) if wanted else None
-            pass_over = _cosine_pass if mode == "cosine" else _square_pass
-            losses.append(pass_over(pair, padding[id(pair.mask_BT)], mode, weight * upstream, gradient_BTD))
+            key = (id(pair.mask_BT), student_BTD.shape[-1])
+            if key not in cuts:
+                cuts[key] = _cut(pair.mask_BT, student_BTD.shape[-1], dtype)
+            error, total = pass_over(pair, cuts[key], mode, weight * upstream, gradient_BTD)
+            errors.append(error)
+            totals.append(total)
             gradients.append(gradient_BTD)
         ctx.save_for_backward(*gradients)
         ctx.upstream, ctx.used_up = upstream, False
-        loss_P = torch.stack(losses)
+        loss_P = torch.stack(errors) / torch.tensor(totals, dtype=dtype)
         ctx.mark_non_differentiable(loss_P)
         return loss_P * weight, loss_P
 
@@ -67,72 +83,87 @@ class _HiddenLoss(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
-def _square_pass(pair: HiddenPair, padding: Tensor, mode: Mode, scale: float, gradient_BTD: Tensor | None) -> Tensor:
-    """Loss of one pair in mode mse or span; writes the gradient for a gradient `scale` of the loss."""
-    dtype = accumulation_dtype(pair.student_BTD, pair.teacher_BTD)
-    student_RD, teacher_RD = _rows(pair.student_BTD), _rows(pair.teacher_BTD)
+def _square_pass(
+    pair: HiddenPair, cut: _Cut, mode: Mode, scale: float, gradient_BTD: Tensor | None
+) -> tuple[Tensor, float]:
+    """(error, what it is divided by) of one pair in mode mse or span; writes the gradient for a gradient `scale` of
+    the loss."""
+    total = float(cut.num_valid * pair.student_BTD.shape[-1])
     if mode == "span":
         assert pair.start_BTD is not None  # check_pairs has refused it
-        start_RD = _rows(pair.start_BTD)
-        change_R = torch.empty(len(teacher_RD), dtype=dtype)
-        for chunk, padded in _chunks(teacher_RD, padding):
-            change_CD = _difference(teacher_RD[chunk], start_RD[chunk], padded, dtype)
-            torch.linalg.vecdot(change_CD, change_CD, out=change_R[chunk])
-        total = change_R.sum()
-    else:
-        total = torch.tensor((len(student_RD) - len(padding)) * student_RD.shape[1], dtype=dtype)
-    total = total.clamp(min=MIN_DENOMINATOR)
-    factor = 2 * torch.tensor(scale, dtype=dtype) / total
-    error_R = torch.empty(len(student_RD), dtype=dtype)
-    for chunk, padded in _chunks(student_RD, padding):
-        error_CD = _difference(student_RD[chunk], teacher_RD[chunk], padded, dtype)
-        # One dot a row, then a pairwise sum: half the time of (d * d).sum(), and a thousandth of the rounding error of
-        # one long torch.dot, which adds 4M squares with an error of 6e-5.
-        torch.linalg.vecdot(error_CD, error_CD, out=error_R[chunk])
-        if gradient_BTD is not None:
-            torch.mul(error_CD, factor, out=_rows(gradient_BTD)[chunk])
-    return error_R.sum() / total
+        total = _square_distance(pair.teacher_BTD, pair.start_BTD, cut).item()
+    total = max(total, MIN_DENOMINATOR)
+    return _square_distance(pair.student_BTD, pair.teacher_BTD, cut, gradient_BTD, 2 * scale / total), total
 
 
-def _cosine_pass(pair: HiddenPair, padding: Tensor, mode: Mode, scale: float, gradient_BTD: Tensor | None) -> Tensor:
-    """Loss of one pair in mode cosine. With d = s - t, both scaled to length 1, the loss of a row is e = |d|^2 / 2 and
-    its gradient (d - e s) / |student|: nothing cancels where student and teacher are near."""
-    dtype = accumulation_dtype(pair.student_BTD, pair.teacher_BTD)
-    student_RD, teacher_RD = _rows(pair.student_BTD), _rows(pair.teacher_BTD)
-    num_rows = max(1, len(student_RD) - len(padding))
-    loss_R = torch.empty(len(student_RD), dtype=dtype)
-    for chunk, padded in _chunks(student_RD, padding):
-        states = [state_RD[chunk].to(dtype) for state_RD in (student_RD, teacher_RD)]
-        norms = [torch.linalg.vector_norm(state_CD, dim=1, keepdim=True).clamp_(min=MIN_NORM) for state_CD in states]
-        student_CD = states[0] / norms[0]
-        difference_CD = student_CD - states[1].div(norms[1])
-        loss_C = torch.linalg.vecdot(difference_CD, difference_CD).div_(2).index_fill_(0, padded, 0)
-        loss_R[chunk] = loss_C
-        if gradient_BTD is not None:
-            difference_CD.addcmul_(student_CD, loss_C[:, None], value=-1).mul_((scale / num_rows) / norms[0])
-            _rows(gradient_BTD)[chunk] = difference_CD.index_fill_(0, padded, 0)
-    return loss_R.sum() / num_rows
+def _square_distance(
+    left_BTD: Tensor, right_BTD: Tensor, cut: _Cut, gradient_BTD: Tensor | None = None, factor: float = 0.0
+) -> Tensor:
+    """Sum of (left - right)^2 over real tokens; writes factor x (left - right) into the gradient."""
+    buffer_CD = cut.buffers_CD[0]
+    chunks = _chunks(left_BTD, cut), _chunks(right_BTD, cut), _gradient_chunks(gradient_BTD, cut)
+    norm_R = torch.empty(left_BTD.shape[:2].numel(), dtype=buffer_CD.dtype)
+    norms = norm_R.chunk(len(cut.padded))
+    for left_CD, right_CD, gradient_CD, padded, norm_C in zip(*chunks, cut.padded, norms, strict=True):
+        error_CD = buffer_CD[: left_CD.shape[0]]
+        if gradient_CD is not None and gradient_CD.dtype == buffer_CD.dtype:
+            error_CD = gradient_CD
+        if left_CD.dtype == right_CD.dtype == error_CD.dtype:
+            torch.sub(left_CD, right_CD, out=error_CD)
+        else:
+            error_CD.copy_(left_CD).sub_(right_CD)
+        if padded is not None:
+            error_CD.index_fill_(0, padded, 0)
+        # A norm a row, then a pairwise sum of squares: less than half the time of (d * d).sum(), and a thousandth of
+        # the rounding error of one long torch.dot, which adds 4M squares with an error of 6e-5.
+        torch.linalg.vector_norm(error_CD, dim=1, out=norm_C)
+        if gradient_CD is not None:
+            error_CD.mul_(factor)
+            if gradient_CD is not error_CD:
+                gradient_CD.copy_(error_CD)
+    return norm_R.square_().sum()
 
 
-def _rows(state_BTD: Tensor) -> Tensor:
-    return state_BTD.detach().reshape(-1, state_BTD.shape[-1])
+def _cosine_pass(
+    pair: HiddenPair, cut: _Cut, mode: Mode, scale: float, gradient_BTD: Tensor | None
+) -> tuple[Tensor, float]:
+    """(error, what it is divided by) of one pair in mode cosine. With d = s - t, both scaled to length 1, the loss of a
+    row is e = |d|^2 / 2 and its gradient (d - e s) / |student|: nothing cancels where student and teacher are near."""
+    num_valid, dtype = max(1, cut.num_valid), cut.buffers_CD.dtype
+    losses = []
+    states = zip(_chunks(pair.student_BTD, cut), _chunks(pair.teacher_BTD, cut), strict=True)
+    for both, gradient_CD, padded in zip(states, _gradient_chunks(gradient_BTD, cut), cut.padded, strict=True):
+        student_CD, difference_CD = cut.buffers_CD[:, : both[0].shape[0]]
+        norms = []
+        for state_CD, unit_CD in zip(both, (student_CD, difference_CD), strict=True):
+            state_CD = state_CD.to(dtype)
+            norms.append(torch.linalg.vector_norm(state_CD, dim=1, keepdim=True).clamp_(min=MIN_NORM))
+            torch.div(state_CD, norms[-1], out=unit_CD)
+        torch.sub(student_CD, difference_CD, out=difference_CD)
+        loss_C = torch.linalg.vector_norm(difference_CD, dim=1).square_().div_(2)
+        if padded is not None:
+            loss_C.index_fill_(0, padded, 0)
+        losses.append(loss_C)
+        if gradient_CD is not None:
+            difference_CD.addcmul_(student_CD, loss_C[:, None], value=-1).mul_((scale / num_valid) / norms[0])
+            gradient_CD.copy_(difference_CD)
+            if padded is not None:
+                gradient_CD.index_fill_(0, padded, 0)
+    return torch.cat(losses).sum(), float(num_valid)
 
 
-def _chunks(state_RD: Tensor, padding: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, padded rows counted from the first of them) of each chunk."""
-    num_rows, width = state_RD.shape
-    size = max(1, CHUNK_BYTES // (4 * max(1, width)))
-    edges = [*range(0, num_rows, size), num_rows]
-    if len(edges) == 2:
-        yield slice(0, num_rows), padding
-        return
-    places = torch.searchsorted(padding, torch.tensor(edges)).tolist()
-    for index, first in enumerate(edges[:-1]):
-        yield slice(first, edges[index + 1]), padding[places[index] : places[index + 1]] - first
+def _chunks(state_BTD: Tensor, cut: _Cut) -> Sequence[Tensor]:
+    return state_BTD.reshape(-1, state_BTD.shape[-1]).chunk(len(cut.padded))
 
 
-def _difference(left_CD: Tensor, right_CD: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
-    """left - right in the accumulation dtype, with zeros (not products with zero) in padded rows."""
-    if left_CD.dtype == right_CD.dtype == dtype:
-        return torch.sub(left_CD, right_CD).index_fill_(0, padded, 0)
-    return left_CD.to(dtype, copy=True).sub_(right_CD.to(dtype)).index_fill_(0, padded, 0)
+def _gradient_chunks(gradient_BTD: Tensor | None, cut: _Cut) -> Sequence[Tensor | None]:
+    return _chunks(gradient_BTD, cut) if gradient_BTD is not None else [None] * len(cut.padded)
+
+
+def _cut(mask_BT: Tensor, width: int, dtype: torch.dtype) -> _Cut:
+    num_rows = mask_BT.numel()
+    num_chunks = max(1, -(-4 * num_rows * width // CHUNK_BYTES))
+    padding = [chunk.nonzero().squeeze(1) for chunk in (~mask_BT.flatten()).chunk(num_chunks)]
+    num_valid = num_rows - sum(len(padded) for padded in padding)
+    buffers_CD = torch.empty(2, -(-num_rows // len(padding)), width, dtype=dtype)
+    return _Cut([padded if len(padded) else None for padded in padding], num_valid, buffers_CD)

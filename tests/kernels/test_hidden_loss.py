@@ -59,6 +59,21 @@ def test_pairs_of_different_shapes_in_one_call(path: Path, mode: Mode) -> None:
 
 
 @all_modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_on_a_cpu(path: Path, dtype: torch.dtype, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several, of different sizes, with padding in some; the second pair has the cut of the first."""
+    if path[0] != "cpu":
+        pytest.skip("others have no chunks")
+    monkeypatch.setattr(hidden_cpu, "CHUNK_BYTES", 5 * 4 * 33)
+    mask_BT = torch.ones(3, 7, dtype=torch.bool)
+    mask_BT[0, 3:], mask_BT[2, 6] = False, False
+    pairs = [make_pair((3, 7, 33), dtype, mask_BT=mask_BT, seed=seed) for seed in range(2)]
+    pairs.append(make_pair((2, 9, 20), dtype))
+    assert len(hidden_cpu._cut(pairs[0].mask_BT, 33, torch.float32).padded) == 5
+    assert_equals_oracle(pairs, mode, hidden_cpu.hidden_loss(pairs, mode), [1.0, -2.0, 0.5])
+
+
+@all_modes
 @pytest.mark.parametrize("num_pairs", [1, 50])
 def test_number_of_pairs_that_share_a_mask(path: Path, num_pairs: int, mode: Mode) -> None:
     name, device = path
