@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep.publish import publish_bytes, sha256_of
 from data_prep.reader import Examples, SplitReader
@@ -128,6 +129,7 @@ class _Labelling:
 
     @cached_property
     def _pool(self) -> Pool:
+        disable_progress_bar()
         return load_pool(self._run.teacher_model, self._device)
 
     @cached_property
@@ -191,7 +193,9 @@ class _Labelling:
                 kept += len(record["rows"])
                 dropped.update(record["dropped"])
         if not kept:
-            raise ValueError(f"no output of the teacher passes the rule ({dict(dropped)}): lower --min_chrf")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+            fix = "lower --min_chrf" if dropped["below chrF"] else "look at the teacher and its tokenizer"
+            raise ValueError(f"no output of the teacher passes the rule ({reasons}): {fix}")
         payload = buffer.getvalue()
         publish_bytes(self.folder / LABELS, payload)
         summary = {"kept": kept, "dropped": dict(sorted(dropped.items())), "made_from": self._made_from}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep.hub import local_folder
 from pipeline.checkpoint_format import checkpoints, full_weights
@@ -131,6 +132,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    disable_progress_bar()
     family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
     model, found = AutoModelForSeq2SeqLM.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
