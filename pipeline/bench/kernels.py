@@ -15,14 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.bench import Measure, kernels_head, report
-from pipeline.bench.timing import Step, median_ms, peak_mib
+from pipeline.bench import Measure, kernels_attention, kernels_head, report
+from pipeline.bench.timing import Step, median_ms, num_launches, peak_mib, works
 from pipeline.kernels import HiddenPair, Mode, hidden_loss, reference
 
 Loss = Callable[[Sequence[HiddenPair], Mode], Tensor]  # the sum over pairs, times WEIGHT
 
-LOSSES = ("hidden", "head")
+LOSSES = ("hidden", "head", "attention")
 LOSS_RTOL = 1e-4
+NOTES = """\
+Forward and backward, median of {rounds} runs in turns. Memory: the most that a step takes beyond its inputs; its floor:
+the gradients. {valid:.0%} of the tokens are not padding.
+hidden_loss: all pairs. Floor of time: a copy, in the same run, that moves the least bytes (each student and teacher
+state read once, each gradient written). Launches (CUDA): without backward. Baseline `ours`: mode mse, the same padding.
+head_loss: cross entropy and KL divergence, frozen head shared with the teacher. Floor of time: the bare matrix products
+in the same run. Liger's liger_jsd and liger_kl_div make the divergence only.
+attention_loss: pairs x batch x queries x keys x heads x width. Floor of time: the four matrix products that make both
+maps and both gradients. Baselines hold whole maps, but for `chunks` (CUDA), which holds those of some examples."""
 WEIGHT = 0.25  # a loss weight, as in training; so no path can skip the gradient of the loss
 
 
@@ -71,26 +80,23 @@ def main(arguments: argparse.Namespace) -> None:
             pairs = make_pairs(case, arguments.device, arguments.valid)
             for mode in get_args(Mode):
                 measures += measure_case(case, pairs, mode, arguments.rounds)
+            measures += compare_ours(case, pairs, arguments.valid, arguments.rounds)
     if "head" in arguments.only:
         for head_case in kernels_head.GPU_CASES if on_gpu else kernels_head.CPU_CASES:
             measures += kernels_head.measure_case(head_case, arguments.device, arguments.rounds)
-    notes = (
-        f"Forward and backward, median of {arguments.rounds} runs in turns. Memory: the most that a step takes beyond "
-        "its inputs;\nits floor: the gradients.\n"
-        f"hidden_loss: all pairs, {arguments.valid:.0%} of the tokens are not padding. Floor of time: a copy, in the "
-        "same run, that moves\nthe least bytes (each student and teacher state read once, each gradient written).\n"
-        "head_loss: cross entropy and KL divergence, frozen head shared with the teacher. Floor of time: the bare "
-        "matrix\nproducts in the same run. Liger's liger_jsd and liger_kl_div make the divergence only."
-    )
+    if "attention" in arguments.only:
+        for attention_case in kernels_attention.GPU_CASES if on_gpu else kernels_attention.CPU_CASES:
+            measures += kernels_attention.measure_case(
+                attention_case, arguments.device, arguments.valid, arguments.rounds
+            )
+    notes = NOTES.format(rounds=arguments.rounds, valid=arguments.valid)
     report("kernels", measures, notes, arguments.write)
 
 
 def make_pairs(case: Case, device: str, valid: float) -> list[HiddenPair]:
     """Pairs of one stack: the end of each span is the start of the next, as in a tiling."""
     torch.manual_seed(0)
-    num_batch, num_tokens, _width = case.shape_BTD
-    mask_BT = (torch.arange(num_tokens, device=device) < round(valid * num_tokens)).expand(num_batch, num_tokens)
-    mask_BT = mask_BT.contiguous()
+    mask_BT = make_mask(case, device, valid)
     start_BTD, pairs = torch.randn(case.shape_BTD, device=device).to(case.dtype), []
     for _ in range(case.num_pairs):
         teacher_BTD = start_BTD + torch.randn(case.shape_BTD, device=device).to(case.dtype)
@@ -98,6 +104,12 @@ def make_pairs(case: Case, device: str, valid: float) -> list[HiddenPair]:
         pairs.append(HiddenPair(student_BTD.requires_grad_(), teacher_BTD, mask_BT, start_BTD))
         start_BTD = teacher_BTD
     return pairs
+
+
+def make_mask(case: Case, device: str, valid: float) -> Tensor:
+    num_batch, num_tokens, _ = case.shape_BTD
+    mask_T = torch.arange(num_tokens, device=device) < round(valid * num_tokens)
+    return mask_T.expand(num_batch, num_tokens).contiguous()
 
 
 def measure_case(case: Case, pairs: Sequence[HiddenPair], mode: Mode, rounds: int) -> list[Measure]:
@@ -108,26 +120,55 @@ def measure_case(case: Case, pairs: Sequence[HiddenPair], mode: Mode, rounds: in
     losses: dict[str, Loss] = {"ours": fused, "eager_fp32": eager_loop}
     if case.dtype != torch.float32:
         losses["eager_storage"] = partial(eager_loop, upcast=False)
-    if device.type == "cuda" and (compiled := compile_loop(pairs, mode)) is not None:
-        losses["compile"] = compiled
+    if device.type == "cuda":
+        torch.compiler.reset()
+        losses["compile"] = torch.compile(eager_loop)
+        losses["compile_combo"] = torch.compile(eager_loop, options={"combo_kernels": True})
+    losses = {name: loss for name, loss in losses.items() if works(name, partial(step, loss, pairs, mode))}
     steps: dict[str, Step] = {name: partial(step, loss, pairs, mode) for name, loss in losses.items()}
     memory = {name: peak_mib(steps[name], device) for name in losses}
-    state = pairs[0].student_BTD
-    floor_bytes = 3 * len(pairs) * state.numel() * state.element_size()
-    source = torch.ones(floor_bytes // 2, dtype=torch.uint8, device=device)
-    steps["copy"] = partial(source.new_empty(source.shape).copy_, source)
-    time_ms = median_ms(steps, device, rounds)
+    time_ms = median_ms({**steps, "copy": bare_copy(pairs)}, device, rounds)
+    gradient_mib = sum(pair.student_BTD.nbytes for pair in pairs) / 2**20
     measures = []
     for name in losses:
         if name != "ours":
             title = f"hidden_loss {mode} {case}"
             measures += [
                 Measure("kernels", f"{title} time", time_ms["ours"], time_ms[name], name, "ms", time_ms["copy"]),
-                Measure(
-                    "kernels", f"{title} memory", memory["ours"], memory[name], name, "MiB", floor_bytes / 3 / 2**20
-                ),
+                Measure("kernels", f"{title} memory", memory["ours"], memory[name], name, "MiB", gradient_mib),
             ]
+            if device.type == "cuda":
+                launches = num_launches(partial(hidden_loss, pairs, mode))
+                others, least = num_launches(partial(losses[name], pairs, mode)), 3 if mode == "span" else 2
+                measures.append(Measure("kernels", f"{title} launches", launches, others, name, "launches", least))
     return measures
+
+
+def compare_ours(case: Case, pairs: Sequence[HiddenPair], valid: float, rounds: int) -> list[Measure]:
+    """What rows of length 1 cost and what padding saves, in turns with the plain loss."""
+    device = pairs[0].student_BTD.device
+    half_BT = make_mask(case, device.type, valid / 2)
+    halves = [pair._replace(mask_BT=half_BT) for pair in pairs]
+    steps: dict[str, Step] = {
+        "plain": partial(step, fused, pairs, "mse"),
+        "cosine": partial(step, fused, pairs, "cosine"),
+        "half the tokens, mse": partial(step, fused, halves, "mse"),
+        "copy": bare_copy(pairs),
+    }
+    time_ms = median_ms(steps, device, rounds)
+    return [
+        Measure(
+            "kernels", f"hidden_loss {name} {case} time", time_ms[name], time_ms["plain"], "ours", "ms", time_ms["copy"]
+        )
+        for name in ("cosine", "half the tokens, mse")
+    ]
+
+
+def bare_copy(pairs: Sequence[HiddenPair]) -> Step:
+    """A copy that moves as many bytes as states of student and teacher and the gradients have."""
+    num_bytes = 3 * sum(pair.student_BTD.nbytes for pair in pairs)
+    source = torch.ones(num_bytes // 2, dtype=torch.uint8, device=pairs[0].student_BTD.device)
+    return partial(torch.empty_like(source).copy_, source)
 
 
 def step(loss: Loss, pairs: Sequence[HiddenPair], mode: Mode) -> object:
@@ -159,15 +200,3 @@ def eager_loop(pairs: Sequence[HiddenPair], mode: Mode, upcast: bool = True) -> 
             total = pair.mask_BT.sum() * student_BTD.shape[-1]
         losses.append(error / total)
     return WEIGHT * torch.stack(losses).sum()
-
-
-def compile_loop(pairs: Sequence[HiddenPair], mode: Mode) -> Loss | None:
-    """eager_loop under torch.compile; None, and a line that says so, where the compiler does not work."""
-    torch.compiler.reset()
-    compiled: Loss = torch.compile(eager_loop)
-    try:
-        step(compiled, pairs, mode)
-    except Exception as error:  # a missing host compiler and a failed graph arrive as many different types
-        print(f"no baseline torch.compile: {type(error).__name__}: {str(error).splitlines()[0]}")
-        return None
-    return compiled

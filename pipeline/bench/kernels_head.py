@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.bench import Measure
-from pipeline.bench.timing import Step, median_ms, peak_mib
+from pipeline.bench.timing import Step, median_ms, peak_mib, works
 from pipeline.kernels import HeadObjective, head_loss
 
 TASK, LOGIT = 0.5, 0.25
@@ -75,7 +75,11 @@ def measure_case(case: Case, device_type: str, rounds: int) -> list[Measure]:
     with torch.no_grad():
         expected = eager(inputs)
         torch.testing.assert_close(ours(inputs), expected, rtol=LOSS_RTOL[case.dtype], atol=0.0)
-    losses = {name: loss for name, loss in baselines(device_type, case.dtype).items() if _runs(name, loss, inputs)}
+    losses = {
+        name: loss
+        for name, loss in baselines(device_type, case.dtype).items()
+        if works(name, partial(step, loss, inputs))
+    }
     steps: dict[str, Step] = {name: partial(step, loss, inputs) for name, loss in {"ours": ours, **losses}.items()}
     memory = {name: peak_mib(run, device) for name, run in steps.items()}
     time_ms = median_ms({**steps, "gemms": partial(bare_gemms, inputs)}, device, rounds)
@@ -88,16 +92,6 @@ def measure_case(case: Case, device_type: str, rounds: int) -> list[Measure]:
             Measure("kernels", f"{title} memory", memory["ours"], memory[name], name, "MiB", gradient_mib),
         ]
     return measures
-
-
-def _runs(name: str, loss: Loss, inputs: Inputs) -> bool:
-    """Whether a baseline works here at all: other people's packages, and memory."""
-    try:
-        step(loss, inputs)
-    except Exception as error:  # a missing compiler, too little memory, a changed interface: many different types
-        print(f"no baseline {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return False
-    return True
 
 
 def step(loss: Loss, inputs: Inputs) -> object:

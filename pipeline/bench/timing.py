@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from itertools import accumulate
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 L2_FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H200
 Step = Callable[[], object]
@@ -43,10 +44,32 @@ def _cuda_ms(run: Step) -> float:
     return start.elapsed_time(end)
 
 
+def works(name: str, run: Step) -> bool:
+    """Whether a baseline runs here at all: other people's packages and compilers, and memory."""
+    try:
+        run()
+    except Exception as error:  # a missing compiler, too little memory, a changed interface: many different types
+        print(f"no baseline {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return False
+    return True
+
+
+def num_launches(run: Step) -> int:
+    """Kernels that a step starts on the GPU; copies and fills of memory are not counted."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+
 def peak_mib(run: Step, device: torch.device) -> float:
     """Memory that a step takes at most beyond what is there before it, in MiB.
 
-    CUDA: of the caching allocator. CPU: resident memory by the kernel's own high-water mark (Linux).
+    CUDA: of the caching allocator. CPU: of torch's allocator, each block by the profiler's records (resident memory
+    would not show blocks that malloc keeps). What BLAS libraries take for themselves is in neither.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -55,13 +78,8 @@ def peak_mib(run: Step, device: torch.device) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = _status_kib("VmRSS")
-    run()
-    return max(1, _status_kib("VmHWM") - before) / 2**10  # small steps may live in memory that was there
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    recorded: Any = profiler.profiler
+    changes = (event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]")
+    return max(accumulate(changes, initial=0)) / 2**20

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.bench import Measure, kernels, kernels_head
+from pipeline.bench import Measure, kernels, kernels_attention, kernels_head
 from pipeline.bench.__main__ import main
-from pipeline.kernels import reference
+from pipeline.bench.timing import peak_mib
+from pipeline.kernels import attention_reference, reference
 
+ATTENTION = kernels_attention.Case("cross", 2, (2, 5, 7, 2, 4), torch.float32)
 KEYS = ["bench", "measure", "ours", "baseline", "baseline_name", "ratio", "unit", "floor"]
 
 
@@ -20,6 +22,7 @@ KEYS = ["bench", "measure", "ours", "baseline", "baseline_name", "ratio", "unit"
 def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CPU_CASES", [kernels.Case(2, (2, 3, 16), torch.bfloat16)])
     monkeypatch.setattr(kernels_head, "CPU_CASES", [kernels_head.Case(300, 8, 50, torch.float32)])
+    monkeypatch.setattr(kernels_attention, "CPU_CASES", [ATTENTION])
 
 
 def test_prints_and_writes_every_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -31,8 +34,14 @@ def test_prints_and_writes_every_measure(capsys: pytest.CaptureFixture[str], tmp
     found = [(measure["measure"], measure["baseline_name"]) for measure in measures]
     names = [f"hidden_loss {mode} 2x2x3x16 bfloat16" for mode in ("mse", "span", "cosine")]
     losses = [*product(names, ("eager_fp32", "eager_storage"))]
-    losses += [*product(["head_loss 300x8x50 float32"], ("eager_fp32", "trl_chunked"))]
-    assert found == [(f"{name} {what}", baseline) for name, baseline in losses for what in ("time", "memory")]
+    others = [*product(["head_loss 300x8x50 float32"], ("eager_fp32", "trl_chunked"))]
+    others.append(("attention_loss cross 2x2x5x7x2x4 float32", "eager"))
+    ours = [(f"hidden_loss {name} 2x2x3x16 bfloat16 time", "ours") for name in ("cosine", "half the tokens, mse")]
+    both = [
+        [(f"{name} {what}", baseline) for name, baseline in each for what in ("time", "memory")]
+        for each in (losses, others)
+    ]
+    assert found == both[0] + ours + both[1]
     (written,) = (tmp_path / "results").iterdir()
     assert written.name.startswith("kernels_")
     assert all(name in written.read_text() for name in names)
@@ -76,3 +85,24 @@ def test_baselines_of_the_head_compute_the_same_loss():
     for loss in (kernels_head.eager, kernels_head.chunked):
         torch.testing.assert_close(loss(inputs), expected)
         torch.testing.assert_close(torch.autograd.grad(loss(inputs), inputs.student_ND)[0], gradient_ND)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
+def test_baseline_of_attention_computes_the_same_loss(kind: str) -> None:
+    pairs = kernels_attention.make_pairs(ATTENTION._replace(kind=kind), "cpu", valid=0.7)
+    states = [state for pair in pairs for state in pair[:2]]
+    eager = kernels_attention.eager(pairs, kernels_attention.whole_bias(pairs[0]))
+    expected = kernels_attention.WEIGHT * attention_reference.attention_loss(pairs).share_P.sum()
+    torch.testing.assert_close(eager, expected)
+    gradients = torch.autograd.grad(eager, states)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, states), rtol=1e-4, atol=1e-7)
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    def run() -> object:
+        first = torch.empty(2**20, dtype=torch.uint8)
+        second = torch.empty(3 * 2**20, dtype=torch.uint8)
+        del first
+        return second, torch.empty(2**20, dtype=torch.uint8), torch.empty(2**20, dtype=torch.uint8)
+
+    assert peak_mib(run, torch.device("cpu")) == 5
