@@ -113,8 +113,8 @@ def _overhead(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
 def _gpu(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
     found = _ranks("gpu", torch.cuda.device_count(), steps=arguments.steps)
     measures = [
-        Measure("step", f"step time, {name}", row["seconds"], row["baseline"], row["baseline_name"], "s", row["floor"])
-        for name, row in found["rows"].items()
+        Measure("step", f"step time, {name}", seconds, baseline, baseline_name, "s", floor)
+        for name, seconds, baseline, baseline_name, floor in found["rows"]
     ]
     memory = found["memory"]
     measures.append(
