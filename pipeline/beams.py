@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.decoder import Decoder, Memory, Rules, StaticCache, step
+from pipeline.decoder import Decoder, Memory, StaticCache, step
+from pipeline.rules import Rules
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ source tokens, D model width, H heads, K width of a head, V vocabulary, N states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,6 @@ from pipeline.families.base import Family, KeysValues
 
 # elements of logits held at once: on a CPU so few that they stay in its cache
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Decoding settings; see transformers' GenerationConfig for their meaning."""
-
-    start_id: int
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    max_new_tokens: int
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    processors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    """Changes scores [R, V] given the tokens so far [R, T]; None where nothing does."""
 
 
 @dataclass(frozen=True)

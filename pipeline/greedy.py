@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.decoder import Decoder, Memory, Rules, StaticCache, best_tokens, step
+from pipeline.decoder import Decoder, Memory, StaticCache, best_tokens, step
 from pipeline.families.base import KeysValues
+from pipeline.rules import Rules
 
 NOTHING = -1  # in drafts: no token
 LONGEST_DRAFT = 12

@@ -22,9 +22,10 @@ from pipeline.assemble import System
 from pipeline.decode import batches_of, generate, load
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.families import FAMILIES
+from pipeline.rules import Rules, rules_of
 from pipeline.rundir import read_json
 from pipeline.spans import STACKS
-from pipeline.together import Member, Outputs, Rules, decode_together, rules_of
+from pipeline.together import Member, Outputs, decode_together
 from pipeline.tokenizer import load_tokenizer
 from pipeline.units import create_once, digest_of, publish_sealed, read_sealed
 from pipeline.views import Pool, load_pool
@@ -121,7 +122,8 @@ class Workshop:
         run, work = self.work.run, self.work
         try:
             if group == ASSEMBLIES:
-                return _Views(work, load_pool(run.teacher_model, self.device, run.library))
+                # the plan that names this group carries the hashes: both files were held against the manifest for it
+                return _Views(work, load_pool(run.teacher_model, self.device, run.library, is_checked=True))
             folder = work.folder_of(work.system(group))
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if config["model_type"] in FAMILIES:

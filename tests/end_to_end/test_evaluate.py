@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from data_prep.publish import sha256_of
-from pipeline import units
+from pipeline import library, units
 from pipeline.assemble import Parts, System, describe, write_checkpoint
 from pipeline.config import EvaluateConfig, Recipe
 from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
@@ -238,13 +238,18 @@ def test_two_workers_equal_one(inputs: Path, finished: Path, tmp_path: Path) -> 
     assert outputs(root) == outputs(finished)
 
 
-def test_worker_0_takes_over_from_a_killed_worker(inputs: Path, finished: Path, tmp_path: Path) -> None:
+def test_worker_0_takes_over_from_a_killed_worker(
+    inputs: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "run"
     shutil.copytree(inputs, root)
     kill_when(start_worker(root, rank=1, size=2), root, num_units=1, num_scores=0)
     assert not when_published(root)
+    read: list[str] = []
+    monkeypatch.setattr(library, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
     evaluate_here(root)
     assert table(root) == table(finished)
+    assert read == ["model.safetensors", "modular.safetensors"], "large files are read once to be checked"
 
 
 def test_what_is_damaged_is_done_again(finished: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pipeline.cost import padded
 from pipeline.decode import up_to_end
 from pipeline.greedy import NOTHING, lay_out_drafts
 from pipeline.prefixes import count_layers, count_prefixes
+from pipeline.rules import rules_of
 from pipeline.spans import Assembly
-from pipeline.together import LayerCalls, Member, decode_together, rules_of
+from pipeline.together import LayerCalls, Member, decode_together
 from pipeline.views import load_pool
 from tests.tiny import KINDS
 from tests.unit.test_assemble import make_run

@@ -31,7 +31,7 @@ LADDER: list[set[str]] = [
         "pipeline.preempt", "pipeline.sampler", "pipeline.tokenizer", "pipeline.units", "pipeline.report_data",
         "pipeline.library", "pipeline.records", "pipeline.watchdog",
         "pipeline.decoder", "pipeline.greedy", "pipeline.beams", "pipeline.pending", "pipeline.together",
-        "pipeline.views", "pipeline.scoring", "pipeline.switching",
+        "pipeline.rules", "pipeline.views", "pipeline.scoring", "pipeline.switching",
         "pipeline.assembly_losses", "pipeline.report_front",
     },
     # machinery
