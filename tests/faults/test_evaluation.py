@@ -1,31 +1,38 @@
 """SIGKILL of random workers of an evaluation, again and again: the scores must be those of an uninterrupted one.
 
-A run takes FAULT_TRIALS trials from FAULT_SEED on, so that trials are counted over runs.
+A trial is a whole evaluation by 2 to 4 real processes over real files, of a tiny model. Trials are counted over any
+number of slices (see tests/faults/trials.py).
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.config import EvaluateConfig, Recipe
 from pipeline.evaluate import evaluate
-from pipeline.evaluation import folder_hashes
 from pipeline.rundir import RunDir
 from pipeline.world import World
-from tests.end_to_end.test_evaluate import NUM_EXAMPLES, SETTINGS, inputs, outputs, table  # noqa: F401 a fixture
+from tests.end_to_end.test_evaluate import SETTINGS, inputs, outputs, table  # noqa: F401 a fixture
+from tests.faults.trials import SEED, count_trials, folder_of
 
-SEED = int(os.environ.get("FAULT_SEED", "0"))
-NUM_TRIALS = int(os.environ.get("FAULT_TRIALS", "10"))
-RECIPE = Recipe(evaluate=EvaluateConfig(**{**SETTINGS, "latency_examples": 2}))
+NUM_TRIALS = 100
+NUM_EXAMPLES = 100
+# few examples in many slices: a worker has many units to be killed in, and gets through them in little time
+SETTINGS_HERE = {"max_examples": NUM_EXAMPLES, "tokens_per_batch": 100, "latency_examples": 1}
+RECIPE = Recipe(evaluate=EvaluateConfig(**{**SETTINGS, **SETTINGS_HERE}))
+NUM_RESULTS = 5  # systems
 
 
 def start(root: Path, rank: int, size: int) -> int:
@@ -37,7 +44,6 @@ def start(root: Path, rank: int, size: int) -> int:
     try:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
-        folder_hashes.cache_clear()
         evaluate(RECIPE, RunDir(root), World(rank, size, 0, torch.device("cpu")))
         code = 0
     finally:
@@ -48,34 +54,62 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def results(root: Path) -> dict[str, Any]:
+    """All that an evaluation publishes but measured times: table, outputs, and each system's scores with its counts."""
+    scores = {path.name: path.read_bytes() for path in (root / "evaluate/scores").glob("*.json")}
+    return {"table": table(root), "outputs": outputs(root), "scores": scores}
+
+
+def progress(root: Path) -> dict[str, int]:
+    """Units of decoding and systems' scores that are published."""
+    folder = root / "evaluate"
+    return {"units": len(list(folder.glob("units/*/*.json"))), "scores": len(list(folder.glob("scores/*.json")))}
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """What was imported need not be looked through by the garbage collector of every worker again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(2400)
+@pytest.mark.usefixtures("frozen")
 def test_kills_of_workers_lose_and_double_nothing(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
-    whole = tmp_path / "whole"
+    whole, root = tmp_path / "whole", tmp_path / "run"
     shutil.copytree(inputs, whole)
     started_s = time.monotonic()
     assert wait(start(whole, 0, 1)) == 0
     seconds = time.monotonic() - started_s
-    expected, texts = table(whole), outputs(whole)
-    hits = 0
-    for trial in range(SEED, SEED + NUM_TRIALS):
-        generator = random.Random(f"evaluation/{trial}")
-        root, size = tmp_path / "run", generator.choice((2, 3, 4))
+    expected = results(whole)
+    assert len(expected["scores"]) == len(expected["outputs"]) == NUM_RESULTS
+
+    def trial(number: int) -> dict[str, Any] | None:
+        chance = random.Random(f"evaluation/{SEED}/{number}")
+        shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(inputs, root)
+        size = chance.choice((2, 3, 4))
         workers = {rank: start(root, rank, size) for rank in range(size)}
-        victim = generator.randrange(size)
-        time.sleep(generator.uniform(0.0, 0.8 * seconds))
+        time.sleep(chance.uniform(0.0, 0.6 * seconds))  # the last part of a run is worker 0 measuring, alone
+        victim = chance.randrange(size)
         os.kill(workers[victim], signal.SIGKILL)
-        killed = wait(workers.pop(victim)) == -signal.SIGKILL
-        hits += killed
+        seen = progress(root)
+        was_killed = wait(workers.pop(victim)) == -signal.SIGKILL
         assert [wait(pid) for pid in workers.values()] == [0] * len(workers)
-        if victim == 0 and killed:  # as a scheduler starts it again
+        if victim == 0 and was_killed:  # as a scheduler starts it again
             assert wait(start(root, 0, size)) == 0
-        assert table(root) == expected, trial
-        assert outputs(root) == texts, trial
-        for name, content in outputs(root).items():
+        found = results(root)
+        assert found == expected, number
+        for name, content in found["outputs"].items():
             ids = [json.loads(line)["id"] for line in content.decode().split("\n") if line]
-            assert len(ids) == len(set(ids)) == NUM_EXAMPLES, (trial, name)
-        shutil.rmtree(root)
-        print(f"trial {trial}: {size} workers, worker {victim} {'killed' if killed else 'was done'}; equal", flush=True)
-    assert hits >= NUM_TRIALS // 2
+            assert len(ids) == len(set(ids)) == NUM_EXAMPLES, (number, name)
+        return {"workers": size, "victim": victim, **seen} if was_killed else None
+
+    found = count_trials(folder_of("evaluation"), "kills", NUM_TRIALS, trial)
+    decoding = sum(not each["scores"] for each in found)
+    print(f"{len(found)} kills, {decoding} while decoding, {sum(each['victim'] == 0 for each in found)} of worker 0")
+    assert {each["workers"] for each in found} == {2, 3, 4}
+    assert NUM_TRIALS // 10 < decoding < NUM_TRIALS
