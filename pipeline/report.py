@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -18,10 +20,9 @@ from rich.text import Text
 
 from pipeline.config import Recipe
 from pipeline.metrics import write_summary
-from pipeline.report_data import SERIES, Line, Report, Row, count_text, load_report, series
-from pipeline.report_page import render_page
+from pipeline.report_data import SERIES, Line, Report, Row, count_text, frontier, load_report, series
+from pipeline.report_page import bleu_axis, render_page
 from pipeline.rundir import RunDir, write_atomic
-from pipeline.spans import PRESETS
 
 WIDTH_WITHOUT_TERMINAL = 200
 GROUPS = {"named": "by name", "finetuned": "fine-tuned", "peer": "other"}
@@ -157,17 +158,29 @@ def quality_picture(data: Report) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 4.8), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5.2), sharey=True, layout="constrained")
+    scale = bleu_axis(data.rows)
+    values, places = zip(*scale.knots, strict=True)
+    heights = [places[0] - place for place in places]
+    to_height, to_bleu = partial(np.interp, xp=values, fp=heights), partial(np.interp, xp=heights, fp=values)
     for axis, (label, quantity) in zip(axes, QUANTITIES.items(), strict=True):
         measured = [row for row in data.rows if quantity(row) is not None]
         for name, rows in series(measured).items():
             _draw_series(axis, name, rows, [quantity(row) or 0.0 for row in rows])
+        best = frontier(measured, quantity)
+        axis.plot([quantity(row) for row in best], [row.bleu for row in best], "--", color="#888888", linewidth=1)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
+        axis.set_yscale("function", functions=(to_height, to_bleu))
+        axis.set_ylim(values[0], values[-1])
+        axis.set_yticks(scale.ticks)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("BLEU")
+        if len(values) > 2:  # the lower part's scale is compressed
+            axis.axhspan(values[0], values[1], color="#f1f3f4", zorder=0)
+    axes[0].set_ylabel("BLEU (where shaded, its scale is compressed)" if len(values) > 2 else "BLEU")
     axes[0].xaxis.set_major_formatter(lambda value, _: count_text(value))
-    axes[2].legend(loc="center right", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"{data.name}: quality against size, latency and throughput")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -180,7 +193,6 @@ def _draw_series(axis: Any, name: str, rows: list[Row], x: list[float]) -> None:
     y = [row.bleu for row in rows]
     below = [max(0.0, row.bleu - row.bleu_low) for row in rows]
     above = [max(0.0, row.bleu_high - row.bleu) for row in rows]
-    line = "-" if name in PRESETS else "none"
     axis.errorbar(
         x,
         y,
@@ -189,8 +201,8 @@ def _draw_series(axis: Any, name: str, rows: list[Row], x: list[float]) -> None:
         marker=marker,
         markersize=13 if name == "teacher" else 7,
         color=colour,
-        linestyle=line,
-        linewidth=1,
+        linestyle="none",
         elinewidth=1,
         alpha=0.9,
+        clip_on=False,
     )

@@ -15,8 +15,9 @@ from pipeline.report_data import ASSEMBLIES, METRICS, SERIES, Report, Row, count
 from pipeline.spans import PRESETS
 
 TEMPLATE = "report_page.html.j2"
-WIDTH, HEIGHT = 560, 400
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
+WIDTH, HEIGHT = 420, 350  # about the pixels that a chart gets in a row of three, so that its texts keep their size
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 24, 46
+LETTER = 7.5  # width, at most
 SHAPES = {  # series -> outline around (0, 0), about 14 wide
     "teacher": "M0,-9L2.2,-3L8.6,-2.8L3.5,1.1L5.3,7.3L0,3.6L-5.3,7.3L-3.5,1.1L-8.6,-2.8L-2.2,-3Z",
     "size-first": "M-6.5,0A6.5,6.5 0 1 0 6.5,0A6.5,6.5 0 1 0 -6.5,0Z",
@@ -27,7 +28,7 @@ SHAPES = {  # series -> outline around (0, 0), about 14 wide
     "finetuned": "M0,-7L7,0L0,7L-7,0Z",
     "peer": "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
 }
-LABEL_GAP = 44  # between the labels of two points, in pixels
+LABEL_GAP = 40  # between the labels of two points, in pixels
 
 
 def render_page(data: Report) -> str:
@@ -39,7 +40,7 @@ def render_page(data: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count_text, "number": number}
+    environment.filters |= {"count": count_text, "number": number, "p_text": p_text}
     charts = []
     for title, quantity, label, text_of in (
         ("Quality against size", lambda row: row.non_embedding_parameters, "non-embedding parameters", count_text),
@@ -56,7 +57,7 @@ def render_page(data: Report) -> str:
     return environment.get_template(TEMPLATE).render(
         data=data,
         charts=charts,
-        metrics=[(name, label) for name, label in METRICS.items() if name in data.teacher.scores],
+        metrics=[(name, label) for name, label in METRICS.items() if name != "bleu" and name in data.teacher.scores],
         legend=[(name, SERIES[name], mark(name)) for name in series(data.rows)],
         losses=loss_chart(data.losses) if data.losses else None,
     )
@@ -65,6 +66,11 @@ def render_page(data: Report) -> str:
 def number(value: float | None, digits: int = 1) -> str:
     """A number with so many decimals; empty when it was not measured."""
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def p_text(value: float | None) -> str:
+    """A p-value; that of a difference that no resample reached says so."""
+    return "\u2264 0.001" if value is not None and value <= 0.001 else number(value, 3)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def scatter(
     quantities = {row.name: found for row in rows if (found := quantity(row)) is not None}
     most = max(quantities.values()) * 1.04
     x = Axis(((0.0, LEFT), (most, WIDTH - RIGHT)), nice_ticks(0, most, 6))
-    parts = [_frame(x, y, label, text_of)]
+    parts = [_frame(x, y, (label, "BLEU"), text_of)]
     if len(y.knots) > 2:
         level = y(y.knots[1][0])
         parts.append(
@@ -176,9 +182,9 @@ def loss_chart(losses: Mapping[str, list[tuple[int, float]]]) -> Markup:
     low, high = (low, high) if high - low > 0.05 else (low - 0.1, high + 0.1)
     y = Axis(((low, HEIGHT - BOTTOM - 8), (high, TOP + 8)), log_ticks(low, high))
     most = max(step for points in losses.values() for step, _ in points) or 1
-    right = WIDTH - 110
-    x = Axis(((0.0, LEFT), (float(most), right)), nice_ticks(0, most, 5))
-    parts = [_frame(x, y, "step", "{:g}".format, y_text=lambda power: f"{10**power:.3g}", right=right)]
+    right = WIDTH - 12 - LETTER * max(map(len, losses))
+    x = Axis(((0.0, LEFT), (float(most), right)), nice_ticks(0, most, 4))
+    parts = [_frame(x, y, ("step", "nats"), "{:g}".format, y_text=lambda power: f"{10**power:.3g}", right=right)]
     ends = []
     for i, (name, points) in enumerate(losses.items()):
         path = " ".join(f"{_n(x(step))},{_n(y(math.log10(max(loss, 1e-6))))}" for step, loss in points)
@@ -189,7 +195,7 @@ def loss_chart(losses: Mapping[str, list[tuple[int, float]]]) -> Markup:
         ends.append((y(math.log10(max(points[-1][1], 1e-6))), i, name))
     level = -math.inf
     for place, i, name in sorted(ends):
-        level = max(place, level + 14)
+        level = max(place, level + 15)
         parts.append(_text(right + 6, level + 4, name, f"line-{i % 6} start"))
     return _svg("Validation losses over the steps of the modular run", parts)
 
@@ -204,12 +210,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _frame(
     x: Axis,
     y: Axis,
-    label: str,
+    labels: tuple[str, str],
     text_of: Callable[[float], str],
     y_text: Callable[[float], str] = "{:g}".format,
     right: float = WIDTH - RIGHT,
 ) -> Markup:
-    """Grid lines, tick texts and the name of the horizontal axis."""
+    """Grid lines, tick texts and the names of the axes, the horizontal one first."""
     parts = []
     for tick in y.ticks:
         place = _n(y(tick))
@@ -217,7 +223,8 @@ def _frame(
         parts.append(_text(LEFT - 7, y(tick) + 4, y_text(tick), "end"))
     for tick in x.ticks:
         parts.append(_text(x(tick), HEIGHT - BOTTOM + 18, text_of(tick), "tick"))
-    parts.append(_text((LEFT + right) / 2, HEIGHT - 6, label, "axis"))
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 6, labels[0], "axis"))
+    parts.append(_text(0, TOP - 12, labels[1], "start"))
     return Markup("").join(parts)
 
 
