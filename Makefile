@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SUITE ?= data
+WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -13,8 +14,8 @@ help:  ## what there is to make
 demo: .venv/installed  ## the main job on the built-in corpus: data, teacher, modular layers, every ratio, report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here  ## all tests (about 20 minutes on 2 cores)
-	$(BIN)/python -m pytest
+test: .venv/installed slurm-here chromium-here  ## all tests, files side by side on WORKERS (2) processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## format, lint and types
 	$(BIN)/ruff format --check .
