@@ -44,6 +44,10 @@ class _Cut(NamedTuple):
     num_valid: int
     buffers_CD: Tensor
     """Memory for two chunks, which stays in the cache from chunk to chunk."""
+    norm_R: Tensor
+    """Memory for a number a row."""
+    norms: Sequence[Tensor]
+    """The same in chunks."""
 
 
 class _HiddenLoss(torch.autograd.Function):
@@ -102,9 +106,7 @@ def _square_distance(
     """Sum of (left - right)^2 over real tokens; writes factor x (left - right) into the gradient."""
     buffer_CD = cut.buffers_CD[0]
     chunks = _chunks(left_BTD, cut), _chunks(right_BTD, cut), _gradient_chunks(gradient_BTD, cut)
-    norm_R = torch.empty(left_BTD.shape[:2].numel(), dtype=buffer_CD.dtype)
-    norms = norm_R.chunk(len(cut.padded))
-    for left_CD, right_CD, gradient_CD, padded, norm_C in zip(*chunks, cut.padded, norms, strict=True):
+    for left_CD, right_CD, gradient_CD, padded, norm_C in zip(*chunks, cut.padded, cut.norms, strict=True):
         error_CD = buffer_CD[: left_CD.shape[0]]
         if gradient_CD is not None and gradient_CD.dtype == buffer_CD.dtype:
             error_CD = gradient_CD
@@ -121,7 +123,7 @@ def _square_distance(
             error_CD.mul_(factor)
             if gradient_CD is not error_CD:
                 gradient_CD.copy_(error_CD)
-    return norm_R.square_().sum()
+    return cut.norm_R.square_().sum()
 
 
 def _cosine_pass(
@@ -153,7 +155,8 @@ def _cosine_pass(
 
 
 def _chunks(state_BTD: Tensor, cut: _Cut) -> Sequence[Tensor]:
-    return state_BTD.reshape(-1, state_BTD.shape[-1]).chunk(len(cut.padded))
+    state_RD = state_BTD.reshape(-1, state_BTD.shape[-1])
+    return state_RD.chunk(len(cut.padded)) if len(cut.padded) > 1 else (state_RD,)  # small states are many calls
 
 
 def _gradient_chunks(gradient_BTD: Tensor | None, cut: _Cut) -> Sequence[Tensor | None]:
@@ -164,6 +167,8 @@ def _cut(mask_BT: Tensor, width: int, dtype: torch.dtype) -> _Cut:
     num_rows = mask_BT.numel()
     num_chunks = max(1, -(-4 * num_rows * width // CHUNK_BYTES))
     padding = [chunk.nonzero().squeeze(1) for chunk in (~mask_BT.flatten()).chunk(num_chunks)]
-    num_valid = num_rows - sum(len(padded) for padded in padding)
+    num_valid = num_rows - sum(map(len, padding))
     buffers_CD = torch.empty(2, -(-num_rows // len(padding)), width, dtype=dtype)
-    return _Cut([padded if len(padded) else None for padded in padding], num_valid, buffers_CD)
+    norm_R = torch.empty(num_rows, dtype=dtype)
+    padded = [rows if len(rows) else None for rows in padding]
+    return _Cut(padded, num_valid, buffers_CD, norm_R, norm_R.chunk(len(padded)))
