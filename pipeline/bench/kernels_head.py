@@ -140,6 +140,7 @@ def baselines(device_type: str, dtype: torch.dtype) -> dict[str, Loss]:
     if dtype != torch.float32:
         found["eager_storage"] = partial(eager, upcast=False)
     if device_type == "cuda":
+        torch.compiler.reset()  # or the next shapes would be compiled for any shape
         found["compile"] = torch.compile(eager)
         found |= {
             "liger_jsd": _liger_jsd,

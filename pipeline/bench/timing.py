@@ -61,8 +61,8 @@ def num_launches(run: Step) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not (event.is_user_annotation or event.name.startswith(("Memcpy", "Memset"))) for event in on_device)
 
 
 def peak_mib(run: Step, device: torch.device) -> float:

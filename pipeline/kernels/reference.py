@@ -199,8 +199,8 @@ def head_loss(
 ) -> HeadLoss:
     """Losses of the logits `state @ weight^T + bias` of N tokens, for a frozen head that the teacher shares.
 
-    Vocabulary entries that are no tokens (rows that pad the weight) are left out by passing `weight[:num_ids]`, which
-    is the same as logits of minus infinity.
+    Vocabulary entries that are no tokens (rows that pad the weight) are left out by passing `weight[:num_ids]` (and
+    `bias[:num_ids]`): views, no copies, and the same as logits of minus infinity.
 
     Args:
         teacher_ND: None where there is no divergence; must not require grad.

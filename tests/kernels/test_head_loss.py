@@ -151,11 +151,13 @@ def test_without_a_teacher(path: Path) -> None:
 
 
 def test_rows_that_pad_the_vocabulary_are_left_out(path: Path) -> None:
-    """With weight[:num_ids], NaN in the rows behind meets nothing."""
+    """With weight[:num_ids] and bias[:num_ids], NaN behind meets nothing: the oracle's vocabulary ends there."""
     inputs = make_inputs((7, 16, 33), device=path[1])
-    padded_VD = torch.full((40, 16), torch.nan, device=path[1])
-    padded_VD[:33] = inputs.weight_VD
-    assert_equals_oracle(path, inputs._replace(weight_VD=padded_VD[:33]), OBJECTIVES["both"])
+    padded_VD, padded_V = (torch.full((40, *rest), torch.nan, device=path[1]) for rest in ((16,), ()))
+    padded_VD[:33], padded_V[:33] = inputs.weight_VD, inputs.bias_V
+    cut = inputs._replace(weight_VD=padded_VD[:33], bias_V=padded_V[:33])
+    for objective in (OBJECTIVES["both"], OBJECTIVES["reverse-cold"]):
+        assert_equals_oracle(path, cut, objective, with_bias=True)
 
 
 def test_a_student_near_its_teacher(path: Path) -> None:
@@ -190,6 +192,21 @@ def test_equal_bit_for_bit_over_ten_runs(path: Path) -> None:
         results.append([*(each.detach() for each in loss), torch.autograd.grad(loss.share, inputs.student_ND)[0]])
     for result in results[1:]:
         assert all(torch.equal(got, first) for got, first in zip(result, results[0], strict=True))
+
+
+@pytest.mark.gpu
+def test_never_waits_for_the_device(path: Path) -> None:
+    if path != ("fused", "cuda"):
+        pytest.skip("of the kernels on a GPU")
+    inputs = make_inputs((20, 24, 100), torch.bfloat16, "cuda")
+    kernels.head_loss(*inputs[:4], OBJECTIVES["both"]).share.backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones((), device="cuda").item()  # so a wait would be seen
+        kernels.head_loss(*inputs[:4], OBJECTIVES["both"]).share.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_refuses_bad_input(path: Path) -> None:

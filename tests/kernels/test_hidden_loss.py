@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
+from pipeline.bench.timing import num_launches
 from pipeline.kernels import HiddenPair, Mode, hidden_cpu, reference
 from tests.kernels.oracle import assert_equals_oracle, make_pair
 from tests.kernels.paths import PATHS, module_of
@@ -268,6 +269,18 @@ def test_never_waits_for_the_device(path: Path, mode: Mode) -> None:
         module_of(name).hidden_loss(pairs, mode).share_P.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@all_modes
+def test_launches_do_not_grow_with_the_number_of_pairs(path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, device = path
+    if path != ("fused", "cuda"):
+        pytest.skip("of the kernels on a GPU")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # which is launches, too
+    for num_pairs in (1, 50):
+        pairs = [make_pair((3, 7, 33), device=device, seed=seed) for seed in range(num_pairs)]
+        assert num_launches(partial(module_of(name).hidden_loss, pairs, mode)) == (3 if mode == "span" else 2)
 
 
 def test_fused_refuses_float64(path: Path) -> None:
