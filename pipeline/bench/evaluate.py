@@ -20,10 +20,11 @@ from pipeline.cost import padded
 from pipeline.decode import batches_of, load, up_to_end
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.prefixes import count_layers, count_prefixes
+from pipeline.rules import rules_of
 from pipeline.rundir import RunDir
 from pipeline.slices import tokenize
 from pipeline.spans import STACKS, Assembly, Span, tilings
-from pipeline.together import LayerCalls, Member, decode_together, parts_of, rules_of
+from pipeline.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.tokenizer import load_tokenizer
 from pipeline.views import load_pool
 
