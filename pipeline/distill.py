@@ -13,10 +13,11 @@ from pipeline.config import DistillConfig, Recipe
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadObjective
+from pipeline.leaves import ModularLeaf, TeacherLeaf
 from pipeline.library import export_library, product_of
 from pipeline.loop import Task, Trainer, begin_stage
 from pipeline.losses import GlobalCounts, LossTerms, Objectives, granularity_label
-from pipeline.modular import ModularLeaf, ModularModel, ModularOutputs, TeacherLeaf, Wanted, granularity_of
+from pipeline.modular import ModularModel, ModularOutputs, Wanted, granularity_of
 from pipeline.rundir import Stage
 from pipeline.sampler import Sampler
 from pipeline.scoring import bleu

@@ -13,7 +13,6 @@ tokens, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,106 +22,10 @@ from torch import nn
 
 from pipeline.data import MicroBatch
 from pipeline.families import Family, StackInputs
-from pipeline.families.capture import QueriesKeys, captured
+from pipeline.families.capture import QueriesKeys
 from pipeline.kernels import AttentionPair, HeadLoss, HeadObjective, HiddenPair
+from pipeline.leaves import ModularLeaf, Splice, TeacherLeaf, initial_layer
 from pipeline.spans import STACKS, Assembly, Span, modular_spans
-
-
-class TeacherLeaf(nn.Module):
-    """One frozen teacher layer, for both passes."""
-
-    def __init__(self, layer: nn.Module, family: Family) -> None:
-        super().__init__()
-        self.layer = layer
-        self.family = family
-
-    def forward(
-        self,
-        teacher_BLD: torch.Tensor,
-        student_BLD: torch.Tensor,
-        teacher_encoded_BSD: torch.Tensor | None,
-        student_encoded_BSD: torch.Tensor | None,
-        use: bool,
-        inputs: StackInputs,
-        capture: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, QueriesKeys]]:
-        """(teacher state after the layer, student state after the layer or, without `use`, as it was, the teacher's
-        queries and keys if `capture`)."""
-        with torch.no_grad(), captured(self.family.attentions(self.layer), capture) as queries_keys:
-            teacher_out_BLD = self.family.call_layer(self.layer, teacher_BLD, teacher_encoded_BSD, inputs)
-        if use:
-            student_BLD = self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, inputs)
-        else:
-            student_BLD = student_BLD.view_as(student_BLD)
-        return teacher_out_BLD, student_BLD, queries_keys
-
-
-class ModularLeaf(nn.Module):
-    """One trainable layer of the teacher's own type that stands for a span of its layers."""
-
-    def __init__(self, layer: nn.Module, family: Family) -> None:
-        super().__init__()
-        self.layer = layer
-        self.family = family
-
-    def forward(
-        self,
-        state_BLD: torch.Tensor,
-        encoded_BSD: torch.Tensor | None,
-        use: bool,
-        inputs: StackInputs,
-        capture: bool = False,
-    ) -> torch.Tensor:
-        """The state after the layer or, without `use`, as it was; with `capture` its queries and keys behind it (see
-        `run`). What requires grad is positional and a tensor, and there is one output: the engine hangs the reduction
-        of this leaf's gradients on the gradients of the inputs, and counts outputs, which must not depend on the
-        draw."""
-        if not use:
-            return state_BLD.view_as(state_BLD)
-        with captured(self.family.attentions(self.layer), capture) as queries_keys:
-            state_BLD = self.family.call_layer(self.layer, state_BLD, encoded_BSD, inputs)
-        if not capture:
-            return state_BLD
-        taken = [tensor for pair in queries_keys.values() for tensor in pair]
-        return torch.cat([tensor.flatten() for tensor in (state_BLD, *taken)])
-
-    def run(
-        self,
-        state_BLD: torch.Tensor,
-        encoded_BSD: torch.Tensor | None,
-        use: bool,
-        inputs: StackInputs,
-        capture: bool,
-    ) -> tuple[torch.Tensor, dict[str, QueriesKeys]]:
-        """(the state after the layer or, without `use`, as it was, its queries and keys if `use` and `capture`)."""
-        output = self(state_BLD, encoded_BSD, use, inputs, capture)
-        if not (use and capture):
-            return output, {}
-        shapes = [state_BLD.shape]
-        names = ["self", "cross"] if encoded_BSD is not None else ["self"]
-        for name in names:
-            projections = self.family.attentions(self.layer)[name]
-            looked_at = encoded_BSD if name == "cross" and encoded_BSD is not None else state_BLD
-            for each_BLD in (state_BLD, looked_at):
-                shapes.append(torch.Size([*each_BLD.shape[:2], projections.num_heads, projections.width]))
-        parts = [
-            part.view(shape) for part, shape in zip(output.split([s.numel() for s in shapes]), shapes, strict=True)
-        ]
-        found = {name: QueriesKeys(*parts[1 + 2 * i : 3 + 2 * i]) for i, name in enumerate(names)}
-        return parts[0], found
-
-
-class _Splice(torch.autograd.Function):
-    """Value of the teacher, gradient of the student: where the student has been the teacher so far, it need not be
-    computed twice, and its path back through the leaves stays whole."""
-
-    @staticmethod
-    def forward(ctx: Any, student_BLD: torch.Tensor, teacher_BLD: torch.Tensor) -> torch.Tensor:
-        return teacher_BLD.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None
 
 
 @dataclass(frozen=True)
@@ -170,19 +73,19 @@ def granularity_of(name: str) -> int:
     return int(last) - int(first) + 1
 
 
-def initial_layer(layers: nn.ModuleList, span: Span, init: str, *, share_memory: bool = False) -> nn.Module:
-    """What a modular layer starts from: a copy of the "first", "middle" or "last" layer of its span (of two middle
-    layers the earlier one), or their "average", parameter by parameter. With `share_memory` a copy of one layer has
-    parameters of its own over that layer's memory."""
-    middle = (span.first + span.last) // 2
-    source = layers[{"first": span.first, "middle": middle}.get(init, span.last)]
-    twins = {id(parameter): nn.Parameter(parameter.data) for parameter in source.parameters()}
-    layer = copy.deepcopy(source, twins if share_memory else None)
-    if init == "average":
-        for name, parameter in layer.named_parameters():
-            each = [layers[i].get_parameter(name).data.float() for i in range(span.first, span.last + 1)]
-            parameter.data = torch.stack(each).mean(0).to(parameter.dtype)
-    return layer
+@dataclass(frozen=True, kw_only=True)
+class _StackPass:
+    """What one stack is run with, beside the draw."""
+
+    stack: str
+    embedded_BLD: torch.Tensor
+    inputs: StackInputs
+    mask_BL: torch.Tensor
+    """Tokens of this stack that count."""
+    source_mask_BS: torch.Tensor
+    teacher_encoded_BSD: torch.Tensor | None = None
+    """For the decoder: the last state of the encoder, as the teacher and as the student has it."""
+    student_encoded_BSD: torch.Tensor | None = None
 
 
 class ModularModel(nn.Module):
@@ -247,76 +150,67 @@ class ModularModel(nn.Module):
         outputs = ModularOutputs({}, attention={"self": {}, "cross": {}})
         capture = wanted is not None and wanted.attention
         mask_BS = batch.source_mask_BS
+        target_mask_BT = batch.labels_BT != -100
         # by distance, too, whether or not an attention loss wants it: the order in which modules run stays one
         by_distance_HR = shared.distance_bias("encoder", mask_BS)
-        inputs = StackInputs(shared.self_bias("encoder", mask_BS), distance_bias_HR=by_distance_HR)
-        source_BSD = shared.embed("encoder", batch.source_BS)
-        target_mask_BT = batch.labels_BT != -100
         # an example without targets only fills a micro-batch up: it counts nowhere
         counted_BS = mask_BS & target_mask_BT.any(1, keepdim=True)
-        teacher_BSD, student_BSD, same = self._run_stack(
-            "encoder", draw, source_BSD, None, None, True, inputs, counted_BS, counted_BS, outputs, capture
+        encoder = _StackPass(
+            stack="encoder",
+            inputs=StackInputs(shared.self_bias("encoder", mask_BS), distance_bias_HR=by_distance_HR),
+            embedded_BLD=shared.embed("encoder", batch.source_BS),
+            mask_BL=counted_BS,
+            source_mask_BS=counted_BS,
         )
+        teacher_BSD, student_BSD, same = self._run_stack(encoder, draw, True, outputs, capture)
         teacher_BSD = shared.finish("encoder", teacher_BSD)
         student_BSD = teacher_BSD if draw is None else shared.finish("encoder", student_BSD)
 
         # padding needs no mask: it stands behind every target token, where the causal mask hides it
         ones_1T = torch.ones_like(target_mask_BT[:1])
         by_distance_HR = shared.distance_bias("decoder", ones_1T)
-        inputs = StackInputs(shared.self_bias("decoder", ones_1T), shared.cross_bias(mask_BS), by_distance_HR)
-        target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT))
-        teacher_BTD, student_BTD, _ = self._run_stack(
-            "decoder",
-            draw,
-            target_BTD,
-            teacher_BSD,
-            student_BSD,
-            same,
-            inputs,
-            target_mask_BT,
-            mask_BS,
-            outputs,
-            capture,
+        decoder = _StackPass(
+            stack="decoder",
+            inputs=StackInputs(shared.self_bias("decoder", ones_1T), shared.cross_bias(mask_BS), by_distance_HR),
+            embedded_BLD=shared.embed("decoder", shared.decoder_inputs(batch.labels_BT)),
+            mask_BL=target_mask_BT,
+            source_mask_BS=mask_BS,
+            teacher_encoded_BSD=teacher_BSD,
+            student_encoded_BSD=student_BSD,
         )
+        teacher_BTD, student_BTD, _ = self._run_stack(decoder, draw, same, outputs, capture)
         if draw is None:
             return outputs
-        labels_N = batch.labels_BT[target_mask_BT]
+        return self._with_head(outputs, teacher_BTD, student_BTD, batch.labels_BT, wanted)
+
+    def _with_head(
+        self,
+        outputs: ModularOutputs,
+        teacher_BTD: torch.Tensor,
+        student_BTD: torch.Tensor,
+        labels_BT: torch.Tensor,
+        wanted: Wanted | None,
+    ) -> ModularOutputs:
+        """The outputs with the losses of the distributions or, where none are wanted, with the logits."""
+        shared = self.shared
+        mask_BT = labels_BT != -100
+        labels_N = labels_BT[mask_BT]
         with torch.no_grad():
-            teacher_ND = shared.finish("decoder", teacher_BTD[target_mask_BT])
-        student_ND = shared.finish("decoder", student_BTD[target_mask_BT])
+            teacher_ND = shared.finish("decoder", teacher_BTD[mask_BT])
+        student_ND = shared.finish("decoder", student_BTD[mask_BT])
         if wanted is None:
             with torch.no_grad():
                 teacher_logits_NV = shared.logits(teacher_ND)
+            student_logits_NV = shared.logits(student_ND)
             return replace(
-                outputs,
-                student_logits_NV=shared.logits(student_ND),
-                teacher_logits_NV=teacher_logits_NV,
-                labels_N=labels_N,
+                outputs, student_logits_NV=student_logits_NV, teacher_logits_NV=teacher_logits_NV, labels_N=labels_N
             )
-        needs_teacher = wanted.head.logit != 0
-        head = shared.head.losses(
-            student_ND,
-            teacher_ND if needs_teacher else None,
-            labels_N,
-            wanted.head,
-            wanted.upstream,
-            eager=wanted.eager,
-        )
+        taught_by_ND = teacher_ND if wanted.head.logit != 0 else None
+        head = shared.head.losses(student_ND, taught_by_ND, labels_N, wanted.head, wanted.upstream, eager=wanted.eager)
         return replace(outputs, labels_N=labels_N, head=head)
 
     def _run_stack(
-        self,
-        stack: str,
-        draw: Assembly | None,
-        embedded_BLD: torch.Tensor,
-        teacher_encoded_BSD: torch.Tensor | None,
-        student_encoded_BSD: torch.Tensor | None,
-        same: bool,
-        inputs: StackInputs,
-        mask_BL: torch.Tensor,
-        source_mask_BS: torch.Tensor,
-        outputs: ModularOutputs,
-        capture: bool,
+        self, given: _StackPass, draw: Assembly | None, same: bool, outputs: ModularOutputs, capture: bool
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """(teacher state, student state, still the same) after the last layer; adds the pairs at span ends to the
         outputs.
@@ -324,60 +218,58 @@ class ModularModel(nn.Module):
         Args:
             same: the student has been the teacher so far; up to its first modular span it need not be computed.
         """
+        stack, inputs = given.stack, given.inputs
         spans = draw.tiling(stack).spans if draw is not None else self.spans[stack]
         used = {span for span in spans if span.num_layers > 1}
         replaced = {layer for span in used for layer in range(span.first, span.last + 1)}
         lasts = {span.last for span in used}
-        ends: dict[Span, torch.Tensor] = {}
-        maps: dict[Span, dict[str, QueriesKeys]] = {}
+        ends: dict[Span, tuple[torch.Tensor, dict[str, QueriesKeys]]] = {}
         teacher_maps: dict[int, dict[str, QueriesKeys]] = {}
-        teacher_states = [embedded_BLD.detach()]
-        student_BLD = embedded_BLD.detach().requires_grad_(torch.is_grad_enabled())
+        teacher_states = [given.embedded_BLD.detach()]
+        student_BLD = given.embedded_BLD.detach().requires_grad_(torch.is_grad_enabled())
         for layer, teacher_leaf in enumerate(self.teacher[stack]):
             for span in (each for each in self.spans[stack] if each.first == layer):
                 leaf = self.modular[stack][str(span)]
                 if draw is None:
                     start_BLD = teacher_states[-1].detach().requires_grad_(torch.is_grad_enabled())
-                    ends[span], maps[span] = leaf.run(start_BLD, teacher_encoded_BSD, True, inputs, capture)
+                    ends[span] = leaf.run(start_BLD, given.teacher_encoded_BSD, True, inputs, capture)
                     continue
                 if span in used and same:
-                    student_BLD, same = _Splice.apply(student_BLD, teacher_states[-1]), False
+                    student_BLD, same = Splice.apply(student_BLD, teacher_states[-1]), False
                 # an input that gets no gradient would keep DeepSpeed from releasing the leaf: what is not used is None
-                encoded_BSD = student_encoded_BSD if span in used else None
-                student_BLD, maps[span] = leaf.run(student_BLD, encoded_BSD, span in used, inputs, capture)
+                encoded_BSD = given.student_encoded_BSD if span in used else None
+                student_BLD, maps = leaf.run(student_BLD, encoded_BSD, span in used, inputs, capture)
                 if span in used:
-                    ends[span] = student_BLD
+                    ends[span] = student_BLD, maps
             use = draw is not None and not same and layer not in replaced
-            encoded_BSD = student_encoded_BSD if use else None
+            encoded_BSD = given.student_encoded_BSD if use else None
             teacher_BLD, student_BLD, teacher_maps[layer] = teacher_leaf(
-                teacher_states[-1],
-                student_BLD,
-                teacher_encoded_BSD,
-                encoded_BSD,
-                use,
-                inputs,
+                teacher_states[-1], student_BLD, given.teacher_encoded_BSD, encoded_BSD, use, inputs,
                 capture and layer in lasts,
-            )
+            )  # fmt: skip
             teacher_states.append(teacher_BLD)
-        for span, end_BLD in ends.items():
+        for span, (end_BLD, maps) in ends.items():
             name = modular_name(stack, span)
-            for kind, (query, key) in maps[span].items():
-                outputs.attention[kind][name] = AttentionPair(
-                    query,
-                    key,
-                    *teacher_maps[span.last][kind],
-                    query_mask_BQ=mask_BL,
-                    key_mask_BS=mask_BL if kind == "self" else source_mask_BS,
-                    bias_HR=inputs.distance_bias_HR if kind == "self" else None,
-                    causal=(stack, kind) == ("decoder", "self"),
-                    scale=self.family.attentions(self.modular[stack][str(span)].layer)[kind].scale,
-                )
-            outputs.pairs[name] = HiddenPair(
-                student_BTD=end_BLD,
-                teacher_BTD=teacher_states[span.last + 1],
-                mask_BT=mask_BL,
-                start_BTD=teacher_states[span.first],
-            )
+            start_BLD, target_BLD = teacher_states[span.first], teacher_states[span.last + 1]
+            outputs.pairs[name] = HiddenPair(end_BLD, target_BLD, mask_BT=given.mask_BL, start_BTD=start_BLD)
+            for kind, queries_keys in maps.items():
+                pair = self._attention_pair(given, span, kind, queries_keys, teacher_maps[span.last][kind])
+                outputs.attention[kind][name] = pair
         if same and draw is not None:
-            student_BLD = _Splice.apply(student_BLD, teacher_states[-1])
+            student_BLD = Splice.apply(student_BLD, teacher_states[-1])
         return teacher_states[-1], student_BLD, same
+
+    def _attention_pair(
+        self, given: _StackPass, span: Span, kind: str, student: QueriesKeys, teacher: QueriesKeys
+    ) -> AttentionPair:
+        """The attentions of a modular layer and of the last teacher layer of its span; kind: self or cross."""
+        attention = self.family.attentions(self.modular[given.stack][str(span)].layer)[kind]
+        return AttentionPair(
+            *student,
+            *teacher,
+            query_mask_BQ=given.mask_BL,
+            key_mask_BS=given.mask_BL if kind == "self" else given.source_mask_BS,
+            bias_HR=given.inputs.distance_bias_HR if kind == "self" else None,
+            causal=(given.stack, kind) == ("decoder", "self"),
+            scale=attention.scale,
+        )

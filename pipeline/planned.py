@@ -23,7 +23,8 @@ from pipeline.estimate import Sizes, sizes_of
 from pipeline.families import family_of
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.families.t5 import t5_config
-from pipeline.modular import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.leaves import ModularLeaf, TeacherLeaf
+from pipeline.modular import ModularModel
 from pipeline.public_models import public_config
 from pipeline.sizes import ModelSizes
 from pipeline.spans import STACKS

@@ -14,7 +14,7 @@ from torch import nn
 import pipeline.engine
 from pipeline.config import LossConfig
 from pipeline.engine import join_world
-from pipeline.modular import ModularLeaf
+from pipeline.leaves import ModularLeaf
 from tests.distributed.engine_ranks import Run, in_fp32, reference, settings_of, sgd
 
 # gradients far above 1, which nothing clips

@@ -23,8 +23,9 @@ from pipeline.estimate import (
     useful_flops,
 )
 from pipeline.families import family_of
+from pipeline.leaves import ModularLeaf, TeacherLeaf
 from pipeline.modes import Mode, read_ds_config
-from pipeline.modular import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.modular import ModularModel
 from pipeline.spans import Assembly
 from tests.tiny import tiny_t5
 

@@ -15,8 +15,9 @@ from pipeline.disk import bytes_of_stages, checkpoints
 from pipeline.distill import modular_task
 from pipeline.estimate import drawn_layers, local_flops, sizes_of, training_flops, useful_flops
 from pipeline.families import family_of
+from pipeline.leaves import ModularLeaf, TeacherLeaf
 from pipeline.losses import GlobalCounts
-from pipeline.modular import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.modular import ModularModel
 from pipeline.planned import Planned
 from pipeline.public_models import PUBLIC
 from pipeline.teacher import full_model_task

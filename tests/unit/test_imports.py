@@ -27,7 +27,7 @@ LADDER: list[set[str]] = [
         "data_prep.corruption", "data_prep.demo", "data_prep.encode", "data_prep.plan", "data_prep.sources",
         "data_prep.units", "pipeline.data", "pipeline.decode",
         "pipeline.estimate", "pipeline.families", "pipeline.kernels", "pipeline.losses", "pipeline.metrics",
-        "pipeline.modular",
+        "pipeline.leaves", "pipeline.modular",
         "pipeline.preempt", "pipeline.sampler", "pipeline.tokenizer", "pipeline.units", "pipeline.report_data",
         "pipeline.library", "pipeline.records", "pipeline.watchdog",
         "pipeline.decoder", "pipeline.greedy", "pipeline.beams", "pipeline.pending", "pipeline.together",
