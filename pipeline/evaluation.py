@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -17,7 +18,7 @@ from pipeline.assemble import System
 from pipeline.checkpoint_format import shapes_of
 from pipeline.config import Recipe
 from pipeline.library import check_library
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, read_json
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
 from pipeline.together import Member
@@ -25,6 +26,7 @@ from pipeline.units import digest_of
 
 VIEWS = ("teacher", "assembly", "dropped")  # kinds that are paths through teacher and library
 LAYER_KEYS = (("num_layers", "encoder_layers"), ("num_decoder_layers", "decoder_layers"))
+TOKENIZER_FILES = ("tokenizer", "spiece", "sentencepiece", "vocab")  # what their names begin with
 VOCABULARY = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
 
@@ -51,12 +53,14 @@ class Evaluation:
         for path, stage in ((manifest, "data"), (test, "data"), (run.systems, "assemble")):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
-        systems = [System(**each) for each in json.loads(run.systems.read_text(encoding="utf-8"))["systems"]]
+        systems = [System(**each) for each in (read_json(run.systems) or {})["systems"]]
         systems += [peer(text) for text in recipe.evaluate.folders]
         _check_systems(systems, run)
         with open(test, encoding="utf-8") as file:
-            examples = [json.loads(line) for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
-        _check_examples(examples, test)
+            lines = [line for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
+        examples = [_example(line, f"line {place} of {test}") for place, line in enumerate(lines, start=1)]
+        if not examples:
+            raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
         return Evaluation(recipe, run, systems, examples, sha256_of(test))
 
     @property
@@ -126,20 +130,34 @@ def _check_systems(systems: list[System], run: RunDir) -> None:
             Assembly.parse(system.assembly)
 
 
-def _check_examples(examples: list[dict[str, Any]], test: Path) -> None:
-    if not examples:
-        raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
-    for place, example in enumerate(examples):
-        texts = example.get("references") or [example.get("target", "")]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"example {place} ({example.get('id')}) of {test} has no reference: scores need one")
+def _example(line: str, where: str) -> dict[str, Any]:
+    """The test example of a line of JSON."""
+    try:
+        example = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}): run stage data again") from None
+    if not isinstance(example, dict) or not all(isinstance(example.get(key), str) for key in ("id", "source")):
+        raise ValueError(f'{where} is no example: it must be an object with the texts "id" and "source"')
+    texts = example.get("references") or [example.get("target")]
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(
+            f'{where} ({example["id"]}) has no reference: give a "target", or "references" as a list of texts'
+        )
+    return example
 
 
 @cache
 def folder_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a checkpoint folder, by name; read once in a process."""
+    """sha256 of each file of a checkpoint folder, by name; read once in a process.
+
+    Raises:
+        FileNotFoundError: it is no checkpoint folder.
+        ValueError: its weights are damaged.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json): run stage assemble again")
+    for weights in folder.glob("*.safetensors"):
+        shapes_of(weights)  # refuses what is cut off
     return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
@@ -147,19 +165,24 @@ def peer(text: str) -> System:
     """A Hugging Face folder, given as FOLDER or NAME=FOLDER, as a system of the table.
 
     Raises:
-        FileNotFoundError: it is no checkpoint folder with safetensors.
+        FileNotFoundError: it is no checkpoint folder with safetensors and a tokenizer.
+        ValueError: the name cannot be one of a file.
     """
     name, _, path = text.rpartition("=")
     folder = Path(path).resolve()
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it needs config.json and *.safetensors")
+    if not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
+        raise FileNotFoundError(f"{folder} has no tokenizer: save one beside the model (tokenizer.save_pretrained)")
+    if not re.fullmatch(r"\w[\w.+-]*", name := name or folder.name):
+        raise ValueError(f"evaluate.folders calls a system {name!r}: use letters, digits, and . _ + - behind the first")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     encoder, decoder = (next((getattr(config, k) for k in keys if hasattr(config, k)), 0) for keys in LAYER_KEYS)
     counts = {tensor: math.prod(shape) for file in weights for tensor, shape in shapes_of(file).items()}
     total, embeddings = sum(counts.values()), sum(n for tensor, n in counts.items() if tensor.endswith(VOCABULARY))
     return System(
-        name=name or folder.name,
+        name=name,
         kind="peer",
         folder=str(folder),
         assembly="",

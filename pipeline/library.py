@@ -34,8 +34,7 @@ def check_library(teacher: Path, library: Path) -> dict[str, str]:
     for path, stage in ((weights, "teacher"), (manifest_path, "distill"), (modular, "distill")):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    found = {}
+    manifest, found = read_json(manifest_path) or {}, {}
     for path, name, cure in (
         (weights, "teacher_sha256", "it is not the teacher that the library was trained for, or it is damaged"),
         (modular, "modular_sha256", "it is damaged: copy it again, or remove the distill folder and run that stage"),

@@ -259,11 +259,17 @@ class Stage:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None when there is no such file."""
+    """The JSON object in a file, or None when there is no such file.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or run the stage that wrote it again") from None
 
 
 def _files_of(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ result is published whole under the unit's own name, so it counts once, whoever 
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.families import FAMILIES
 from pipeline.rules import Rules, rules_of
 from pipeline.rundir import read_json
-from pipeline.spans import STACKS
+from pipeline.spans import STACKS, Assembly
 from pipeline.together import Member, Outputs, decode_together
 from pipeline.tokenizer import load_tokenizer
 from pipeline.units import create_once, digest_of, publish_sealed, read_sealed
@@ -125,8 +124,8 @@ class Workshop:
                 # the plan that names this group carries the hashes: both files were held against the manifest for it
                 return _Views(work, load_pool(run.teacher_model, self.device, run.library, is_checked=True))
             folder = work.folder_of(work.system(group))
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config["model_type"] in FAMILIES:
+            config = read_json(folder / "config.json") or {}
+            if config.get("model_type") in FAMILIES:
                 pool = load_pool(folder, self.device)
                 try:
                     return _Views(work, pool)
@@ -169,9 +168,21 @@ class _Views:
             for name, each in found.items()
         }
 
+    def _check_fits(self, system: System) -> None:
+        assembly = Assembly.parse(system.assembly)
+        for stack in STACKS:
+            tiling, layers = assembly.tiling(stack), self.pool.layers[stack]
+            num_layers = sum(span.num_layers == 1 for span in layers)
+            if tiling.num_teacher_layers != num_layers or any(span not in layers for span in tiling.spans):
+                raise ValueError(
+                    f"system {system.name} does not fit: the {stack} has {num_layers} layers and modular layers for "
+                    f"{', '.join(str(span) for span in layers if span.num_layers > 1)}: run stage assemble again"
+                )
+
     def _member(self, name: str) -> Member:
         system = self.work.system(name)
         if system.kind in VIEWS:
+            self._check_fits(system)
             return self.work.member(system)
         encoder, decoder = (tuple(self.pool.layers[stack]) for stack in STACKS)
         return Member(name, encoder, decoder)

@@ -329,6 +329,14 @@ def damage_library(root: Path) -> None:
     path.write_bytes(content)
 
 
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(root: Path) -> None:
+        path = root / name
+        path.write_bytes(path.read_bytes()[:-40])
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "settings", "message"),
     [
@@ -336,7 +344,26 @@ def damage_library(root: Path) -> None:
         (
             lambda root: edit_examples(root, lambda records: [*records[:3], {**records[3], "target": None}]),
             {},
-            r"example 3 \(3\) of .* has no reference",
+            r"line 4 of .*test.jsonl \(3\) has no reference",
+        ),
+        (
+            lambda root: edit_examples(root, lambda records: [{**records[0], "references": "one text"}]),
+            {},
+            '"references" as a list of texts',
+        ),
+        (
+            lambda root: edit_examples(root, lambda records: [{"source": "a", "target": "b"}]),
+            {},
+            'line 1 of .*test.jsonl is no example: it must be an object with the texts "id"',
+        ),
+        (lambda root: (root / "data/test.jsonl").write_text('{"id": 1\n'), {}, "line 1 of .*test.jsonl is no JSON"),
+        (cut("assemble/systems.json"), {}, "systems.json is damaged .*run the stage that wrote it again"),
+        (cut("distill/library/library.json"), {}, "library.json is damaged"),
+        (cut("baseline/model/model.safetensors"), {}, "model.safetensors has .* bytes of .*: fetch it again"),
+        (
+            lambda root: edit_systems(root, lambda systems: systems[1].update(assembly="e3-d3")),
+            {},
+            "system e2-d2 does not fit: the encoder has 2 layers and modular layers for 0-1",
         ),
         (
             lambda root: edit_systems(root, lambda systems: systems[1].update(assembly="e2-x")),
@@ -346,6 +373,12 @@ def damage_library(root: Path) -> None:
         (damage_library, {}, "modular.safetensors does not match .*library.json: it is damaged"),
         (lambda root: None, {"folders": ("e2-d2={root}/baseline/model",)}, "two systems are called e2-d2"),
         (lambda root: None, {"folders": ("{root}/nowhere",)}, "nowhere is not a Hugging Face folder"),
+        (lambda root: None, {"folders": ("a/b={root}/baseline/model",)}, "evaluate.folders calls a system 'a/b'"),
+        (
+            lambda root: [path.unlink() for path in (root / "baseline/model").glob("*token*")] and None,
+            {"folders": ("a={root}/baseline/model",)},
+            "has no tokenizer: save one beside the model",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(
