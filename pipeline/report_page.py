@@ -129,6 +129,7 @@ def scatter(
     parts.append(Markup('<polyline class="frontier" points="{}"/>').format(path))
     groups = series([row for row in rows if row.name in quantities])
     labelled: list[tuple[float, float]] = []
+    labels: list[Markup] = []  # above all points
     for name in [each for each in ("dropped", "finetuned", "peer", "searched", "named", *PRESETS) if each in groups]:
         for row in groups[name]:
             place = (x(quantities[row.name]), y(row.bleu))
@@ -137,10 +138,10 @@ def scatter(
             if is_best and all(math.dist(place, other) > LABEL_GAP for other in labelled):
                 labelled.append(place)
                 ratio = f"{row.ratio_layers:.3g}\u00d7"
-                parts.append(_text(place[0] - 9, place[1] - 7, ratio, f"{name} end"))
+                labels.append(_text(place[0] - 9, place[1] - 7, ratio, f"{name} end"))
     for row in groups.get("teacher", []):
         parts.append(_point("teacher", row, (x(quantities[row.name]), y(row.bleu)), y))
-    return _svg(f"BLEU against {label} of {len(quantities)} systems; the table below holds the numbers", parts)
+    return _svg(f"BLEU against {label} of {len(quantities)} systems; the table below holds the numbers", parts + labels)
 
 
 def describe(name: str, row: Row) -> str:

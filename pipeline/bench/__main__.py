@@ -17,6 +17,7 @@ BENCHES = {
     "search": "pipeline.bench.search",
     "switch": "pipeline.bench.switch",
     "step": "pipeline.bench.step",
+    "tokens": "pipeline.bench.tokens",
 }
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,10 +35,12 @@ GEMM_SIZE = 768
 
 @dataclass
 class Result:
-    """What one side made, and how long each group of systems took."""
+    """What one side made, and how long it took."""
 
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)
     seconds: float = 0.0
+    process_seconds: float = 0.0
+    """Of all threads: what other work on the machine hardly changes."""
     calls: LayerCalls = field(default_factory=LayerCalls)
 
 
@@ -55,21 +58,28 @@ def main(arguments: argparse.Namespace) -> None:
     for library in ("sacrebleu", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    work = _load(arguments)
+    work = load_work(arguments.run, arguments.examples, arguments.num_beams)
+    kept = [each for each in work.systems if not (arguments.no_dropped and each.kind == "dropped")]
+    chosen = [each for i, each in enumerate(kept) if each.kind == "teacher" or i % arguments.every == 0]
+    work = replace(work, systems=chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ours, baseline = [], []
     for _ in range(arguments.repeats):
-        ours.append(_together(work, device))
-        baseline.append(_one_by_one(work, device))
+        ours.append(_timed(_together, work, device))
+        baseline.append(_timed(_one_by_one, work, device))
     best = sorted(ours, key=lambda each: each.seconds)[len(ours) // 2]
     theirs = sorted(baseline, key=lambda each: each.seconds)[len(baseline) // 2]
     views = [work.member(system) for system in work.systems if system.kind in VIEWS]
     encoders = [member.encoder for member in views]
-    num_parts = _num_parts(work, device)
+    num_parts, floor_s = _num_parts(work, device), _floor_s(work, best, device)
     measures = [
         Measure(
             "evaluate", "wall time", best.seconds, theirs.seconds, "transformers generate, folder by folder", "s",
-            _floor_s(work, best, device),
+            floor_s,
+        ),
+        Measure(
+            "evaluate", "process time", best.process_seconds, theirs.process_seconds,
+            "transformers generate, folder by folder", "s", floor_s,
         ),
         Measure(
             "evaluate", "encoder layer calls", best.calls.encoder,
@@ -80,16 +90,18 @@ def main(arguments: argparse.Namespace) -> None:
     report("evaluate", measures, _notes(work, best, theirs, arguments), arguments.write)
 
 
-def _load(arguments: argparse.Namespace) -> Evaluation:
-    run = RunDir(arguments.run)
+def load_work(root: Path, num_examples: int, num_beams: int) -> Evaluation:
+    """What a finished run evaluates, with other settings.
+
+    Raises:
+        FileNotFoundError: no run there.
+    """
+    run = RunDir(root)
     if not run.recipe.is_file():
         raise FileNotFoundError(f"{run.recipe} is missing: give a finished run with --run")
-    recipe, _ = parse_recipe(recipe_parser("bench", ""), ["--config", str(run.recipe), "--run_dir", str(arguments.run)])
-    settings = replace(recipe.evaluate, max_examples=arguments.examples, num_beams=arguments.num_beams)
-    work = Evaluation.load(replace(recipe, evaluate=settings), run)
-    kept = [each for each in work.systems if not (arguments.no_dropped and each.kind == "dropped")]
-    chosen = [each for i, each in enumerate(kept) if each.kind == "teacher" or i % arguments.every == 0]
-    return replace(work, systems=chosen)
+    recipe, _ = parse_recipe(recipe_parser("bench", ""), ["--config", str(run.recipe), "--run_dir", str(root)])
+    settings = replace(recipe.evaluate, max_examples=num_examples, num_beams=num_beams)
+    return Evaluation.load(replace(recipe, evaluate=settings), run)
 
 
 def _slices(work: Evaluation) -> list[list[int]]:
@@ -105,10 +117,16 @@ def _num_parts(work: Evaluation, device: torch.device) -> int:
     return sum(len(parts_of([sources[i] for i in places], device)) for places in _slices(work))
 
 
+def _timed(side: Callable[[Evaluation, torch.device], Result], work: Evaluation, device: torch.device) -> Result:
+    started_s, process_s = time.perf_counter(), time.process_time()
+    result = side(work, device)
+    result.seconds, result.process_seconds = time.perf_counter() - started_s, time.process_time() - process_s
+    return result
+
+
 def _together(work: Evaluation, device: torch.device) -> Result:
     """Ours: weights loaded once; the losses of the references come with it."""
-    result, started_s = Result(), time.perf_counter()
-    settings = work.recipe.evaluate
+    result, settings = Result(), work.recipe.evaluate
     views = [system for system in work.systems if system.kind in VIEWS]
     groups = [views, *([system] for system in work.systems if system.kind not in VIEWS)]
     for systems in groups:
@@ -132,14 +150,12 @@ def _together(work: Evaluation, device: torch.device) -> Result:
             result.calls = calls
         del pool
         gc.collect()
-    result.seconds = time.perf_counter() - started_s
     return result
 
 
 def _one_by_one(work: Evaluation, device: torch.device) -> Result:
     """The baseline: from_pretrained (sdpa) and generate for each folder, in the same batches, sorted by length."""
-    result, started_s = Result(), time.perf_counter()
-    settings = work.recipe.evaluate
+    result, settings = Result(), work.recipe.evaluate
     for system in work.systems:
         model, tokenizer = load(work.folder_of(system), device)
         assert model.config._attn_implementation == "sdpa"
@@ -156,7 +172,6 @@ def _one_by_one(work: Evaluation, device: torch.device) -> Result:
             _put(result, system.name, places, tokens, len(sources))
         del model
         gc.collect()
-    result.seconds = time.perf_counter() - started_s
     return result
 
 

@@ -8,6 +8,8 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from pipeline import together
 from pipeline.assemble import Parts, write_checkpoint
+from pipeline.bench import tokens
+from pipeline.bench.__main__ import main as bench
 from pipeline.cost import padded
 from pipeline.decode import up_to_end
 from pipeline.greedy import NOTHING, lay_out_drafts
@@ -121,3 +123,39 @@ def test_drafts_are_laid_side_by_side():
     laid = lay_out_drafts([[[5], [6, 7]], [[1, 2, 3, 4], []]], Rules(), torch.device("cpu"))  # type: ignore[arg-type]
     n = NOTHING
     assert laid.tolist() == [[n, 5, n, n, n, n, 1, 2, 3, n], [n, 6, 7, n, n, n, n, n, n, n]]
+
+
+def test_the_comparison_at_full_size_tells_what_differs(monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "MAX_NEW", 6)
+    options = ["tokens", "--random", "bart", "--examples", "4", "--num-beams", "2"]
+    assert bench(options) == 0
+    assert "agree on 20 of 20; ours differs on 0 of these. Others: 0 (0.00%)" in capsys.readouterr().out
+    whole = tokens.together
+
+    def changed(case, num_beams):
+        found = whole(case, num_beams)
+        found["e6-d6"][2] = [5, 1]
+        return found
+
+    monkeypatch.setattr(tokens, "together", changed)
+    assert bench(options) == 2
+    printed = capsys.readouterr()
+    assert "ours differs on 1 of these" in printed.out
+    assert "e6-d6, input 2: OURS DIFFERS" in printed.out
+    assert printed.err.startswith("error: outputs differ by more than ties")
+
+
+def test_gaps_are_those_of_the_tokens_or_texts_that_differ():
+    class Model(torch.nn.Module):
+        """Says a token with a log probability that is 0.1 less than that of the one before it in the vocabulary."""
+
+        generation_config = GenerationConfig(length_penalty=1.0)
+
+        def forward(self, input_ids, labels, use_cache):
+            logits_V = -torch.arange(40, dtype=torch.float64) / 10
+            return type("Output", (), {"logits": logits_V.expand(1, labels.shape[1], 40)})
+
+    model, alike = Model(), [[5, 7, 1], [5, 9, 1], [5, 7, 1]]
+    assert tokens.max_gap(model, [2], alike, 1) == pytest.approx(0.2)
+    assert tokens.max_gap(model, [2], alike, 4) == pytest.approx(0.2 / 3)
+    assert tokens.max_gap(model, [2], [[5, 7], [5, 7, 1]], 1) == float("inf"), "one goes on: no token to compare"
