@@ -4,4 +4,8 @@ Imports go one way (tests/unit/test_imports.py holds it):
 arithmetic < formats < pieces < machinery < programs; design and vocabulary are in README.md.
 """
 
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, from its first tensor on: large ones on huge pages
+
 import data_prep  # noqa: F401 refuses an old Python

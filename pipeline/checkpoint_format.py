@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,22 +50,18 @@ class Snapshot:
 
     def __init__(self, slices: Sequence[Slice], *, copied: bool = True) -> None:
         index: dict[str, Any] = {}
-        header: dict[str, Any] = {}
-        position = 0
+        shapes: dict[str, tuple[int, ...]] = {}
         for part in slices:
             count = part.tensors["weight"].numel()
             index[part.name] = {"shape": part.shape, "start": part.offset, "stop": part.offset + count}
             for key, tensor in part.tensors.items():
                 assert tensor.dtype == torch.float32, f"{key} of {part.name} is {tensor.dtype}"
                 assert tensor.shape == (count,), f"{key} of {part.name} is not flat"
-                offsets = [4 * position, 4 * (position + count)]
-                header[f"{key}/{part.name}"] = {"dtype": "F32", "shape": [count], "data_offsets": offsets}
-                position += count
-        text = json.dumps({"__metadata__": {"index": json.dumps(index)}, **header}).encode()
-        text += b" " * (-len(text) % 8)  # data starts at a multiple of 8 bytes
-        self._header = len(text).to_bytes(8, "little") + text
+                shapes[f"{key}/{part.name}"] = (count,)
+        self._header, _ = fp32_layout(shapes, {"index": json.dumps(index)})
+        size = sum(map(math.prod, shapes.values()))
         on_gpu = any(tensor.is_cuda for part in slices for tensor in part.tensors.values())
-        self._copy = torch.empty(position, dtype=torch.float32, pin_memory=on_gpu) if copied else None
+        self._copy = torch.empty(size, dtype=torch.float32, pin_memory=on_gpu) if copied else None
         self._tensors: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -105,6 +102,20 @@ class Snapshot:
             part = memoryview(tensor.cpu().numpy().data).cast("B")
             for first in range(0, len(part), CHUNK_BYTES):
                 yield part[first : first + CHUNK_BYTES]
+
+
+def fp32_layout(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file of fp32 tensors starts with, and at which byte of the file each of them starts."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8 bytes
+    before = len(text).to_bytes(8, "little") + text
+    return before, {name: len(before) + header[name]["data_offsets"][0] for name in shapes}
 
 
 def rank_file(rank: int) -> str:
@@ -214,6 +225,25 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         missing[stored.name] = missing.get(stored.name, flat.numel()) - (stored.stop - stored.start)
     check_complete(checkpoint, missing)
     return weights
+
+
+def write_weights(checkpoint: Path, path: Path, name_of: Callable[[str], str]) -> None:
+    """Write all trained weights of a checkpoint into one safetensors file in fp32, slice by slice: host memory never
+    holds more than one slice.
+
+    Args:
+        name_of: name of a weight in the file, by its name in the checkpoint.
+    """
+    shapes = {stored.name: stored.shape for stored in stored_slices(checkpoint)}
+    header, starts = fp32_layout({name_of(name): shapes[name] for name in sorted(shapes)}, {"format": "pt"})
+    missing = {name: math.prod(shape) for name, shape in shapes.items()}
+    with open(path, "wb") as file:
+        file.write(header)
+        for stored in stored_slices(checkpoint):
+            file.seek(starts[name_of(stored.name)] + 4 * stored.start)
+            file.write(stored.read("weight", stored.start, stored.stop).numpy().data)
+            missing[stored.name] -= stored.stop - stored.start
+    check_complete(checkpoint, missing)
 
 
 @torch.no_grad()

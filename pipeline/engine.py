@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.config import OptimConfig
 from pipeline.modes import read_ds_config
 from pipeline.partitions import Partition, Stage2Partition, Stage3Partition
-from pipeline.world import World, free_port
+from pipeline.world import World, free_port, return_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,6 +59,7 @@ def join_world() -> World:
     world = World.from_environment()
     if world.device.type == "cpu":
         torch.set_flush_denormal(True)  # denormal moments slow a CPU down several times
+        return_freed_memory()
         _skip_shared_memory_op()
     try:
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)

@@ -3,7 +3,8 @@
 P is a number of parameters (P_f frozen, P_m trained), N the ranks, e the bytes of an element (2 in bf16, 4 in fp32).
 Per rank, with AdamW:
 
-    stage 3    e (P_f + P_m) / N  weights,   16 P_m / N  fp32 weights, two moments and gradients
+    stage 3    e (P_f + P_m) / N  weights,   16 P_m / N  fp32 weights, two moments and gradients, and beside them at the
+               fullest either what a pass holds or a copy of the gradients that the optimizer steps with
     stage 2    e (P_f + P_m)      weights,   16 P_m / N  the same
     hpZ        adds e (P_f + P_m) / (ranks of a node)
     traffic    stage 3: each leaf gathered once forward and once backward, and P_m reduced, in each micro-batch
@@ -153,19 +154,33 @@ def memory(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: 
     if mode.has_hpz:
         device["weights kept in the node"] = e * total / mode.ranks_per_node
     stepped["fp32 weights and moments"] = 12 * share
-    # gradients, and the copy of them that the optimizer steps with
-    stepped["gradients"] = 8 * share
+    stepped["gradients"] = 4 * share
     device["reduction buffer"] = e * min(mode.reduce_bucket, max(trained, sizes.largest_trained_leaf))
-    device["gradients of a layer"] = e * sizes.largest_trained_leaf
+    # the optimizer steps with a copy of the gradients, when there are no activations; offloaded, the copy stays
+    copied = {"gradients to step with": 4 * (min(share, mode.sub_group) if mode.stage == 3 else share)}
+    passes = _passes(sizes, mode, tokens_per_micro_batch, recompute=recompute)
+    if mode.offloads_optimizer:
+        stepped["gradients"] *= 2
+    elif sum(copied.values()) > sum(passes.values()):
+        passes = copied
+    return Memory(device | passes, host)
+
+
+def _passes(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: bool) -> dict[str, float]:
+    """Bytes that forward and backward take for a while."""
+    e = mode.element_bytes
+    found: dict[str, float] = {}
+    copies = 1 if mode.is_gpu else 2  # gloo receives into a buffer of its own
+    found["gradients of a layer"] = e * copies * sizes.largest_trained_leaf
     if mode.stage == 3:
-        ahead = min(mode.prefetch, total) + sizes.largest_leaf
-        device["gathered layers"] = e * max(ahead, max(sizes.rest, default=0))
-    device["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
+        ahead = min(mode.prefetch, sizes.num_frozen + sizes.num_trained) + sizes.largest_leaf
+        found["gathered layers"] = e * copies * max(ahead, max(sizes.rest, default=0))
+    found["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
     logits = sizes.vocabulary * tokens_per_micro_batch / 2
     # a teacher in training holds them whole, with fp32 log-probabilities and gradients; over modular layers the fused
     # loss makes those of student and teacher in chunks
-    device["logits"] = (e + 12) * logits if sizes.rest_is_trained else min(2 * e * logits, LOGIT_CHUNK_BYTES)
-    return Memory(device, host)
+    found["logits"] = (e + 12) * logits if sizes.rest_is_trained else min(2 * e * logits, LOGIT_CHUNK_BYTES)
+    return found
 
 
 def _activations(sizes: Sizes, num_tokens: int, *, recompute: bool) -> float:
@@ -285,7 +300,7 @@ def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recom
     for name in CANDIDATES:
         if name == "zero3_hpz" and machine.num_ranks <= machine.ranks_per_node:
             continue  # a node of its own has nothing to keep inside
-        mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node)
+        mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
         needed = memory(sizes, mode, tokens_per_micro_batch, recompute=recompute).device_total
         if needed <= limit:
             reason = f"needs {needed / GIB:.1f} of the {limit / GIB:.1f} GiB that may be filled and moves least"
@@ -337,5 +352,5 @@ def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -
     if name == AUTO:
         name, reason = choose(sizes, machine, batch.tokens_per_micro_batch, recompute=loop.recompute_activations)
         reason = f"chosen by auto: {reason}"
-    mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node)
+    mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
     return name, paragraph(sizes, mode, batch, loop, reason)

@@ -122,7 +122,7 @@ def _cost(
             f"divide: make it a multiple of {machine.num_ranks}"
         )
     ds_config, _ = plan(sizes, machine, batch, loop)
-    mode = Mode.of(ds_config, machine.num_ranks, machine.ranks_per_node)
+    mode = Mode.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
     return Cost(
         name=name,
         sizes=sizes,

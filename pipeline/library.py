@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from data_prep.publish import sha256_of
-from pipeline.checkpoint_format import full_weights, read_manifest
+from pipeline.checkpoint_format import read_manifest, write_weights
 from pipeline.modular import ModularModel
 from pipeline.rundir import RunDir, publish_folder, read_json, write_atomic
 from pipeline.spans import STACKS
@@ -60,7 +57,7 @@ def product_of(model: ModularModel, run: RunDir, granularities: Mapping[str, Seq
 def export_library(checkpoint: Path, library: Path) -> None:
     """Publish a checkpoint's weights as a module library: one safetensors file in fp32 and a manifest.
 
-    Needs neither the teacher nor DeepSpeed nor the ranks that trained, and host memory for the weights once.
+    Needs neither the teacher nor DeepSpeed nor the ranks that trained, and host memory for one weight.
 
     Raises:
         ValueError: the checkpoint is not of modular layers.
@@ -70,15 +67,10 @@ def export_library(checkpoint: Path, library: Path) -> None:
         raise ValueError(
             f"{checkpoint} holds no modular layers: only checkpoints of stage distill make a module library"
         )
-    # modular.encoder.0-1.layer.<name> -> encoder.0-1.<name>
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in full_weights(checkpoint).items():
-        _, stack, span, _, rest = name.split(".", 4)
-        tensors[f"{stack}.{span}.{rest}"] = weight
     temporary = library.with_name(f".{library.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "modular.safetensors", metadata={"format": "pt"})
+    write_weights(checkpoint, temporary / "modular.safetensors", _name_in_library)
     description = {
         **manifest["product"],
         "checkpoint": checkpoint.name,
@@ -87,3 +79,9 @@ def export_library(checkpoint: Path, library: Path) -> None:
     }
     write_atomic(temporary / "library.json", json.dumps(description, indent=1))
     publish_folder(temporary, library)
+
+
+def _name_in_library(name: str) -> str:
+    """modular.encoder.0-1.layer.<name> -> encoder.0-1.<name>"""
+    _, stack, span, _, rest = name.split(".", 4)
+    return f"{stack}.{span}.{rest}"

@@ -63,9 +63,12 @@ class Mode:
     """Elements of the reduction buffer."""
     prefetch: int
     """Elements that stage 3 gathers ahead."""
+    sub_group: int
+    """Elements of a rank that the optimizer of stage 3 steps through at a time."""
+    is_gpu: bool = True
 
     @staticmethod
-    def of(name: str, num_ranks: int, ranks_per_node: int) -> Mode:
+    def of(name: str, num_ranks: int, ranks_per_node: int, *, is_gpu: bool = True) -> Mode:
         config = read_ds_config(name)
         zero = config["zero_optimization"]
         return Mode(
@@ -79,4 +82,6 @@ class Mode:
             offloads_parameters="offload_param" in zero,
             reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            sub_group=int(zero.get("sub_group_size", 1e9)),
+            is_gpu=is_gpu,
         )

@@ -116,7 +116,7 @@ def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[
         engine.step(1e-4)
     peak = resident()["VmHWM"] - idle["VmRSS"]
     world.close()
-    mode = Mode.of(path, world.size, world.size)
+    mode = Mode.of(path, world.size, world.size, is_gpu=False)
     needs = memory(sizes, mode, shape_BST[0] * (shape_BST[1] + shape_BST[2]), recompute=False)
     shards = needs.device["weights"] + needs.device["fp32 weights and moments"] + needs.device["gradients"] / 2
     return {

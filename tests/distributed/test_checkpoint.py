@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.checkpoint import Checkpointer, Keep
-from pipeline.checkpoint_format import checkpoints, damage, full_weights, step_of
+from pipeline.checkpoint_format import StoredSlice, checkpoints, damage, full_weights, step_of, write_weights
 from pipeline.world import World
 from tests.distributed import saving
 from tests.forks import run_ranks, with_group
@@ -38,6 +40,26 @@ def test_what_ranks_wrote_any_other_number_reads(tmp_path, writers, readers):
     assert ranks(readers, saving.restore, tmp_path, 3) == [0] * readers
     for name, weight in full_weights(checkpoints(tmp_path)[-1]).items():
         assert torch.equal(weight.flatten(), saving.values(name, "weight", 3))
+
+
+def test_weights_go_into_one_file_and_memory_holds_one_slice(tmp_path, monkeypatch):
+    assert ranks(3, saving.save, tmp_path, 1) == [0] * 3
+    read, held = StoredSlice.read, []
+
+    def noted(*args):
+        assert not any(each() for each in held), "a slice before this one is still held"
+        found = read(*args)
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(StoredSlice, "read", noted)
+    write_weights(checkpoints(tmp_path)[-1], tmp_path / "weights.safetensors", str.upper)
+    found = load_file(tmp_path / "weights.safetensors")
+    expected = full_weights(checkpoints(tmp_path)[-1])
+    assert len(held) > len(expected)
+    assert found.keys() == {name.upper() for name in expected}
+    for name, weight in expected.items():
+        assert torch.equal(found[name.upper()], weight)
 
 
 def test_a_save_that_is_waited_for_writes_the_same_bytes_without_a_copy(tmp_path):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint_format import checkpoints, damage, full_weights
-from tests.distributed import engine_ranks
+from tests import forks
+from tests.distributed import engine_ranks, freed
 from tests.ranks import run_ranks
 
 TRAIN = "tests.distributed.engine_ranks:train"
@@ -136,3 +137,9 @@ def test_greedy_outputs_do_not_depend_on_the_ranks():
     """Three micro-batches of different lengths on two ranks: one of them makes empty rounds to keep step."""
     expected = engine_ranks.greedy(under_engine=False)
     assert run_ranks(2, "tests.distributed.engine_ranks:greedy", under_engine=True) == [expected, expected]
+
+
+def test_a_rank_gives_freed_tensors_back(tmp_path):
+    """By itself the C library keeps them: gathered layers would take as much memory again as training."""
+    assert forks.run_ranks(1, freed.grown, tmp_path / "grown", preload=freed.__name__) == [0]
+    assert int((tmp_path / "grown").read_text()) < 2**24

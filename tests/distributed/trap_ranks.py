@@ -42,8 +42,8 @@ def _initialize_without(key: str) -> Any:
 
 @contextlib.contextmanager
 def _unused_leaves_are_not_called() -> Iterator[None]:
-    def modular(self: ModularLeaf, state: torch.Tensor, encoded: Any, use: bool, inputs: Any) -> Any:
-        return nn.Module.__call__(self, state, encoded, use, inputs) if use else state
+    def modular(self: ModularLeaf, state: torch.Tensor, encoded: Any, use: bool, *others: Any) -> Any:
+        return nn.Module.__call__(self, state, encoded, use, *others) if use else state
 
     with mock.patch.object(ModularLeaf, "__call__", modular):
         yield
@@ -51,8 +51,9 @@ def _unused_leaves_are_not_called() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _states_are_keywords() -> Iterator[None]:
-    def modular(self: ModularLeaf, state: torch.Tensor, encoded: Any, use: bool, inputs: Any) -> Any:
-        return nn.Module.__call__(self, state_BLD=state, encoded_BSD=encoded, use=use, inputs=inputs)
+    def modular(self: ModularLeaf, state: torch.Tensor, encoded: Any, use: bool, *others: Any) -> Any:
+        rest = dict(zip(("inputs", "capture"), others, strict=True))
+        return nn.Module.__call__(self, state_BLD=state, encoded_BSD=encoded, use=use, **rest)
 
     with mock.patch.object(ModularLeaf, "__call__", modular):
         yield

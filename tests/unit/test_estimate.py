@@ -76,12 +76,12 @@ def test_three_granularities_train_about_as_much_as_the_layers_of_the_teacher(t5
 
 
 def test_memory_by_hand(t5_large):
-    """Stage 3 in bf16 on 4 ranks: weights 2 bytes; fp32 weights, moments, gradients and their copy 20; shared out."""
+    """Stage 3 in bf16 on 4 ranks: weights 2 bytes; fp32 weights, moments and gradients 16; shared out."""
     mode = Mode.of("zero3", 4, 4)
     needs = memory(t5_large, mode, 1024, recompute=False)
     total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
     assert needs.device["weights"] == 2 * total / 4
-    assert needs.device["fp32 weights and moments"] + needs.device["gradients"] == 20 * trained / 4
+    assert needs.device["fp32 weights and moments"] + needs.device["gradients"] == 16 * trained / 4
     assert not needs.host
     replicated = memory(t5_large, Mode.of("zero2_replicated", 4, 4), 1024, recompute=False)
     assert replicated.device["weights"] == 2 * total
@@ -89,7 +89,28 @@ def test_memory_by_hand(t5_large):
     offloaded = memory(t5_large, Mode.of("zero3_offload", 4, 4), 1024, recompute=False)
     assert offloaded.host_total == pytest.approx(2 * total / 4 + 20 * trained / 4)
     assert offloaded.device_total < needs.device_total - 20 * trained / 4
+    assert needs.device["gathered layers"]
+    assert "gradients to step with" not in needs.device
     assert memory(t5_large, mode, 1024, recompute=True).device["activations"] < needs.device["activations"] / 2
+
+
+def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, tmp_path):
+    """The larger of both moments counts; on CPUs a pass holds what gloo receives into, too."""
+    config = read_ds_config("zero3")
+    config["zero_optimization"] |= {"stage3_prefetch_bucket_size": 0, "sub_group_size": 3e8}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(config))
+    on_gpu, on_cpu = (
+        memory(t5_large, Mode.of(str(path), 2, 2, is_gpu=gpu), 8, recompute=False) for gpu in (True, False)
+    )
+    assert on_gpu.device == on_cpu.device
+    assert on_gpu.device["gradients to step with"] == 4 * 3e8
+    assert not {"activations", "gathered layers"} & on_gpu.device.keys()
+    on_gpu, on_cpu = (
+        memory(t5_large, Mode.of(str(path), 2, 2, is_gpu=gpu), 16384, recompute=False).device for gpu in (True, False)
+    )
+    assert "gradients to step with" not in on_gpu
+    assert on_cpu["gathered layers"] == 2 * on_gpu["gathered layers"]
 
 
 def test_traffic_by_hand(t5_large):
