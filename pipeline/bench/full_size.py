@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 from data_prep.demo import make_corpus
 from data_prep.encode import SPIECE, train_sentencepiece
 from pipeline.bench import Measure, report
+from pipeline.bench.speeds import copied_bytes_per_s, matmul_flops, written_bytes_per_s
 from pipeline.cli import parse_recipe, recipe_parser
 from pipeline.config import Recipe
 from pipeline.disk import bytes_of_stages
@@ -42,8 +43,12 @@ BUCKET = 20_000_000
 SUB_GROUP = 50_000_000
 """Elements that the optimizer steps through at a time; as many gradients are copied."""
 NUM_RANKS = 2
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "2"}
-"""glibc gives a freed tensor back at once, instead of keeping it for the next that may fit."""
+TIMES_COPIED = 4
+"""Of what gloo gathers: into the kernel, out of it, into its own buffer, and from there."""
+BYTES_STEPPED = 48
+"""Of a rank's trainable parameter in a step: fp32 weight, moments and gradient and its copy, read and written."""
+NUM_REHEARSED = 2
+"""Steps of both phases before the first."""
 IDLE = "baseline (of none)"
 """A training stage that joins, finds nothing to train and ends: what a rank takes before it has a model."""
 NUM_STEPS = 3
@@ -182,7 +187,7 @@ def watched(name: str, command: list[str], folder: Path) -> Step:
     print(f"{name} ...", flush=True)
     started_s = time.monotonic()
     with open(folder / "log.txt", "ab") as log:
-        environment = {**os.environ, **MALLOC, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True,
             preexec_fn=_die_first,
@@ -246,9 +251,9 @@ def _private_bytes(pid: int) -> int:
 def _measures(steps: list[Step], cost: Cost, planned: Planned, run_dir: Path) -> list[Measure]:
     by_name = {step.name: step for step in steps}
     train = by_name[f"distill on {NUM_RANKS} ranks"]
-    on_disk = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+    on_disk = _bytes_on_disk(run_dir)
     needed, idle = cost.memory.device_total, by_name[IDLE].largest
-    floor = needed - cost.memory.device["activations"]
+    floor = sum(cost.memory.device[name] for name in ("weights", "fp32 weights and moments", "gradients"))
     rows = [
         ("memory of a rank over an idle one", train.largest - idle, needed, "estimate", floor),
         (
@@ -260,8 +265,27 @@ def _measures(steps: list[Step], cost: Cost, planned: Planned, run_dir: Path) ->
         ),
         ("disk at the end", on_disk, sum(bytes_of_stages(planned).values()), "estimate, at most", on_disk),
     ]
-    measures = [Measure("full_size", what, a / GIB, b / GIB, name, "GiB", c / GIB) for what, a, b, name, c in rows]
-    return measures
+    expected_s, floor_s = _expected_s(cost, run_dir)
+    return [
+        *(Measure("full_size", what, a / GIB, b / GIB, name, "GiB", c / GIB) for what, a, b, name, c in rows),
+        Measure("full_size", "training on both ranks", train.seconds, expected_s, "estimate", "s", floor_s),
+    ]
+
+
+def _expected_s(cost: Cost, run_dir: Path) -> tuple[float, float]:
+    """(Seconds that training on both ranks should take, those that its matrix products alone take), at the speeds of
+    this machine: matrix products in bf16 on one thread a rank, copies in memory, files that are written and read."""
+    torch.set_num_threads(1)
+    num_steps = NUM_STEPS + NUM_REHEARSED
+    products_s = num_steps * cost.flops / cost.num_steps / NUM_RANKS / matmul_flops()
+    gathered = TIMES_COPIED * NUM_RANKS * (cost.traffic.gathered + cost.traffic.reduced)
+    stepped = BYTES_STEPPED * cost.sizes.num_trained / NUM_RANKS
+    trained_s = products_s + num_steps * (gathered + stepped) / copied_bytes_per_s()
+    return trained_s + _bytes_on_disk(run_dir / "distill") / written_bytes_per_s(run_dir), products_s
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _notes(name: str, steps: list[Step], cost: Cost, recipe: Recipe) -> str:
