@@ -36,7 +36,7 @@ full-size: .venv/installed  ## T5-large and mT5-large all the way on a CPU: 24 G
 	$(BIN)/python -m pipeline.bench full-size --model mt5-large
 
 bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU
-	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel  # baselines; left out where they do not install
+	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel accelerate psutil  # baselines; left out where they do not install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pipeline.bench kernels --device cuda --write pipeline/bench/results
 	$(BIN)/python -m pipeline.bench step --part gpu --write pipeline/bench/results

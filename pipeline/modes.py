@@ -61,8 +61,9 @@ class Mode:
     offloads_parameters: bool
     reduce_bucket: int
     """Elements of the reduction buffer."""
-    prefetch: int
-    """Elements that stage 3 gathers ahead."""
+    max_live: int
+    """Elements of gathered layers that stage 3 holds. Before each layer it gathers up to as many more ahead, and keeps
+    those that it finds for their backward, too: without this bound all that is gathered ahead stays."""
     sub_group: int
     """Elements of a rank that the optimizer of stage 3 steps through at a time."""
     is_gpu: bool = True
@@ -81,7 +82,7 @@ class Mode:
             offloads_optimizer="offload_optimizer" in zero,
             offloads_parameters="offload_param" in zero,
             reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
             is_gpu=is_gpu,
         )

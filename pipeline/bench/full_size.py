@@ -39,7 +39,7 @@ from pipeline.public_models import public_config
 LEAST_FREE_GIB = 0.8
 """What must stay free on the machine; below it the run is ended, so that no other process is."""
 BUCKET = 20_000_000
-"""Elements of reduction buffer and prefetching."""
+"""Elements of the reduction buffer and of layers that are gathered ahead."""
 SUB_GROUP = 50_000_000
 """Elements that the optimizer steps through at a time; as many gradients are copied."""
 NUM_RANKS = 2
@@ -118,6 +118,7 @@ def _write_inputs(name: str, folder: Path) -> Path:
     ds_config = read_ds_config("zero3")
     ds_config["zero_optimization"] |= {
         "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET, "sub_group_size": SUB_GROUP,
+        "stage3_max_live_parameters": BUCKET,
         "overlap_comm": False,
     }  # fmt: skip
     (folder / "zero3.json").write_text(json.dumps(ds_config))

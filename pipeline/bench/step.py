@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from pipeline.world import free_port
 
 PARTS = ("traffic", "memory", "overhead", "gpu")
 TOLERANCE = 1e-9
+LARGE = {"num_layers": 24, "d_model": 1024, "d_ff": 2816, "shape_BST": (32, 512, 128)}
+"""Of the GPU part: a teacher as large as T5-large, and the examples, source and target tokens of a micro-batch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,17 +114,30 @@ def _overhead(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
 
 
 def _gpu(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
-    found = _ranks("gpu", torch.cuda.device_count(), steps=arguments.steps)
+    return on_devices(torch.cuda.device_count(), steps=arguments.steps, **LARGE)
+
+
+def on_devices(num_ranks: int, **options: Any) -> tuple[list[Measure], str]:
+    """Distillation and what it is held against, at the sizes of `options`; a baseline that is not installed is left out
+    and said to be."""
+    found = _ranks("gpu", num_ranks, **options)
     measures = [
         Measure("step", f"step time, {name}", seconds, baseline, baseline_name, "s", floor)
         for name, seconds, baseline, baseline_name, floor in found["rows"]
     ]
+    note = "Hugging Face's Trainer is left out: pip install accelerate"
+    if find_spec("accelerate") is not None:
+        taken = _ranks("trainer", num_ranks, **options)["seconds"]
+        row = ("step time, distillation", found["rows"][0][1], taken, "fine-tuning by Trainer with ZeRO-3")
+        measures.append(Measure("step", *row, "s", found["rows"][0][4]))
+        share = found["fine-tuning"] / taken
+        note = f"Fine-tuning of all parameters by Hugging Face's Trainer with ZeRO-3: useful FLOPs {share:.1%}."
     memory = found["memory"]
     measures.append(
         Measure("step", "memory at its fullest", memory["peak"] / GIB, memory["estimate"] / GIB, "estimate", "GiB",
                 memory["floor"] / GIB)
     )  # fmt: skip
-    return measures, f"GPU: {found['setting']}.\n{found['summary']}"
+    return measures, f"GPU: {found['setting']}.\n{found['summary']}\n{note}"
 
 
 MEASURED = {"traffic": _traffic, "memory": _memory, "overhead": _overhead, "gpu": _gpu}

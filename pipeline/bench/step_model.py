@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.config import DistillConfig, OptimConfig
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.engine import Engine
-from pipeline.estimate import Sizes, drawn_layers, useful_flops
+from pipeline.estimate import Sizes, drawn_layers, training_flops, useful_flops
 from pipeline.families import family_of
 from pipeline.loop import Task
 from pipeline.losses import GlobalCounts
@@ -162,6 +163,19 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def reset_peak_of(device: torch.device) -> None:
+    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else reset_peak()
+
+
+def peak_of(device: torch.device) -> int:
+    """Bytes at the fullest since the last reset: allocated on a GPU, of the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()["VmHWM"]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+
+
 class PrivatePeak:
     """Highest RssAnon, looked at a hundred times a second: VmHWM would count the pages of files too."""
 
@@ -232,6 +246,13 @@ def flops_of(sizes: Sizes, draw: Assembly, shape_BST: tuple[int, int, int]) -> f
     """Useful FLOPs of a micro-batch of this shape."""
     num, source, target = shape_BST
     return useful_flops(sizes, num * source, num * target, drawn_layers(sizes, draw))
+
+
+def flops_of_fine_tuning(sizes: Sizes, shape_BST: tuple[int, int, int]) -> float:
+    """Useful FLOPs of a micro-batch where all layers of the teacher are trained and no others are there."""
+    num, source, target = shape_BST
+    layers = tuple(replace(leaf, trained=True) for leaf in sizes.leaves if not leaf.trained)
+    return training_flops(replace(sizes, leaves=layers, rest_is_trained=True), num * source, num * target)
 
 
 def matmul_flops(device: torch.device) -> float:

@@ -23,23 +23,28 @@ from pipeline.bench.step_model import (
     Counted,
     Plain,
     PrivatePeak,
+    device_name,
     draw_of,
     drawn_elements,
     flops_of,
+    flops_of_fine_tuning,
     in_fp32,
     loss_of,
     matmul_flops,
     new_engine,
     new_task,
     p_numel,
+    peak_of,
     profile_of,
     random_batch,
     read_prefetch,
     reset_peak,
+    reset_peak_of,
     resident,
     t5,
     timed_step,
 )
+from pipeline.bench.step_trainer import trainer
 from pipeline.config import BatchConfig, LoopConfig, LossConfig
 from pipeline.engine import join_world
 from pipeline.estimate import Machine, memory, plan, sizes_of
@@ -47,7 +52,7 @@ from pipeline.modes import Mode
 from pipeline.teacher import load_model
 
 BUCKET = 20_000_000
-"""Elements of reduction buffer and prefetching in the memory part, so that it fits a machine of 16 GiB."""
+"""Elements of the reduction buffer and of layers gathered ahead in the memory part, so that it fits 16 GiB."""
 
 
 def traffic(folder: str) -> dict[str, Any]:
@@ -103,7 +108,8 @@ def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[
     teacher = load_model(model_folder)
     task = new_task(teacher)
     del teacher
-    path = in_fp32("zero3", folder, reduce_bucket_size=BUCKET, stage3_prefetch_bucket_size=BUCKET)
+    small = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
+    path = in_fp32("zero3", folder, stage3_prefetch_bucket_size=BUCKET, **small)
     loading = PrivatePeak()
     engine = new_engine(task, world, path)
     loading_peak = loading.stop() - idle["RssAnon"]
@@ -169,13 +175,15 @@ def overhead(folder: str, steps: int) -> dict[str, Any]:
     }
 
 
-def gpu(folder: str, steps: int) -> dict[str, Any]:
-    """A T5-large-sized teacher (24+24, d 1024), granularities 2, 3, 6, 32 x 512/128 tokens on every GPU: under the
-    configuration that `auto` takes, the same without distillation losses, with eager ones and with attention losses."""
+def gpu(
+    folder: str, steps: int, num_layers: int, d_model: int, d_ff: int, shape_BST: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Distillation with granularities 2, 3, 6 on every GPU, under the configuration that `auto` takes; the same without
+    distillation losses, with eager ones and with attention losses."""
     world = join_world()
-    config = t5(24, 1024, 2816)
-    shape_BST = (32, 512, 128)
-    batch_config = BatchConfig(tokens_per_micro_batch=32 * 640, micro_batches_per_step=world.size)
+    config = t5(num_layers, d_model, d_ff)
+    num_tokens = shape_BST[0] * (shape_BST[1] + shape_BST[2])
+    batch_config = BatchConfig(tokens_per_micro_batch=num_tokens, micro_batches_per_step=world.size)
     objectives = {
         "distillation": SETTINGS.losses,
         "with attention losses": LossConfig(attention_self=1.0, attention_cross=1.0),
@@ -190,7 +198,7 @@ def gpu(folder: str, steps: int) -> dict[str, Any]:
         loop = LoopConfig(ds_config="auto")
         ds_config, paragraph = plan(sizes, Machine.of(world), batch_config, loop)
         engine = new_engine(task, world, ds_config)
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_of(world.device)
         seconds, flops = [], []
         for step in range(steps + 3):
             batch = random_batch(step * world.size + world.rank, shape_BST, config.vocab_size, world.device)
@@ -200,9 +208,10 @@ def gpu(folder: str, steps: int) -> dict[str, Any]:
                 flops.append(flops_of(sizes, draw_of(task, step, batch.index), shape_BST))
         rows[name] = {"seconds": statistics.median(seconds), "flops": statistics.mean(flops)}
         if name == "distillation":
-            needs = memory(sizes, Mode.of(ds_config, world.size, world.ranks_per_node), 32 * 640, recompute=False)
+            mode = Mode.of(ds_config, world.size, world.ranks_per_node, is_gpu=world.device.type == "cuda")
+            needs = memory(sizes, mode, num_tokens, recompute=False)
             peak_memory = {
-                "peak": torch.cuda.max_memory_allocated(),
+                "peak": peak_of(world.device),
                 "estimate": needs.device_total,
                 "floor": needs.device["weights"] + needs.device["fp32 weights and moments"],
             }
@@ -212,14 +221,15 @@ def gpu(folder: str, steps: int) -> dict[str, Any]:
     world.close()
     ours, alone = rows["distillation"], rows.pop("task loss alone")
     shares = (f"{name} {1 - alone['seconds'] / row['seconds']:.1%}" for name, row in rows.items())
-    tokens, floor = shape_BST[0] * (shape_BST[1] + shape_BST[2]) * world.size, ours["flops"] / peak
+    tokens, floor = num_tokens * world.size, ours["flops"] / peak
     return {
         "rows": [
             ("distillation", ours["seconds"], rows["with eager losses"]["seconds"], "with eager losses", floor),
             *((name, row["seconds"], alone["seconds"], "task loss alone", floor) for name, row in rows.items()),
         ],
+        "fine-tuning": flops_of_fine_tuning(sizes, shape_BST) / peak,
         "memory": peak_memory,
-        "setting": f"{world.size} x {torch.cuda.get_device_name()}, {paragraph}",
+        "setting": f"{world.size} x {device_name(world.device)}, {paragraph}",
         "summary": f"{tokens / ours['seconds']:,.0f} tokens/s; useful FLOPs "
         f"{ours['flops'] / ours['seconds'] / peak:.1%} of the matmul peak of {peak / 1e12:.0f} TFLOP/s.\n"
         f"Share of the step that the losses of distillation take (all that the task loss alone does not): "
@@ -232,6 +242,7 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "memory": memory_part,
     "overhead": overhead,
     "gpu": gpu,
+    "trainer": trainer,
 }
 
 

@@ -97,7 +97,7 @@ def test_memory_by_hand(t5_large):
 def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, tmp_path):
     """The larger of both moments counts; on CPUs a pass holds what gloo receives into, too."""
     config = read_ds_config("zero3")
-    config["zero_optimization"] |= {"stage3_prefetch_bucket_size": 0, "sub_group_size": 3e8}
+    config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "sub_group_size": 3e8}
     path = tmp_path / "small.json"
     path.write_text(json.dumps(config))
     on_gpu, on_cpu = (
@@ -110,7 +110,19 @@ def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, 
         memory(t5_large, Mode.of(str(path), 2, 2, is_gpu=gpu), 16384, recompute=False).device for gpu in (True, False)
     )
     assert "gradients to step with" not in on_gpu
+    assert on_gpu["gathered layers"] == 2 * max(t5_large.rest)
     assert on_cpu["gathered layers"] == 2 * on_gpu["gathered layers"]
+
+
+def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
+    """Of a model below it, which then lies whole on each rank while a pass runs."""
+    mode = Mode.of("zero3", 8, 8)
+    assert memory(t5_large, mode, 16384, recompute=False).device["gathered layers"] == 2 * (1e9 + max(t5_large.rest))
+    needs = memory(mt5_xxl, mode, 16384, recompute=False)
+    assert needs.device["gathered layers"] == 2 * (1e9 + max(mt5_xxl.rest))
+    small = dataclasses.replace(t5_large, leaves=t5_large.leaves[:20])
+    whole = small.num_trained + small.num_frozen
+    assert memory(small, mode, 16384, recompute=False).device["gathered layers"] == 2 * whole
 
 
 def test_traffic_by_hand(t5_large):
