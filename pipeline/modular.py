@@ -193,11 +193,12 @@ class ModularModel(nn.Module):
     ) -> ModularOutputs:
         """The outputs with the losses of the distributions or, where none are wanted, with the logits."""
         shared = self.shared
-        mask_BT = labels_BT != -100
-        labels_N = labels_BT[mask_BT]
+        # found once: on a GPU the host waits here, as often as a mask is an index
+        places_N = (labels_BT != -100).flatten().nonzero().squeeze(1)
+        labels_N = labels_BT.flatten()[places_N]
         with torch.no_grad():
-            teacher_ND = shared.finish("decoder", teacher_BTD[mask_BT])
-        student_ND = shared.finish("decoder", student_BTD[mask_BT])
+            teacher_ND = shared.finish("decoder", teacher_BTD.flatten(0, 1).index_select(0, places_N))
+        student_ND = shared.finish("decoder", student_BTD.flatten(0, 1).index_select(0, places_N))
         if wanted is None:
             with torch.no_grad():
                 teacher_logits_NV = shared.logits(teacher_ND)
