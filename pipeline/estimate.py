@@ -126,7 +126,7 @@ class Memory:
 
     device: Mapping[str, float]
     host: Mapping[str, float]
-    """What offloading keeps in host memory; empty otherwise."""
+    """What offloading and saving beside training keep in the memory of the host of a GPU."""
 
     @property
     def device_total(self) -> float:
@@ -137,12 +137,15 @@ class Memory:
         return sum(self.host.values())
 
 
-def memory(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: bool) -> Memory:
+def memory(
+    sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
+) -> Memory:
     """Memory of one rank while it trains with AdamW.
 
     Args:
         tokens_per_micro_batch: padded source and target tokens of a micro-batch.
         recompute: activations inside layers are computed again in backward.
+        save_beside: a copy of what a checkpoint holds is written while training goes on.
     """
     e, trained = mode.element_bytes, sizes.num_trained
     total = sizes.num_frozen + trained
@@ -155,6 +158,8 @@ def memory(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: 
         device["weights kept in the node"] = e * total / mode.ranks_per_node
     stepped["fp32 weights and moments"] = 12 * share
     stepped["gradients"] = 4 * share
+    if save_beside:
+        (host if mode.is_gpu else device)["copy for saving"] = BYTES_IN_CHECKPOINT * share
     device["reduction buffer"] = e * min(mode.reduce_bucket, max(trained, sizes.largest_trained_leaf))
     # the optimizer steps with a copy of the gradients, when there are no activations; offloaded, the copy stays
     copied = {"gradients to step with": 4 * (min(share, mode.sub_group) if mode.stage == 3 else share)}
@@ -316,7 +321,7 @@ def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recom
 def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, loop: LoopConfig, reason: str) -> str:
     """What a run will train and need, for people."""
     recompute = loop.recompute_activations
-    needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute)
+    needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute, save_beside=loop.save_beside)
     moved = traffic(sizes, mode, batch.micro_batches_per_step // mode.num_ranks)
     num_layers = sum(leaf.trained for leaf in sizes.leaves)
     largest = sorted(needs.device.items(), key=lambda item: -item[1])[:3]
@@ -332,9 +337,7 @@ def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, loop: LoopConfig, re
         f"Each step it receives {readable(moved.gathered)} of weights, {readable(moved.reduced)} of gradients"
         + (f", {readable(moved.between_nodes)} of that between nodes" if moved.between_nodes else ""),
     ]
-    checkpoint = BYTES_IN_CHECKPOINT * sizes.num_trained
-    beside = ", and saving keeps one rank's share of it in host memory" if loop.save_beside else ""
-    sentences.append(f"A checkpoint has {readable(checkpoint)}{beside}")
+    sentences.append(f"A checkpoint has {readable(BYTES_IN_CHECKPOINT * sizes.num_trained)}")
     return ". ".join(sentences) + "."
 
 

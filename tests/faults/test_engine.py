@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from pipeline.bench import step
 from pipeline.doctor import CHECKS
 from tests.ranks import run_ranks
 
@@ -104,3 +105,12 @@ def test_leaves_called_only_when_used_break_the_order_of_gathers(tmp_path):
 
 def test_the_doctor_trains_with_layers_that_a_step_does_not_use(tmp_path):
     assert "equals plain PyTorch" in CHECKS["collectives"](tmp_path)
+
+
+def test_the_benchmark_of_gpus_runs_at_toy_size(monkeypatch):
+    """Every row but the Trainer's, which needs a package that only `make bench-gpu` installs."""
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    measures, note = step.on_devices(1, steps=1, num_layers=6, d_model=64, d_ff=64, shape_BST=(2, 8, 4))
+    assert {measure.baseline_name for measure in measures} == {"with eager losses", "task loss alone", "estimate"}
+    assert all(measure.ours > 0 and measure.baseline > 0 for measure in measures)
+    assert "pip install accelerate" in note

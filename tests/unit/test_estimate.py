@@ -125,6 +125,16 @@ def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
     assert memory(small, mode, 16384, recompute=False).device["gathered layers"] == 2 * whole
 
 
+@pytest.mark.parametrize("is_gpu", [True, False])
+def test_the_copy_for_saving_lies_in_the_memory_of_the_host(t5_large, is_gpu):
+    """Which on a CPU is the rank's own."""
+    mode = Mode.of("zero3", 4, 4, is_gpu=is_gpu)
+    alone, beside = (memory(t5_large, mode, 1024, recompute=False, save_beside=each) for each in (False, True))
+    copy = 12 * t5_large.num_trained / 4
+    assert beside.device_total - alone.device_total == pytest.approx(0 if is_gpu else copy)
+    assert beside.host_total == pytest.approx(copy if is_gpu else 0)
+
+
 def test_traffic_by_hand(t5_large):
     total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
     sharded = traffic(t5_large, Mode.of("zero3", 16, 8), num_micro_batches=2)
