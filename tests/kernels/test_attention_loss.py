@@ -186,6 +186,14 @@ def test_weight_is_a_factor_of_the_share_and_equal_students_have_no_loss(path, m
     assert module.attention_loss([same]).loss_P.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_an_example_without_a_real_key_counts_nowhere(path, monkeypatch):
+    """Its queries are real, but see nothing: the mean is over the others."""
+    pair = make_pair((3, 5, 19, 2, 8), kind="cross", device=path[1])
+    pair.key_mask_BS[1] = False
+    assert pair.query_mask_BQ[1].any()
+    assert_equals_oracle(loss_module(path, monkeypatch), [pair], [1.0], upstream=1.0)
+
+
 def test_a_student_near_its_teacher(path, monkeypatch):
     """Distributions that nearly agree: loss and gradient are differences of near-equal numbers."""
     module, pair = loss_module(path, monkeypatch), make_pair((2, 7, 19, 2, 8), device=path[1], noise=1e-2)
