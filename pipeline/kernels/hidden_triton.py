@@ -23,7 +23,7 @@ from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM, USED_UP, Hidde
 TILE_ELEMENTS = 4096  # ROWS x COLS: 32 elements a thread and input with 4 warps, more warps where rows are longer
 TILES = 4
 WIDEST = 16384  # channels of a row that fits in the registers of one program
-LANES = 256  # of a program that adds up partial sums or counts a mask
+LANES = 1024  # of a program that adds up partial sums or counts a mask: few rounds, each waits for the L2 cache
 ALIGNMENT = 16  # bytes of one vector load; strides and D must be multiples of as many elements
 
 # The table that the kernels read, one line of int64 a pair: rows, T, D, mask address, then (address, batch stride,
