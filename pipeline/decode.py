@@ -26,12 +26,9 @@ def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def generate(
-    model: Any, sources: Sequence[Sequence[int]], references: Sequence[Sequence[int]], recipe: Recipe
-) -> tuple[list[list[int]], list[float]]:
-    """(output ids, each example's summed loss in nats) of one batch, greedy or with beams as recipe.evaluate says."""
-    pad_id = model.generation_config.pad_token_id or 0
-    source_BS, mask_BS = _pad(sources, pad_id, model.device)
+def generate(model: Any, sources: Sequence[Sequence[int]], recipe: Recipe) -> list[list[int]]:
+    """Output ids of one batch, greedy or with beams as recipe.evaluate says."""
+    source_BS, mask_BS = _pad(sources, model.generation_config.pad_token_id or 0, model.device)
     ids_BT = model.generate(
         input_ids=source_BS,
         attention_mask=mask_BS,
@@ -39,14 +36,21 @@ def generate(
         num_beams=recipe.evaluate.num_beams,
         do_sample=False,
     )[:, 1:]
+    eos = model.generation_config.eos_token_id
+    eos_ids = set(eos if isinstance(eos, list) else [eos])
+    return [up_to_end(ids, eos_ids) for ids in ids_BT.tolist()]
+
+
+@torch.inference_mode()
+def losses_of(model: Any, sources: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[float]:
+    """Cross entropy with the reference of each example of one batch, summed over its tokens, in nats."""
+    source_BS, mask_BS = _pad(sources, model.generation_config.pad_token_id or 0, model.device)
     labels_BT, _ = _pad(references, IGNORED_LABEL, model.device)
     logits_BTV = model(input_ids=source_BS, attention_mask=mask_BS, labels=labels_BT, use_cache=False).logits
     loss_BT = F.cross_entropy(
         logits_BTV.float().transpose(1, 2), labels_BT, reduction="none", ignore_index=IGNORED_LABEL
     )
-    eos = model.generation_config.eos_token_id
-    eos_ids = set(eos if isinstance(eos, list) else [eos])
-    return [up_to_end(ids, eos_ids) for ids in ids_BT.tolist()], loss_BT.double().sum(1).tolist()
+    return loss_BT.double().sum(1).tolist()
 
 
 def up_to_end(ids: list[int], eos_ids: set[int]) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
-from pipeline.decode import generate, load
+from pipeline.decode import generate, load, losses_of
 from pipeline.loop import Trainer, begin_stage
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.scoring import References
@@ -93,9 +93,8 @@ def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
     ):
         sources = [ids[mask].tolist() for ids, mask in zip(batch.source_BS, batch.source_mask_BS, strict=True)]
         targets = [labels[labels != IGNORED_LABEL].tolist() for labels in batch.labels_BT]
-        found, losses = generate(model, sources, targets, recipe)
-        loss, num_tokens = loss + sum(losses), num_tokens + sum(map(len, targets))
-        outputs += tokenizer.batch_decode(found, skip_special_tokens=True)
+        loss, num_tokens = loss + sum(losses_of(model, sources, targets)), num_tokens + sum(map(len, targets))
+        outputs += tokenizer.batch_decode(generate(model, sources, recipe), skip_special_tokens=True)
         references += tokenizer.batch_decode(targets, skip_special_tokens=True)
     metrics = References([[text] for text in references], [""] * len(references)).corpus_metrics
     return Score(metrics["bleu"].corpus_score(outputs, None).score, loss / num_tokens)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.assemble import System
-from pipeline.decode import batches_of, generate, load
+from pipeline.decode import batches_of, generate, load, losses_of
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.families import FAMILIES
 from pipeline.rules import Rules, rules_of
@@ -234,9 +234,10 @@ class _Plain:
         while size:
             parts = [slice(first, first + size) for first in range(0, len(places), size)]
             try:
-                found = []
+                tokens, losses = [], []
                 for part in parts:
-                    found.append(generate(self.model, sources[part], references[part], self.work.recipe))
+                    tokens += generate(self.model, sources[part], self.work.recipe)
+                    losses += losses_of(self.model, sources[part], references[part])
                     beat()
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -244,8 +245,6 @@ class _Plain:
                 release_memory(self.model.device)
                 size //= 2
                 continue
-            tokens = [ids for outputs, _ in found for ids in outputs]
-            losses = [loss for _, each in found for loss in each]
             counts = [len(ids) for ids in references]
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             return {names[0]: (texts, list(zip(losses, counts, strict=True)), sum(map(len, tokens)))}

@@ -139,7 +139,7 @@ def random_case(folder: Path, kind: str, num_examples: int) -> Case:
 
 def random_model(kind: str) -> Any:
     """A small mT5 or BART with weights so large that its outputs hang on its inputs, and an end of sequence that is
-    likely enough to come before the limit in many of them."""
+    likely enough to come before the limit in many of them (a tied head would say the last token again for ever)."""
     torch.manual_seed(0)
     ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "vocab_size": VOCABULARY}
     if kind == "mt5":
@@ -154,7 +154,13 @@ def random_model(kind: str) -> Any:
             for name, value in {"layers": DEPTH, "ffn_dim": 128, "attention_heads": 4}.items()
         }
         config = transformers.BartConfig(
-            **ids, **stacks, d_model=64, max_position_embeddings=128, bos_token_id=2, forced_eos_token_id=None
+            **ids,
+            **stacks,
+            d_model=64,
+            max_position_embeddings=128,
+            bos_token_id=2,
+            forced_eos_token_id=None,
+            tie_word_embeddings=False,
         )
         model = transformers.BartForConditionalGeneration(config)
     with torch.no_grad():

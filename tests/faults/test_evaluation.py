@@ -15,10 +15,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from pipeline.config import EvaluateConfig, Recipe
 from pipeline.evaluate import evaluate
@@ -44,6 +46,7 @@ def start(root: Path, rank: int, size: int) -> int:
     try:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
+        tqdm.set_lock(RLock())  # its own is shared by all that are forked, and stays taken when its holder is killed
         evaluate(RECIPE, RunDir(root), World(rank, size, 0, torch.device("cpu")))
         code = 0
     finally:
