@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +159,11 @@ def test_arithmetic_needs_only_the_standard_library():
 def test_files_stay_short():
     long = {name: count for name, path in MODULES.items() if (count := path.read_text().count("\n")) > 400}
     assert not long
+
+
+def test_torch_finds_huge_pages_allowed():
+    """It looks once, at its first tensor: before it is imported the package says so."""
+    program = "import os, sys, pipeline; print(os.environ['THP_MEM_ALLOC_ENABLE'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["1", "False"], found.stderr
