@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.bench.step_model import random_batch, t5
+from pipeline.engine import join_world
 from pipeline.modes import read_ds_config
 
 NUM_WARM_UP = 3
@@ -58,6 +59,7 @@ def trainer(
     folder: str, steps: int, num_layers: int, d_model: int, d_ff: int, shape_BST: tuple[int, int, int]
 ) -> dict[str, Any]:
     """Median seconds of a step in bf16, where torch's fused AdamW trains every parameter."""
+    world = join_world()
     num, *shape_ST = shape_BST
     config = t5(num_layers, d_model, d_ff)
     ds_config = read_ds_config("zero3") | {
@@ -78,13 +80,12 @@ def trainer(
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=world.device.type == "cpu",
     )
     clock = Clock()
-    examples = RandomExamples(
-        num * (steps + NUM_WARM_UP) * arguments.world_size, (shape_ST[0], shape_ST[1]), config.vocab_size
-    )
+    examples = RandomExamples(num * (steps + NUM_WARM_UP) * world.size, (shape_ST[0], shape_ST[1]), config.vocab_size)
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config)
     Trainer(model, args=arguments, train_dataset=examples, callbacks=[clock]).train()
+    world.close()
     return {"seconds": statistics.median(clock.seconds[NUM_WARM_UP:])}
