@@ -47,9 +47,9 @@ SYSTEMS = (  # name, kind, assembly, requests
     ("finetuned-e2-d2", "finetuned", "e2-d2", []),
 )
 PLAIN_PROCESS = """
-import importlib.util, json, sys
+import json, sys
+sys.modules["pipeline"] = sys.modules["data_prep"] = None  # installed or not, they cannot be imported here
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-assert importlib.util.find_spec("pipeline") is None and importlib.util.find_spec("data_prep") is None
 folder, num_new_tokens = sys.argv[1], int(sys.argv[2])
 model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 sources, outputs = json.load(sys.stdin), []
