@@ -14,7 +14,7 @@ help:  ## what there is to make
 demo: .venv/installed  ## the main job on the built-in corpus: data, teacher, modular layers, every ratio, report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here  ## all tests, files side by side on WORKERS (2) processes
+test: .venv/installed slurm-here chromium-here  ## all tests, on WORKERS (2) processes (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## format, lint and types
