@@ -178,7 +178,7 @@ def _passes(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute:
     copies = 1 if mode.is_gpu else 2  # gloo receives into a buffer of its own
     found["gradients of a layer"] = e * copies * sizes.largest_trained_leaf
     if mode.stage == 3:
-        largest = max(sizes.largest_leaf, *sizes.rest)
+        largest = max([sizes.largest_leaf, *sizes.rest])
         live = min(mode.max_live + largest, sizes.num_frozen + sizes.num_trained)
         found["gathered layers"] = e * (live + (copies - 1) * largest)
     found["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
