@@ -47,10 +47,10 @@ def losses_of(model: Any, sources: Sequence[Sequence[int]], references: Sequence
     source_BS, mask_BS = _pad(sources, model.generation_config.pad_token_id or 0, model.device)
     labels_BT, _ = _pad(references, IGNORED_LABEL, model.device)
     logits_BTV = model(input_ids=source_BS, attention_mask=mask_BS, labels=labels_BT, use_cache=False).logits
-    loss_BT = F.cross_entropy(
-        logits_BTV.float().transpose(1, 2), labels_BT, reduction="none", ignore_index=IGNORED_LABEL
+    losses = F.cross_entropy(
+        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none", ignore_index=IGNORED_LABEL
     )
-    return loss_BT.double().sum(1).tolist()
+    return losses.view_as(labels_BT).double().sum(1).tolist()
 
 
 def up_to_end(ids: list[int], eos_ids: set[int]) -> list[int]:

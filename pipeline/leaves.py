@@ -16,13 +16,17 @@ from pipeline.families.capture import QueriesKeys, captured
 from pipeline.spans import Span
 
 
-class TeacherLeaf(nn.Module):
-    """One frozen teacher layer, for both passes."""
+class _Leaf(nn.Module):
+    """One layer, and the family that knows how to call it."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         super().__init__()
         self.layer = layer
         self.family = family
+
+
+class TeacherLeaf(_Leaf):
+    """One frozen teacher layer, for both passes."""
 
     def forward(
         self,
@@ -45,13 +49,8 @@ class TeacherLeaf(nn.Module):
         return teacher_out_BLD, student_BLD, queries_keys
 
 
-class ModularLeaf(nn.Module):
+class ModularLeaf(_Leaf):
     """One trainable layer of the teacher's own type that stands for a span of its layers."""
-
-    def __init__(self, layer: nn.Module, family: Family) -> None:
-        super().__init__()
-        self.layer = layer
-        self.family = family
 
     def forward(
         self,
