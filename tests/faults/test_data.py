@@ -19,7 +19,7 @@ import pytest
 
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from tests.distributed.test_data_build import ROOT, build, command, contents, family_of, kill_session, write_recipe
+from tests.builds import ROOT, build, command, contents, family_of, kill_session, write_recipe
 from tests.faults.trials import SEED, count_trials, folder_of
 
 FOLDER = folder_of("data")

@@ -21,7 +21,7 @@ from pipeline.label import Rule, label
 from pipeline.rundir import RunDir
 from pipeline.scoring import chrf
 from pipeline.world import World
-from tests.distributed.test_data_build import build, write_recipe
+from tests.builds import build, write_recipe
 from tests.end_to_end.test_evaluate import train_tokenizer, write_model
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
