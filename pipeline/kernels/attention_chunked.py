@@ -1,5 +1,5 @@
 """The attention loss in chunks of examples, so that attention maps never exist whole: at most CHUNK_BYTES of each of
-four. Plain PyTorch, for every device. Gradients are made in the forward pass.
+five. Plain PyTorch, for every device. Gradients are made in the forward pass.
 
 Shapes: P pairs, B batch, Q queries, S keys, H heads, K width of a head, C examples of a chunk.
 """
@@ -78,33 +78,47 @@ def _pass_over(pair: AttentionPair, scale: float, with_gradient: bool) -> tuple[
     loss = torch.zeros((), dtype=dtype, device=num_rows.device)
     for first in range(0, num_batch, size):
         chunk = slice(first, min(first + size, num_batch))
-        queries_keys = [
-            torch.where(mask[chunk, :, None, None], state[chunk].to(dtype), 0).transpose(1, 2)
+        student_query_CHQK, student_key_CHSK, teacher_query_CHQK, teacher_key_CHSK = (
+            _heads_first(state[chunk], mask[chunk], dtype)
             for state, mask in zip(pair[:4], [pair.query_mask_BQ, pair.key_mask_BS] * 2, strict=True)
-        ]
-        student_query_CHQK, student_key_CHSK, teacher_query_CHQK, teacher_key_CHSK = queries_keys
-        hidden_C1QS = ~pair.key_mask_BS[chunk, None, None, :]
-        if later_QS is not None:
-            hidden_C1QS = hidden_C1QS | later_QS
-        student_CHQS = _log_attention(student_query_CHQK, student_key_CHSK, pair.scale, bias_HQS, hidden_C1QS)
-        teacher_CHQS = _log_attention(teacher_query_CHQK, teacher_key_CHSK, pair.scale, bias_HQS, hidden_C1QS)
+        )
+        added_CHQS = _added(pair.key_mask_BS[chunk], num_heads, bias_HQS, later_QS, dtype)
+        student_CHQS = _log_attention(student_query_CHQK, student_key_CHSK, pair.scale, added_CHQS)
+        teacher_CHQS = _log_attention(teacher_query_CHQK, teacher_key_CHSK, pair.scale, added_CHQS)
         probability_CHQS = teacher_CHQS.exp()
         divergence_CHQ = torch.linalg.vecdot(probability_CHQS, teacher_CHQS.sub_(student_CHQS))
         counted_C1Q = counted_BQ[chunk, None, :]
         loss += torch.where(counted_C1Q, divergence_CHQ, 0).sum()
         if with_gradient:
-            pull_CHQS = student_CHQS.exp_().sub_(probability_CHQS).mul_(pair.scale * scale / num_rows)
-            pull_CHQS.masked_fill_(~counted_C1Q[..., None], 0)
-            gradients[0][chunk] = (pull_CHQS @ student_key_CHSK).transpose(1, 2)
-            gradients[1][chunk] = (pull_CHQS.transpose(-1, -2) @ student_query_CHQK).transpose(1, 2)
+            pull_CHQS = student_CHQS.exp_().sub_(probability_CHQS)
+            factor_C1Q1 = torch.where(counted_C1Q, pair.scale * scale / num_rows, 0)[..., None]
+            gradients[0][chunk] = (pull_CHQS @ student_key_CHSK).mul_(factor_C1Q1).transpose(1, 2)
+            gradients[1][chunk] = (pull_CHQS.mT @ student_query_CHQK.mul_(factor_C1Q1)).transpose(1, 2)
     return (loss / num_rows, *gradients)
 
 
-def _log_attention(
-    query_CHQK: Tensor, key_CHSK: Tensor, scale: float, bias_HQS: Tensor | None, hidden_C1QS: Tensor
+def _heads_first(state_CLHK: Tensor, mask_CL: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy [C, H, L, K], as batched products read it without another one, with zeros where not real."""
+    state_CHLK = state_CLHK.to(dtype).transpose(1, 2)
+    copy_CHLK = torch.empty(state_CHLK.shape, dtype=dtype, device=state_CHLK.device)
+    return torch.where(mask_CL[:, None, :, None], state_CHLK, copy_CHLK.new_zeros(()), out=copy_CHLK)
+
+
+def _added(
+    key_mask_CS: Tensor, num_heads: int, bias_HQS: Tensor | None, later_QS: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    scores_CHQS = (query_CHQK @ key_CHSK.transpose(-1, -2)).mul_(scale)
-    if bias_HQS is not None:
-        scores_CHQS.add_(bias_HQS)
-    scores_CHQS.masked_fill_(hidden_C1QS, torch.finfo(scores_CHQS.dtype).min)
-    return torch.log_softmax(scores_CHQS, dim=-1)
+    """What both maps have added to their scores, [C, H, Q, S] or [C, H, 1, S]: the bias, and at keys that a query does
+    not see a number that no score changes (rows that see nothing stay finite)."""
+    hidden_C1QS = ~key_mask_CS[:, None, None, :]
+    if later_QS is not None:
+        hidden_C1QS = hidden_C1QS | later_QS
+    bias = bias_HQS if bias_HQS is not None else hidden_C1QS.new_zeros((), dtype=dtype)
+    added_CHQS = torch.where(hidden_C1QS, torch.finfo(dtype).min, bias)
+    return added_CHQS.expand(-1, num_heads, -1, -1)
+
+
+def _log_attention(query_CHQK: Tensor, key_CHSK: Tensor, scale: float, added_CHQS: Tensor) -> Tensor:
+    """Logarithms of the attention, [C, H, Q, S]."""
+    added, query, key = (each.flatten(0, 1) for each in (added_CHQS, query_CHQK, key_CHSK))
+    scores = torch.baddbmm(added, query, key.mT, alpha=scale)
+    return torch.log_softmax(scores, dim=-1).unflatten(0, query_CHQK.shape[:2])

@@ -26,7 +26,7 @@ from pipeline.kernels.reference import (
     check_pairs,
 )
 
-CHUNK_BYTES = 2**19  # of one fp32 buffer; two or three of these share a core's L2 cache
+CHUNK_BYTES = 2**19  # of one fp32 buffer, for each thread; two or three of these share a core's L2 cache
 
 
 def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
@@ -36,18 +36,21 @@ def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, up
     return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
 
 
+class _Chunk(NamedTuple):
+    """Some rows, and memory for them that stays in the cache from chunk to chunk."""
+
+    padded: Tensor | None
+    """Which of them are padding; None for none."""
+    one_CD: Tensor
+    other_CD: Tensor
+    norm_C: Tensor
+
+
 class _Cut(NamedTuple):
     """How the rows of some states are cut into chunks."""
 
-    padded: list[Tensor | None]
-    """Which rows of each chunk are padding, counted from the first of them; None for none."""
+    chunks: list[_Chunk]
     num_valid: int
-    buffers_CD: Tensor
-    """Memory for two chunks, which stays in the cache from chunk to chunk."""
-    norm_R: Tensor
-    """Memory for a number a row."""
-    norms: Sequence[Tensor]
-    """The same in chunks."""
 
 
 class _HiddenLoss(torch.autograd.Function):
@@ -56,21 +59,20 @@ class _HiddenLoss(torch.autograd.Function):
         ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(students[0], pairs[0].teacher_BTD)
-        pass_over = _cosine_pass if mode == "cosine" else _square_pass
+        pass_over = {"mse": _mse_pass, "span": _span_pass, "cosine": _cosine_pass}[mode]
         cuts: dict[tuple[int, int], _Cut] = {}  # pairs of one stack share theirs
-        errors, totals, gradients = [], [], []
+        losses, gradients = [], []
         for pair, student_BTD, wanted in zip(pairs, students, ctx.needs_input_grad[4:], strict=True):
-            gradient_BTD = torch.empty(student_BTD.shape, dtype=student_BTD.dtype) if wanted else None
+            contiguous = torch.contiguous_format
+            gradient_BTD = torch.empty_like(student_BTD, memory_format=contiguous) if wanted else None
             key = (id(pair.mask_BT), student_BTD.shape[-1])
             if key not in cuts:
                 cuts[key] = _cut(pair.mask_BT, student_BTD.shape[-1], dtype)
-            error, total = pass_over(pair, cuts[key], mode, weight * upstream, gradient_BTD)
-            errors.append(error)
-            totals.append(total)
+            losses.append(pass_over(pair, cuts[key], weight * upstream, gradient_BTD))
             gradients.append(gradient_BTD)
         ctx.save_for_backward(*gradients)
         ctx.upstream, ctx.used_up = upstream, False
-        loss_P = torch.stack(errors) / torch.tensor(totals, dtype=dtype)
+        loss_P = torch.tensor(losses, dtype=dtype)
         ctx.mark_non_differentiable(loss_P)
         return loss_P * weight, loss_P
 
@@ -87,88 +89,104 @@ class _HiddenLoss(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
-def _square_pass(
-    pair: HiddenPair, cut: _Cut, mode: Mode, scale: float, gradient_BTD: Tensor | None
-) -> tuple[Tensor, float]:
-    """(error, what it is divided by) of one pair in mode mse or span; writes the gradient for a gradient `scale` of
-    the loss."""
-    total = float(cut.num_valid * pair.student_BTD.shape[-1])
-    if mode == "span":
-        assert pair.start_BTD is not None  # check_pairs has refused it
-        total = _square_distance(pair.teacher_BTD, pair.start_BTD, cut).item()
-    total = max(total, MIN_DENOMINATOR)
-    return _square_distance(pair.student_BTD, pair.teacher_BTD, cut, gradient_BTD, 2 * scale / total), total
+# The passes over a pair. Each returns its loss, and writes the gradient for a gradient `scale` of the loss.
+
+
+def _mse_pass(pair: HiddenPair, cut: _Cut, scale: float, gradient_BTD: Tensor | None) -> float:
+    total = max(1, cut.num_valid * pair.student_BTD.shape[-1])
+    student, teacher = _rows(pair.student_BTD, cut), _rows(pair.teacher_BTD, cut)
+    return _square_distance(student, teacher, cut, gradient_BTD, 2 * scale / total) / total
+
+
+def _span_pass(pair: HiddenPair, cut: _Cut, scale: float, gradient_BTD: Tensor | None) -> float:
+    assert pair.start_BTD is not None  # check_pairs has refused it
+    student, teacher = _rows(pair.student_BTD, cut), _rows(pair.teacher_BTD, cut)
+    total = max(_square_distance(teacher, _rows(pair.start_BTD, cut), cut), MIN_DENOMINATOR)
+    return _square_distance(student, teacher, cut, gradient_BTD, 2 * scale / total) / total
 
 
 def _square_distance(
-    left_BTD: Tensor, right_BTD: Tensor, cut: _Cut, gradient_BTD: Tensor | None = None, factor: float = 0.0
-) -> Tensor:
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    cut: _Cut,
+    gradient_BTD: Tensor | None = None,
+    factor: float = 0.0,
+) -> float:
     """Sum of (left - right)^2 over real tokens; writes factor x (left - right) into the gradient."""
-    buffer_CD = cut.buffers_CD[0]
-    chunks = _chunks(left_BTD, cut), _chunks(right_BTD, cut), _gradient_chunks(gradient_BTD, cut)
-    for left_CD, right_CD, gradient_CD, padded, norm_C in zip(*chunks, cut.padded, cut.norms, strict=True):
-        error_CD = buffer_CD[: left_CD.shape[0]]
-        if gradient_CD is not None and gradient_CD.dtype == buffer_CD.dtype:
+    total = 0.0
+    gradients = _gradient_rows(gradient_BTD, cut)
+    for left_CD, right_CD, gradient_CD, chunk in zip(left, right, gradients, cut.chunks, strict=True):
+        padded, error_CD, other_CD, norm_C = chunk
+        dtype = error_CD.dtype
+        if gradient_CD is not None and gradient_CD.dtype == dtype:
             error_CD = gradient_CD
-        if left_CD.dtype == right_CD.dtype == error_CD.dtype:
-            torch.sub(left_CD, right_CD, out=error_CD)
-        else:
-            error_CD.copy_(left_CD).sub_(right_CD)
+        if left_CD.dtype != dtype:
+            left_CD = error_CD.copy_(left_CD)
+        if right_CD.dtype != dtype:
+            right_CD = other_CD.copy_(right_CD)
+        torch.sub(left_CD, right_CD, out=error_CD)
         if padded is not None:
             error_CD.index_fill_(0, padded, 0)
-        # A norm a row, then a pairwise sum of squares: less than half the time of (d * d).sum(), and a thousandth of
-        # the rounding error of one long torch.dot, which adds 4M squares with an error of 6e-5.
+        # A norm a row, then their squares, and chunks in fp64: less than half the time of (d * d).sum(), and a
+        # thousandth of the rounding error of one long torch.dot, which adds 4M squares with an error of 6e-5.
         torch.linalg.vector_norm(error_CD, dim=1, out=norm_C)
+        total += torch.dot(norm_C, norm_C).item()
         if gradient_CD is not None:
             error_CD.mul_(factor)
             if gradient_CD is not error_CD:
                 gradient_CD.copy_(error_CD)
-    return cut.norm_R.square_().sum()
+    return total
 
 
-def _cosine_pass(
-    pair: HiddenPair, cut: _Cut, mode: Mode, scale: float, gradient_BTD: Tensor | None
-) -> tuple[Tensor, float]:
-    """(error, what it is divided by) of one pair in mode cosine. With d = s - t, both scaled to length 1, the loss of a
-    row is e = |d|^2 / 2 and its gradient (d - e s) / |student|: nothing cancels where student and teacher are near."""
-    num_valid, dtype = max(1, cut.num_valid), cut.buffers_CD.dtype
-    losses = []
-    states = zip(_chunks(pair.student_BTD, cut), _chunks(pair.teacher_BTD, cut), strict=True)
-    for both, gradient_CD, padded in zip(states, _gradient_chunks(gradient_BTD, cut), cut.padded, strict=True):
-        student_CD, difference_CD = cut.buffers_CD[:, : both[0].shape[0]]
+def _cosine_pass(pair: HiddenPair, cut: _Cut, scale: float, gradient_BTD: Tensor | None) -> float:
+    """With d = s - t, both scaled to length 1, a row's loss is e = |d|^2 / 2 and its gradient (d - e s) / |student|:
+    nothing cancels where student and teacher are near."""
+    num_valid, total = max(1, cut.num_valid), 0.0
+    states = zip(_rows(pair.student_BTD, cut), _rows(pair.teacher_BTD, cut), strict=True)
+    for both, gradient_CD, chunk in zip(states, _gradient_rows(gradient_BTD, cut), cut.chunks, strict=True):
+        padded, student_CD, difference_CD, loss_C = chunk
+        if gradient_CD is not None and gradient_CD.dtype == difference_CD.dtype:
+            difference_CD = gradient_CD
         norms = []
         for state_CD, unit_CD in zip(both, (student_CD, difference_CD), strict=True):
-            state_CD = state_CD.to(dtype)
+            if state_CD.dtype != unit_CD.dtype:
+                state_CD = unit_CD.copy_(state_CD)
             norms.append(torch.linalg.vector_norm(state_CD, dim=1, keepdim=True).clamp_(min=MIN_NORM))
             torch.div(state_CD, norms[-1], out=unit_CD)
         torch.sub(student_CD, difference_CD, out=difference_CD)
-        loss_C = torch.linalg.vector_norm(difference_CD, dim=1).square_().div_(2)
+        torch.linalg.vector_norm(difference_CD, dim=1, out=loss_C).square_().div_(2)
         if padded is not None:
             loss_C.index_fill_(0, padded, 0)
-        losses.append(loss_C)
+        total += loss_C.sum().item()
         if gradient_CD is not None:
             difference_CD.addcmul_(student_CD, loss_C[:, None], value=-1).mul_((scale / num_valid) / norms[0])
-            gradient_CD.copy_(difference_CD)
+            if gradient_CD is not difference_CD:
+                gradient_CD.copy_(difference_CD)
             if padded is not None:
                 gradient_CD.index_fill_(0, padded, 0)
-    return torch.cat(losses).sum(), float(num_valid)
+    return total / num_valid
 
 
-def _chunks(state_BTD: Tensor, cut: _Cut) -> Sequence[Tensor]:
-    state_RD = state_BTD.reshape(-1, state_BTD.shape[-1])
-    return state_RD.chunk(len(cut.padded)) if len(cut.padded) > 1 else (state_RD,)  # small states are many calls
+def _rows(state_BTD: Tensor, cut: _Cut) -> Sequence[Tensor]:
+    state_RD, num_chunks = state_BTD.flatten(0, 1), len(cut.chunks)
+    return state_RD.chunk(num_chunks) if num_chunks > 1 else (state_RD,)  # small states are many calls
 
 
-def _gradient_chunks(gradient_BTD: Tensor | None, cut: _Cut) -> Sequence[Tensor | None]:
-    return _chunks(gradient_BTD, cut) if gradient_BTD is not None else [None] * len(cut.padded)
+def _gradient_rows(gradient_BTD: Tensor | None, cut: _Cut) -> Sequence[Tensor | None]:
+    return _rows(gradient_BTD, cut) if gradient_BTD is not None else [None] * len(cut.chunks)
 
 
 def _cut(mask_BT: Tensor, width: int, dtype: torch.dtype) -> _Cut:
     num_rows = mask_BT.numel()
-    num_chunks = max(1, -(-4 * num_rows * width // CHUNK_BYTES))
+    num_chunks = max(1, -(-4 * num_rows * width // (CHUNK_BYTES * torch.get_num_threads())))
     padding = [chunk.nonzero().squeeze(1) for chunk in (~mask_BT.flatten()).chunk(num_chunks)]
     num_valid = num_rows - sum(map(len, padding))
-    buffers_CD = torch.empty(2, -(-num_rows // len(padding)), width, dtype=dtype)
-    norm_R = torch.empty(num_rows, dtype=dtype)
-    padded = [rows if len(rows) else None for rows in padding]
-    return _Cut(padded, num_valid, buffers_CD, norm_R, norm_R.chunk(len(padded)))
+    most_rows = -(-num_rows // len(padding))
+    buffers, norms = torch.empty(2, most_rows, width, dtype=dtype), torch.empty(most_rows, dtype=dtype)
+    chunks, first = [], 0
+    for rows in padding:
+        count = min(most_rows, num_rows - first)
+        one_CD, other_CD = buffers[:, :count]
+        chunks.append(_Chunk(rows if len(rows) else None, one_CD, other_CD, norms[:count]))
+        first += count
+    return _Cut(chunks, num_valid)
