@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TAIL_BYTES = 64_000
 MAX_LENGTH = 300
+NO_SPACE = "No space left on device"
+FULL_BYTES = 1 << 20  # less is left on a disk that is full: what its programs said of that found no room there
 
 # `srun --label` puts the number of the node in front of what its torchrun says
 _TORCHRUN = re.compile(
@@ -46,6 +49,14 @@ def first_failure(logs: Path, status: int, processes_per_node: int, first_rank: 
         processes_per_node: workers of each torchrun.
         first_rank: rank of srun's task 0.
     """
+    failure = _failure_told(logs, status, processes_per_node, first_rank)
+    if _is_full(logs) and NO_SPACE not in failure.text:
+        return replace(failure, text=f"{failure.text}; {NO_SPACE}, for logs either: make room there")
+    return failure
+
+
+def _failure_told(logs: Path, status: int, processes_per_node: int, first_rank: int) -> Failure:
+    """What the logs tell, as far as they go."""
     if (logs / "HUNG").exists():
         return Failure(f"hung: {_read(logs / 'HUNG').strip()}; {quietest_rank(logs)}", status)
     launch = _read(logs / "launch.log")
@@ -94,6 +105,13 @@ def _cause(log: Path) -> str:
     lines = [_TORCH.sub("", line.strip()) for line in _read(log).splitlines() if line.strip()]
     told = [line for line in lines if _MESSAGE.match(line)]
     return (told or lines or [f"{log.name} is empty"])[-1][:MAX_LENGTH]
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> str:

@@ -24,6 +24,7 @@ import pytest
 
 from slurm.controller import ENDED
 from slurm.starts import read_starts
+from tests.builds import contents
 from tests.faults.jobs import Jobs, begun, count_trials, fast_cluster, product, quiet_run
 from tests.slurm.cluster import SlurmCluster, require_slurm
 from tests.slurm.standin import StandIn, cluster_file
@@ -290,11 +291,11 @@ def test_evaluation_array_with_a_killed_task(quiet: Path, tmp_path: Path) -> Non
             jobs.wait_end()
             assert jobs.states() == ["COMPLETED"] * 8, jobs.logs()
             assert product(jobs.run, "evaluate") == product(quiet, "evaluate")
-            units = [sorted(path.name for path in (run / "evaluate" / "units").iterdir()) for run in (jobs.run, quiet)]
-            assert units[0] == units[1]
+            outputs = [contents(run / "evaluate" / "outputs") for run in (jobs.run, quiet)]
+            assert outputs[0] == outputs[1]
             whys = [start.why for start in jobs.starts()]
             hit = [why for why in whys if why != "finished"]
-            return {"starts": len(whys), "units": len(units[0]), "hit": hit} if hit else None
+            return {"starts": len(whys), "outputs": len(outputs[0]), "hit": hit} if hit else None
 
     count_trials("array", 2, trial)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +51,16 @@ def test_a_step_that_says_nothing_is_told_by_its_exit_status(tmp_path: Path) -> 
     failure = first_failure(logs_with(tmp_path, launch="bash: line 1: nope: command not found\n"), 127, 1)
     assert failure.text == "failed with exit status 127: bash: line 1: nope: command not found"
     assert first_failure(tmp_path / "nothing", 3, 1).text == "failed with exit status 3: launch.log is empty"
+
+
+def test_a_disk_without_room_for_the_logs_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, told in ((4096, "; No space left on device, for logs either: make room there"), (1 << 30, "")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        failure = first_failure(logs_with(tmp_path, launch=""), 143, 1)
+        assert failure.text == f"failed with exit status 143: launch.log is empty{told}"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    launch = "OSError: [Errno 28] No space left on device\n"
+    assert first_failure(logs_with(tmp_path, launch=launch), 1, 1).text.count("No space left") == 1
 
 
 def test_a_lost_node_is_no_failure_of_the_program(tmp_path: Path) -> None:
