@@ -222,10 +222,12 @@ class Encoder:
         num_cut = int((lengths >= max_tokens).sum())
         if num_cut:
             rows = [row[: max_tokens - 1] for row in rows]
-        end = [self.info.eos_id]
-        ids = np.concatenate([np.empty(0, dtype=np.int64), *itertools.chain(*((row, end) for row in rows))])
         lengths = np.minimum(lengths, max_tokens - 1) + 1
-        return (lengths.astype(np.uint16), ids.astype(self._dtype)), num_cut
+        ids = np.full(lengths.sum(), self.info.eos_id, dtype=self._dtype)
+        is_end = np.zeros(len(ids), dtype=bool)
+        is_end[np.cumsum(lengths) - 1] = True
+        ids[~is_end] = np.concatenate([np.empty(0, dtype=np.int64), *rows])
+        return (lengths.astype(np.uint16), ids), num_cut
 
 
 def train_sentencepiece(

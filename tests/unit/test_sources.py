@@ -118,7 +118,11 @@ def test_records_have_ids_dotted_fields_prefixes_and_language_tags() -> None:
         (b'{"source": "a"', "a.jsonl:1: not a JSON object"),
         (b"[1]", "a JSON list, not an object"),
         (b'{"source": "a\\u0000", "target": "b"}', "a.jsonl:1: field 'source' holds a NUL character"),
-        (b'{"source": "\\ud800", "target": "b"}', "a.jsonl:1: field 'source' is not Unicode text"),
+        (
+            b'{"source": "\\ud800", "target": "b"}',
+            r"a.jsonl:1: not a JSON object \(no low surrogate in string at column 13\)",
+        ),
+        (b'{"source": "a", "target": "b", "id": %d}' % (1 << 70), "a.jsonl:1: field 'id' is the number 1.18"),
         ('{"source": "\u00fc"}'.encode("latin-1"), r"a.jsonl:1: not UTF-8 \(byte 12\)"),
         (b"\0\0\0", "a.jsonl:1: not a JSON object"),
         (b"[" * 100_000, "a.jsonl:1: not a JSON object"),
