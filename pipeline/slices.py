@@ -122,7 +122,7 @@ class Workshop:
         try:
             if group == ASSEMBLIES:
                 # the plan that names this group carries the hashes: both files were held against the manifest for it
-                return _Views(work, load_pool(run.teacher_model, self.device, run.library, is_checked=True))
+                return _Views(work, load_pool(run.teacher_model, self.device, run.library))
             folder = work.folder_of(work.system(group))
             config = read_json(folder / "config.json") or {}
             if config.get("model_type") in FAMILIES:

@@ -54,28 +54,25 @@ class ModuleLibrary:
 
     @staticmethod
     def load(
-        teacher: Path,
-        library: Path | None,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        is_checked: bool = False,
+        teacher: Path, library: Path | None, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> ModuleLibrary:
         """Read a teacher's folder and the module library that was trained over it, in the checkpoints' dtype or
         `dtype`. Without a library there are the teacher's layers alone.
-
-        Args:
-            is_checked: check_library has just been called on these two, which reads both whole.
 
         Raises:
             FileNotFoundError: no library there.
             ValueError: damaged, or of another teacher.
         """
-        weights = {}
         if library is not None:
-            if not is_checked:
-                check_library(teacher, library)
-            weights = load_file(library / "modular.safetensors")
+            check_library(teacher, library)
+        return ModuleLibrary.read(teacher, library, device=device, dtype=dtype)
+
+    @staticmethod
+    def read(
+        teacher: Path, library: Path | None, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> ModuleLibrary:
+        """`load` after check_library, which reads both files whole."""
+        weights = {} if library is None else load_file(library / "modular.safetensors")
         model = AutoModelForSeq2SeqLM.from_pretrained(teacher, local_files_only=True, dtype=dtype or "auto")
         return ModuleLibrary(model, {name: weight.to(model.dtype) for name, weight in weights.items()}).to(device)
 

@@ -47,15 +47,13 @@ class Pool:
         return [self.layers[stack][span] for span in spans]
 
 
-def load_pool(folder: Path, device: torch.device, library: Path | None = None, *, is_checked: bool = False) -> Pool:
-    """The layers of a checkpoint folder, in the dtype of the checkpoint, and those of a module library.
-
-    Args:
-        is_checked: as in ModuleLibrary.load.
+def load_pool(folder: Path, device: torch.device, library: Path | None = None) -> Pool:
+    """The layers of a checkpoint folder, in the dtype of the checkpoint, and those of a module library, which
+    check_library has held against it.
 
     Raises:
-        ValueError: a model type that no family knows; a library that is damaged or of another teacher.
+        ValueError: a model type that no family knows.
         FileNotFoundError: a folder is missing.
     """
-    found = ModuleLibrary.load(folder, library, device=device, is_checked=is_checked)
+    found = ModuleLibrary.read(folder, library, device=device)
     return Pool(found.family, found.family.take_shared(found.teacher), found.layers, found.teacher, folder, device)

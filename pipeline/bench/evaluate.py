@@ -19,6 +19,7 @@ from pipeline.bench import Measure, report
 from pipeline.cli import parse_recipe, recipe_parser
 from pipeline.decode import batches_of, generate, load, losses_of
 from pipeline.evaluation import VIEWS, Evaluation
+from pipeline.library import check_library
 from pipeline.prefixes import count_layers, count_prefixes
 from pipeline.rules import rules_of
 from pipeline.rundir import RunDir
@@ -136,6 +137,7 @@ def _timed(side: Callable[[Evaluation, torch.device], Result], work: Evaluation,
 def _together(work: Evaluation, device: torch.device) -> Result:
     """Ours: weights loaded once; the losses of the references come with it."""
     result, settings = Result(), work.recipe.evaluate
+    check_library(work.run.teacher_model, work.run.library)  # an evaluation does, too
     views = [system for system in work.systems if system.kind in VIEWS]
     groups = [views, *([system] for system in work.systems if system.kind not in VIEWS)]
     for systems in groups:

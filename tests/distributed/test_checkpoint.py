@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import Checkpointer, Keep
-from pipeline.checkpoint_format import StoredSlice, checkpoints, damage, full_weights, step_of, write_weights
+from pipeline.checkpoint_format import (
+    StoredSlice,
+    checkpoints,
+    damage,
+    full_weights,
+    read_manifest,
+    seal,
+    step_of,
+    write_weights,
+)
 from pipeline.world import World
 from tests.distributed import saving
 from tests.forks import run_ranks, with_group
@@ -60,6 +69,22 @@ def test_weights_go_into_one_file_and_memory_holds_one_slice(tmp_path, monkeypat
     assert found.keys() == {name.upper() for name in expected}
     for name, weight in expected.items():
         assert torch.equal(found[name.upper()], weight)
+
+
+def test_a_checkpoint_with_whole_files_that_lacks_a_slice_is_not_read(tmp_path):
+    assert ranks(2, saving.save, tmp_path, 1) == [0, 0]
+    (folder,) = checkpoints(tmp_path)
+    manifest = read_manifest(folder)
+    del manifest["files"]["rank_00001.safetensors"]
+    (folder / "manifest.json").write_bytes(seal(manifest))
+    assert damage(folder) is None
+    for read in (
+        lambda: full_weights(folder),
+        lambda: write_weights(folder, tmp_path / "weights.safetensors", str.upper),
+        lambda: saving.restore(ALONE, tmp_path, 1),
+    ):
+        with pytest.raises(AssertionError, match=r"step_00000001 lacks parts of \['"):
+            read()
 
 
 def test_a_save_that_is_waited_for_writes_the_same_bytes_without_a_copy(tmp_path):

@@ -10,6 +10,7 @@ import yaml
 import pipeline.__main__
 from data_prep.__main__ import main as data_prep_main
 from pipeline.__main__ import STAGES, TOOLS, main
+from pipeline.bench.__main__ import BENCHES
 from pipeline.cli import RECIPES, field_names, parse_recipe, recipe_parser
 from pipeline.config import Recipe, fields_of_kind
 from slurm.__main__ import main as slurm_main
@@ -56,7 +57,11 @@ def test_a_printed_recipe_is_the_same_recipe_to_every_command(command, tmp_path,
     assert "stage evaluate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [*STAGES, *TOOLS, "checkpoint", "checkpoint export", "bench", "bench full-size"])
+DEEPER = ["checkpoint", *(f"checkpoint {name}" for name in ("list", "verify", "export"))]
+DEEPER += ["bench", *(f"bench {name}" for name in BENCHES)]
+
+
+@pytest.mark.parametrize("command", [*STAGES, *TOOLS, *DEEPER])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as raised:
         main([*command.split(), "--help"])
@@ -74,7 +79,10 @@ def test_every_command_of_data_preparation_has_help(command, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["submit"], ["status"], ["clusters"], ["doctor"], ["sweep"], ["logs"]])
+SLURM = [[name] for name in ("clusters", "doctor", "submit", "sweep", "status", "logs", "cancel", "render")]
+
+
+@pytest.mark.parametrize("command", [[], *SLURM, ["clusters", "init"]])
 def test_every_command_of_slurm_has_help(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         slurm_main([*command, "--help"])
