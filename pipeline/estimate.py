@@ -181,6 +181,11 @@ def _passes(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute:
         largest = max([sizes.largest_leaf, *sizes.rest])
         live = min(mode.max_live + largest, sizes.num_frozen + sizes.num_trained)
         found["gathered layers"] = e * (live + (copies - 1) * largest)
+    if mode.keeps_weights and not recompute:
+        # in the local phase of all modular layers, in replacing of those on the path: as much as a teacher's at most
+        found["weights kept for backward"] = e * max(
+            sum(leaf.num_parameters for leaf in sizes.leaves if leaf.trained is trained) for trained in (True, False)
+        )
     found["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
     logits = sizes.vocabulary * tokens_per_micro_batch / 2
     # a teacher in training holds them whole, with fp32 log-probabilities and gradients; over modular layers the fused

@@ -64,6 +64,9 @@ class Mode:
     max_live: int
     """Elements of gathered layers that stage 3 holds. Before each layer it gathers up to as many more ahead, and keeps
     those that it finds for their backward, too: without this bound all that is gathered ahead stays."""
+    keeps_weights: bool
+    """Linear layers of stage 3 are plain PyTorch's. Until backward those hold on to a view of the weight that was
+    gathered for forward, so that its memory stays though the layer is released."""
     sub_group: int
     """Elements of a rank that the optimizer of stage 3 steps through at a time."""
     is_gpu: bool = True
@@ -83,6 +86,7 @@ class Mode:
             offloads_parameters="offload_param" in zero,
             reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            keeps_weights=zero["stage"] == 3 and not zero.get("memory_efficient_linear", True),
             sub_group=int(zero.get("sub_group_size", 1e9)),
             is_gpu=is_gpu,
         )

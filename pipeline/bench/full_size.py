@@ -49,6 +49,7 @@ BYTES_STEPPED = 48
 """Of a rank's trainable parameter in a step: fp32 weight, moments and gradient and its copy, read and written."""
 NUM_REHEARSED = 2
 """Steps of both phases before the first."""
+OF_A_STEP = ("data", "forward", "backward", "optimizer")
 IDLE = "baseline (of none)"
 """A training stage that joins, finds nothing to train and ends: what a rank takes before it has a model."""
 NUM_STEPS = 3
@@ -90,8 +91,9 @@ def _measure(name: str, folder: Path, write: Path | None) -> None:
     built = [each for each in sorted((run_dir / "assemble" / "models").iterdir()) if each.name.startswith("e")]
     steps.append(watched("from_pretrained", [sys.executable, "-c", LOAD, *map(str, built)], folder))
     records = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
-    print(json.dumps(records[-1], indent=1))
-    report(f"full_size_{name}", _measures(steps, cost, planned, run_dir), _notes(name, steps, cost, recipe), write)
+    expected_s, floor_s = _expected_s(cost, run_dir, steps, records)
+    measures = [*_sizes(steps, cost, planned, run_dir), *_times(steps, records, expected_s, floor_s)]
+    report(f"full_size_{name}", measures, _notes(name, steps, cost, recipe, expected_s), write)
 
 
 def _write_inputs(name: str, folder: Path) -> Path:
@@ -249,47 +251,70 @@ def _private_bytes(pid: int) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
-def _measures(steps: list[Step], cost: Cost, planned: Planned, run_dir: Path) -> list[Measure]:
-    by_name = {step.name: step for step in steps}
-    train = by_name[f"distill on {NUM_RANKS} ranks"]
+def _named(steps: list[Step], name: str) -> Step:
+    return next(step for step in steps if step.name == name)
+
+
+def _sizes(steps: list[Step], cost: Cost, planned: Planned, run_dir: Path) -> list[Measure]:
+    """Memory of training on both ranks and disk of all stages, against the estimate."""
+    train, idle = _named(steps, f"distill on {NUM_RANKS} ranks"), _named(steps, IDLE).largest
     on_disk = _bytes_on_disk(run_dir)
-    needed, idle = cost.memory.device_total, by_name[IDLE].largest
+    needed = cost.memory.device_total
     floor = sum(cost.memory.device[name] for name in ("weights", "fp32 weights and moments", "gradients"))
+    both, both_over_idle = NUM_RANKS * needed, train.together - NUM_RANKS * idle
     rows = [
         ("memory of a rank over an idle one", train.largest - idle, needed, "estimate", floor),
-        (
-            "memory of both ranks over idle ones",
-            train.together - NUM_RANKS * idle,
-            NUM_RANKS * needed,
-            "estimate",
-            NUM_RANKS * floor,
-        ),
+        ("memory of both ranks over idle ones", both_over_idle, both, "estimate", NUM_RANKS * floor),
         ("disk at the end", on_disk, sum(bytes_of_stages(planned).values()), "estimate, at most", on_disk),
     ]
-    expected_s, floor_s = _expected_s(cost, run_dir)
+    return [Measure("full_size", what, a / GIB, b / GIB, name, "GiB", c / GIB) for what, a, b, name, c in rows]
+
+
+def _times(
+    steps: list[Step], records: list[dict[str, Any]], expected_s: dict[str, float], floor_s: float
+) -> list[Measure]:
+    """The steps of training on both ranks, and all of it, against the estimate."""
+    stepped_s = sum(record[f"seconds_per_step/{phase}"] for record in records[:NUM_STEPS] for phase in OF_A_STEP)
+    share = NUM_STEPS / (NUM_STEPS + NUM_REHEARSED)
+    whole_s = _named(steps, f"distill on {NUM_RANKS} ranks").seconds
     return [
-        *(Measure("full_size", what, a / GIB, b / GIB, name, "GiB", c / GIB) for what, a, b, name, c in rows),
-        Measure("full_size", "training on both ranks", train.seconds, expected_s, "estimate", "s", floor_s),
+        Measure(
+            "full_size", f"{NUM_STEPS} steps", stepped_s, share * expected_s["steps"], "estimate", "s", share * floor_s
+        ),
+        Measure("full_size", "training on both ranks", whole_s, sum(expected_s.values()), "estimate", "s", floor_s),
     ]
 
 
-def _expected_s(cost: Cost, run_dir: Path) -> tuple[float, float]:
-    """(Seconds that training on both ranks should take, those that its matrix products alone take), at the speeds of
-    this machine: matrix products in bf16 on one thread a rank, copies in memory, files that are written and read."""
+def _expected_s(
+    cost: Cost, run_dir: Path, steps: list[Step], records: list[dict[str, Any]]
+) -> tuple[dict[str, float], float]:
+    """(Seconds that training on both ranks should take, by what for; those that the matrix products of its steps alone
+    take), at the speeds of this machine: matrix products in bf16 on one thread a rank, copies in memory, files that are
+    written and read. Loading sends every weight to every rank once, and so does a validation, for a third of a step's
+    products; a start is what a stage takes that finds nothing to do."""
     torch.set_num_threads(1)
     num_steps = NUM_STEPS + NUM_REHEARSED
-    products_s = num_steps * cost.flops / cost.num_steps / NUM_RANKS / matmul_flops()
-    gathered = TIMES_COPIED * NUM_RANKS * (cost.traffic.gathered + cost.traffic.reduced)
-    stepped = BYTES_STEPPED * cost.sizes.num_trained / NUM_RANKS
-    trained_s = products_s + num_steps * (gathered + stepped) / copied_bytes_per_s()
-    return trained_s + _bytes_on_disk(run_dir / "distill") / written_bytes_per_s(run_dir), products_s
+    num_validations = sum(name.startswith("validation/") for name in records[NUM_STEPS - 1])
+    product_s = cost.flops / cost.num_steps / NUM_RANKS / matmul_flops()
+    copied_per_s = copied_bytes_per_s()
+    gather_s = TIMES_COPIED * NUM_RANKS * cost.traffic.gathered / 2 / copied_per_s  # of all weights once
+    reduce_s = TIMES_COPIED * NUM_RANKS * cost.traffic.reduced / copied_per_s
+    update_s = BYTES_STEPPED * cost.sizes.num_trained / NUM_RANKS / copied_per_s
+    expected_s = {
+        "start": _named(steps, IDLE).seconds,
+        "loading": gather_s,
+        "steps": num_steps * (product_s + 2 * gather_s + reduce_s + update_s),
+        "validation": num_validations * (product_s / 3 + gather_s),
+        "saving": _bytes_on_disk(run_dir / "distill") / written_bytes_per_s(run_dir),
+    }
+    return expected_s, num_steps * product_s
 
 
 def _bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _notes(name: str, steps: list[Step], cost: Cost, recipe: Recipe) -> str:
+def _notes(name: str, steps: list[Step], cost: Cost, recipe: Recipe, expected_s: dict[str, float]) -> str:
     rows = [
         f"| {step.name} | {step.seconds:.0f} | {step.largest / GIB:.2f} | {step.together / GIB:.2f} |" for step in steps
     ]
@@ -300,6 +325,9 @@ def _notes(name: str, steps: list[Step], cost: Cost, recipe: Recipe) -> str:
             f"parameters, granularities {recipe.distill.granularities};",
             f"ZeRO-3 in bf16 on {NUM_RANKS} CPU ranks, {recipe.distill.batch.tokens_per_micro_batch} tokens a "
             f"micro-batch. Estimate of a rank in GiB: {parts}.",
+            "Estimate of training in s: "
+            + ", ".join(f"{part} {seconds:.0f}" for part, seconds in expected_s.items())
+            + f"; {NUM_REHEARSED} steps of a rehearsal among its {NUM_STEPS + NUM_REHEARSED} steps.",
             "",
             "| step | s | largest process (GiB) | all its processes (GiB) |",
             "|---|---|---|---|",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.checkpoint import Checkpointer, Keep, TrainState
 from pipeline.checkpoint_format import full_weights
@@ -175,17 +177,23 @@ def errors(folder: str, expected: dict[str, torch.Tensor]) -> tuple[float, float
     return differences.mean().item(), differences.max().item()
 
 
-def norms_around_clipping(ds_config: str) -> tuple[list[float], list[float]]:
-    """Gradient norm of each modular layer before and after clipping."""
+def first_pass(ds_config: str) -> tuple[list[float], list[float], float]:
+    """Of the local phase: gradient norm of each modular layer before and after clipping, and the share of the weights
+    of their linear layers, gathered for forward, whose memory is still held when backward starts."""
     run_size = World.from_environment().size
     run = Run(run_size, ds_config)
+    gathered: list[StorageWeakRef] = []
+    for module in run.task.module.modular.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, *_: gathered.append(StorageWeakRef(m.weight.untyped_storage())))
     batches = global_batch(0, run_size)
     outputs = run.engine(batches[run.world.rank], None)
+    held = sum(not each.expired() for each in gathered) / len(gathered)
     run.engine.backward(run.task.loss_terms(0, outputs, counts_of(batches)).total)
     before = run.engine._clip().tolist()
     after = run.engine._clip().tolist()
     run.world.close()
-    return before, after
+    return before, after, held
 
 
 def in_fp32(ds_config: str, folder: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint_format import checkpoints, damage, full_weights
+from pipeline.modes import Mode
 from tests import forks
 from tests.distributed import engine_ranks, freed
 from tests.ranks import run_ranks
@@ -64,14 +65,29 @@ def test_bf16_follows_the_reference(references, tmp_path):
     assert engine_ranks.errors(str(tmp_path), weights)[0] < 1e-3
 
 
-@pytest.mark.parametrize("ds_config", ["zero3_cpu", "zero3"])
-def test_clipping_reaches_the_gradients_of_each_modular_layer_by_itself(ds_config):
+@pytest.fixture(scope="module", params=["zero3_cpu", "zero3"])
+def first_pass(request):
+    return request.param, run_ranks(2, "tests.distributed.engine_ranks:first_pass", ds_config=request.param)
+
+
+def test_clipping_reaches_the_gradients_of_each_modular_layer_by_itself(first_pass):
     """Without fp32 accumulation DeepSpeed hands out copies of bf16 gradients, and clipping them does nothing."""
     limit = engine_ranks.SETTINGS.optim.max_grad_norm
-    for before, after in run_ranks(2, "tests.distributed.engine_ranks:norms_around_clipping", ds_config=ds_config):
+    for before, after, _ in first_pass[1]:
         assert len(before) == 12
         assert max(before) > 2 * limit
         assert after == pytest.approx([min(norm, limit) for norm in before], rel=1e-3)
+
+
+def test_released_weights_are_freed_but_where_linear_layers_are_plain(first_pass):
+    """Those hold on to views of what was gathered: then nearly all of every modular layer lies on each rank."""
+    ds_config, ranks = first_pass
+    held = [share for *_, share in ranks]
+    if ds_config == "zero3_cpu":
+        assert min(held) > 0.5
+    else:
+        assert held == [0.0, 0.0]
+    assert Mode.of(ds_config, 2, 2).keeps_weights == (ds_config == "zero3_cpu")
 
 
 def test_resume_continues_the_same_training(references, whole, tmp_path):

@@ -125,6 +125,26 @@ def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
     assert memory(small, mode, 16384, recompute=False).device["gathered layers"] == 2 * whole
 
 
+def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp_path):
+    """In the local phase that is every modular layer, whatever the number of ranks; not where layers run again."""
+    config = read_ds_config("zero3")
+    config["zero_optimization"]["memory_efficient_linear"] = False
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(config))
+    ours, plain = (
+        [memory(t5_large, Mode.of(name, 64, 8), 16384, recompute=each).device_total for each in (False, True)]
+        for name in ("zero3", str(path))
+    )
+    assert plain[0] - ours[0] == pytest.approx(2 * t5_large.num_trained)
+    assert plain[1] == ours[1]
+    coarse = dataclasses.replace(
+        t5_large, leaves=tuple(leaf for leaf in t5_large.leaves if not leaf.trained) + t5_large.leaves[-1:]
+    )
+    assert memory(coarse, Mode.of(str(path), 64, 8), 16384, recompute=False).device["weights kept for backward"] == (
+        2 * t5_large.num_trained  # a path of nearly all teacher layers, which are as many parameters
+    )
+
+
 @pytest.mark.parametrize("is_gpu", [True, False])
 def test_the_copy_for_saving_lies_in_the_memory_of_the_host(t5_large, is_gpu):
     """Which on a CPU is the rank's own."""
