@@ -125,6 +125,27 @@ def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
     assert memory(small, mode, 16384, recompute=False).device["gathered layers"] == 2 * whole
 
 
+@pytest.mark.parametrize("is_gpu", [True, False])
+def test_what_a_pass_holds_by_hand(t5_large, is_gpu):
+    """T5-large in bf16: a decoder layer has 8 linear maps of 1024 to 1024 and two between 1024 and 4096. On CPUs gloo
+    receives gradients into a buffer of its own."""
+    mode = Mode.of("zero3", 4, 4, is_gpu=is_gpu)
+    width, decoder = 8 * 2048 + 2 * 5120, 8 * 2**20 + 2 * 2**22 + 3 * 1024
+    device = memory(t5_large, mode, 16384, recompute=False).device
+    assert device["reduction buffer"] == 2 * 2e8
+    assert device["gradients of a layer"] == 2 * decoder * (1 if is_gpu else 2)
+    assert device["activations"] == 2 * 16384 * 24 * width
+    assert device["logits"] == 2 * 2 * 32128 * 8192
+    again = memory(t5_large, mode, 2 * 16384, recompute=True).device
+    assert again["activations"] == 2 * 2 * 16384 * (24 * width / 8 + width)
+    assert again["logits"] == 2**30  # in chunks
+    small = dataclasses.replace(t5_large, leaves=tuple(leaf for leaf in t5_large.leaves if leaf.trained)[:1])
+    device = memory(small, mode, 16384, recompute=False).device
+    assert device["reduction buffer"] == 2 * small.num_trained
+    trained = dataclasses.replace(t5_large, rest_is_trained=True)
+    assert memory(trained, mode, 16384, recompute=False).device["logits"] == (2 + 12) * 32128 * 8192
+
+
 def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp_path):
     """In the local phase that is every modular layer, whatever the number of ranks; not where layers run again."""
     config = read_ds_config("zero3")
@@ -198,6 +219,12 @@ def test_a_named_configuration_stays_and_is_described(t5_large):
     name, said = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3"))
     assert name == "zero3"
     assert "as the recipe says" in said
+    assert "A checkpoint has 7.88 GiB" in said
+    moved = traffic(t5_large, Mode.of("zero3", 2, 2), BATCH.micro_batches_per_step // 2)
+    assert f"it receives {moved.gathered / GIB:.2f} GiB of weights" in said
+    assert "3.94 GiB of host memory" in said  # the copy of what is saved
+    _, alone = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3", save_beside=False))
+    assert "of host memory" not in alone
     mode = Mode.of("zero3_offload", 2, 2)
     assert "of host memory" in paragraph(t5_large, mode, BATCH, LoopConfig(), "because")
 
