@@ -67,14 +67,14 @@ class StaticCache:
         return cache
 
     def at(self, positions_RQ: torch.Tensor, num_keys: int) -> StaticCache:
-        """Where the next call writes, [R or 1, Q], and how much it reads."""
+        """Where the next call writes, [R or 1, Q], each row's one after the other, and how much it reads."""
         self.positions_RQ, self.num_keys = positions_RQ, num_keys
         return self
 
     def extend(self, new: KeysValues) -> KeysValues:
         if len(self.positions_RQ) == 1:  # all rows at the same
-            places_Q = self.positions_RQ[0]
-            self.keys[:, :, places_Q], self.values[:, :, places_Q] = new.keys, new.values
+            places = slice(self.num_keys - self.positions_RQ.shape[1], self.num_keys)
+            self.keys[:, :, places], self.values[:, :, places] = new.keys, new.values
         else:
             rows_R1 = torch.arange(len(self.keys), device=self.keys.device)[:, None]
             place = (

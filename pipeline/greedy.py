@@ -107,6 +107,7 @@ class _Rows:
         self.outputs: list[list[int]] = [[] for _ in range(num_rows)]
         self.num_unfinished = num_rows
         self.longest = 1
+        self.is_level = True  # the unfinished rows all have as many tokens as the longest
         self.hope = 0.5
 
     def take(self, block_RQ: torch.Tensor, said_RQ: torch.Tensor) -> None:
@@ -130,7 +131,9 @@ class _Rows:
         self._learn(right_RQ, ended_R)
         self.length_R = self.length_R + num_kept_R
         self.done_R = self.done_R | ended_R | (self.length_R >= self.most)
-        self.num_unfinished, self.longest = int((~self.done_R).sum()), int(self.length_R.max())
+        shortest = self.length_R.masked_fill(self.done_R, self.most).min()
+        found = torch.stack(((~self.done_R).sum(), self.length_R.max(), shortest)).tolist()
+        self.num_unfinished, self.longest, self.is_level = found[0], found[1], found[1] == found[2]
 
     def _learn(self, right_RQ: torch.Tensor, ended_R: torch.Tensor) -> None:
         """How likely a guess is right, from those that were tried: a row tries on until one is wrong."""
@@ -169,9 +172,9 @@ class _Rows:
         return self.tokens_RL.gather(1, self.length_R[:, None] - 1)
 
     def positions(self, width: int) -> torch.Tensor:
-        """Positions of a block, [R, width], or [1, width] where all rows stand at the same."""
+        """Positions of a block, [R, width], or [1, width] where all unfinished rows stand at the same."""
         places_Q = torch.arange(width, device=self.length_R.device)
-        if self.rules.processors:
+        if self.is_level:
             return (places_Q + self.longest - 1)[None]
         return self.length_R[:, None] - 1 + places_Q
 

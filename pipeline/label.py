@@ -140,12 +140,12 @@ class _Labelling:
     def do(self, unit: int, beat: Callable[[], None]) -> None:
         """Decode one unit, filter and publish it."""
         places = self._places[unit * UNIT_EXAMPLES : (unit + 1) * UNIT_EXAMPLES]
-        sources, references = _ids(self._reader.read(places))
+        sources, references = _ids(self._reader.read(places))  # references are for the rule alone
         member = Member(TEACHER, *(tuple(self._pool.layers[stack]) for stack in STACKS))
         outputs: list[list[int] | None] = [None] * len(places)
         for batch in batches_of([len(ids) for ids in sources], self._recipe.evaluate.tokens_per_batch):
-            source, reference = ([side[i] for i in batch] for side in (sources, references))
-            found = decode_in_memory(self._pool, [member], source, reference, self._rules, beat).get(TEACHER)
+            source = [sources[i] for i in batch]
+            found = decode_in_memory(self._pool, [member], source, None, self._rules, beat).get(TEACHER)
             for position, tokens in zip(batch, found.tokens if found else [], strict=False):
                 outputs[position] = tokens
             beat()

@@ -192,7 +192,7 @@ def decode_in_memory(
     pool: Pool,
     members: Sequence[Member],
     sources: Sequence[Sequence[int]],
-    references: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]] | None,
     rules: Rules,
     beat: Callable[[], None],
 ) -> dict[str, Outputs]:
@@ -210,7 +210,7 @@ def decode_in_memory(
         return {}
     (member,), half = members, len(sources) // 2
     halves = [
-        decode_in_memory(pool, members, sources[part], references[part], rules, beat).get(member.name)
+        decode_in_memory(pool, members, sources[part], references and references[part], rules, beat).get(member.name)
         for part in (slice(half), slice(half, None))
     ]
     if None in halves:

@@ -10,7 +10,7 @@ Shapes: B examples, S source tokens, T target tokens, D model width, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ class Outputs:
     tokens: list[list[int]]
     """Output ids, the start token left out."""
     losses: list[float]
-    """Cross entropy with the reference, summed over its tokens, in nats."""
+    """Cross entropy with the reference, summed over its tokens, in nats; empty where there are no references."""
 
 
 @dataclass
@@ -63,21 +63,22 @@ class LayerCalls:
 
 @torch.inference_mode()
 def decode_together(
-    pool: Pool, members: Sequence[Member], sources: Sequence[Sequence[int]], references: Sequence[Sequence[int]],
-    rules: Rules, calls: LayerCalls | None = None, beat: Callable[[], None] = lambda: None,
+    pool: Pool, members: Sequence[Member], sources: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]] | None, rules: Rules, calls: LayerCalls | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, Outputs]:  # fmt: skip
     """Outputs and losses of every member on one batch of examples.
 
     Args:
         members: the first one's outputs serve the others as drafts, so let it be the teacher.
-        sources, references: token ids of B examples.
+        sources, references: token ids of B examples; without references there are no losses.
         calls: counts layer calls.
         beat: called after each piece of work.
 
     Returns:
         By member name.
     """
-    batch = _Batch(pool, members, references, rules, calls or LayerCalls(), beat)
+    batch = _Batch(pool, members, len(sources), references, rules, calls or LayerCalls(), beat)
     for places in parts_of(sources, pool.device):
         batch.read([sources[i] for i in places], places)
     batch.decode_pending()
@@ -99,21 +100,21 @@ class _Batch:
     """The examples of one call of decode_together, and what has been found out so far."""
 
     def __init__(
-        self, pool: Pool, members: Sequence[Member], references: Sequence[Sequence[int]], rules: Rules,
-        calls: LayerCalls, beat: Callable[[], None],
+        self, pool: Pool, members: Sequence[Member], num_examples: int, references: Sequence[Sequence[int]] | None,
+        rules: Rules, calls: LayerCalls, beat: Callable[[], None],
     ) -> None:  # fmt: skip
         self.pool, self.members, self.references = pool, members, references
         self.rules, self.calls, self.beat = rules, calls, beat
-        self.results = {member.name: Outputs([[] for _ in references], [0.0 for _ in references]) for member in members}
+        no_losses = [0.0] * (0 if references is None else num_examples)
+        self.results = {each.name: Outputs([[] for _ in range(num_examples)], no_losses.copy()) for each in members}
         self.pending: dict[tuple[Span, ...], list[Pending]] = {}  # by decoder
 
     def read(self, sources: Sequence[Sequence[int]], places: Sequence[int]) -> None:
-        """Encode some examples, and take their references through every decoder."""
+        """Encode some examples, and take their references through every decoder, where there are any."""
         pool = self.pool
         source_BS = _padded(sources, self.rules.pad_id, pool.device)
         lengths = torch.tensor([len(text) for text in sources], device=pool.device)
         mask_BS = torch.arange(source_BS.shape[1], device=pool.device) < lengths[:, None]
-        labels_BT = _padded([self.references[i] for i in places], IGNORED_LABEL, pool.device)
         inputs = StackInputs(pool.shared.self_bias("encoder", mask_BS))
 
         def encode(hidden_BSD: torch.Tensor, span: Span) -> torch.Tensor:
@@ -123,21 +124,29 @@ class _Batch:
         embedded_BSD = pool.shared.embed("encoder", source_BS)
         for path, hidden_BSD in walk([member.encoder for member in self.members], embedded_BSD, encode):
             members = [member for member in self.members if member.encoder == path]
-            self._force(members, pool.shared.finish("encoder", hidden_BSD), mask_BS, labels_BT, places)
+            encoded_BSD = pool.shared.finish("encoder", hidden_BSD)
+            cross = {
+                span: pool.family.cross_keys_values(pool.layers["decoder"][span], encoded_BSD)
+                for span in {span: None for member in members for span in member.decoder}
+            }
+            cross_bias = pool.shared.cross_bias(mask_BS)
+            prefixes = {} if self.references is None else self._force(members, cross, cross_bias, places)
+            for decoder in {member.decoder: None for member in members}:
+                names = [member.name for member in members if member.decoder == decoder]
+                memory = Memory([cross[span] for span in decoder], cross_bias)
+                self._wait(decoder, Pending(names, places, memory, prefixes.get(decoder)))
 
     def _force(
-        self, members: Sequence[Member], encoded_BSD: torch.Tensor, mask_BS: torch.Tensor, labels_BT: torch.Tensor,
+        self, members: Sequence[Member], cross: Mapping[Span, KeysValues], cross_bias: torch.Tensor,
         places: Sequence[int],
-    ) -> None:  # fmt: skip
-        """Losses of all members that share this encoder output; their rows, as far as the references have not settled
-        them, begin to wait."""
-        pool = self.pool
-        cross: dict[Span, KeysValues] = {}
-        for span in {span: None for member in members for span in member.decoder}:
-            cross[span] = pool.family.cross_keys_values(pool.layers["decoder"][span], encoded_BSD)
+    ) -> dict[tuple[Span, ...], Prefix]:  # fmt: skip
+        """Losses of all members that share an encoder output; what the pass over the references has found out, by
+        decoder."""
+        pool, found = self.pool, {}
+        assert self.references is not None
+        labels_BT = _padded([self.references[i] for i in places], IGNORED_LABEL, pool.device)
         given_BT = pool.shared.decoder_inputs(labels_BT)
         positions_1T = torch.arange(given_BT.shape[1], device=pool.device)[None]
-        cross_bias = pool.shared.cross_bias(mask_BS)
         inputs = StackInputs(pool.shared.bias_at(positions_1T, given_BT.shape[1]), cross_bias)
 
         def force(state: tuple[torch.Tensor, tuple[KeysValues, ...]], span: Span) -> tuple[torch.Tensor, Any]:
@@ -155,16 +164,15 @@ class _Batch:
             for name in names:
                 for place, loss in zip(places, losses, strict=True):
                     self.results[name].losses[place] = loss
-            memory = Memory([cross[span] for span in path], cross_bias)
-            self._wait(path, Pending(names, places, memory, Prefix(given_BT, said_BT, seen)))
+            found[path] = Prefix(given_BT, said_BT, seen)
             self.beat()
+        return found
 
     def _wait(self, path: tuple[Span, ...], rows: Pending) -> None:
         """Let rows wait for others with the same decoder, after those that their references have settled."""
         if self.rules.num_beams > 1 or self.rules.processors:
             rows = replace(rows, prefix=None)
-        else:
-            assert rows.prefix is not None
+        elif rows.prefix is not None:
             outputs, unsettled = settle(rows.prefix, self.rules)
             self._put(rows.names, rows.examples, outputs)
             rows = rows.select(unsettled)
@@ -211,7 +219,7 @@ class _Batch:
 
     def _drafts(self, examples: Sequence[int]) -> torch.Tensor:
         """What greedy decoding takes its guesses from: what the first member says, and the references."""
-        texts = (self.results[self.members[0].name].tokens, self.references)
+        texts = [self.results[self.members[0].name].tokens, *([self.references] if self.references else [])]
         return lay_out_drafts([[each[i] for i in examples] for each in texts], self.rules, self.pool.device)
 
 

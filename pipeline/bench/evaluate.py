@@ -8,8 +8,10 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import transformers
 
 from pipeline.bench import Measure, report
 from pipeline.cli import parse_recipe, recipe_parser
+from pipeline.config import SEARCHED
 from pipeline.decode import batches_of, generate, load, losses_of
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.library import check_library
@@ -24,7 +27,7 @@ from pipeline.prefixes import count_layers, count_prefixes
 from pipeline.rules import rules_of
 from pipeline.rundir import RunDir
 from pipeline.slices import tokenize
-from pipeline.spans import STACKS, Assembly, Span, tilings
+from pipeline.spans import PRESETS, STACKS, Assembly, Span, tilings
 from pipeline.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.tokenizer import load_tokenizer
 from pipeline.views import load_pool
@@ -65,39 +68,43 @@ def main(arguments: argparse.Namespace) -> None:
     chosen = [each for i, each in enumerate(kept) if each.kind == "teacher" or i % arguments.every == 0]
     work = replace(work, systems=chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours, baseline = [], []
+    sides: dict[str, Callable[[Evaluation, torch.device], Result]] = {
+        "outputs": partial(_together, with_losses=False),
+        "losses too": _together,
+        "baseline": _one_by_one,
+    }
+    results: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
-        ours.append(_timed(_together, work, device))
-        baseline.append(_timed(_one_by_one, work, device))
-    best = sorted(ours, key=lambda each: each.seconds)[len(ours) // 2]
-    theirs = sorted(baseline, key=lambda each: each.seconds)[len(baseline) // 2]
+        for name, side in sides.items():
+            results[name].append(_timed(side, work, device))
+    ours, whole, theirs = (sorted(each, key=lambda each: each.seconds)[len(each) // 2] for each in results.values())
     views = [work.member(system) for system in work.systems if system.kind in VIEWS]
     encoders = [member.encoder for member in views]
-    num_parts, floor_s = _num_parts(work, device), _floor_s(work, best, device)
+    num_parts, floor_s = _num_parts(work, device), _floor_s(work, ours, device)
     measures = [
         Measure(
-            "evaluate", "wall time", best.seconds, theirs.seconds - theirs.losses[0],
+            "evaluate", "wall time", ours.seconds, theirs.seconds - theirs.losses[0],
             "transformers generate, folder by folder", "s", floor_s,
         ),
         Measure(
-            "evaluate", "process time", best.process_seconds, theirs.process_seconds - theirs.losses[1],
+            "evaluate", "process time", ours.process_seconds, theirs.process_seconds - theirs.losses[1],
             "transformers generate, folder by folder", "s", floor_s,
         ),
         Measure(
-            "evaluate", "wall time, losses on both sides", best.seconds, theirs.seconds,
+            "evaluate", "wall time, losses on both sides", whole.seconds, theirs.seconds,
             "generate and the references' losses", "s", floor_s,
         ),
         Measure(
-            "evaluate", "process time, losses on both sides", best.process_seconds, theirs.process_seconds,
+            "evaluate", "process time, losses on both sides", whole.process_seconds, theirs.process_seconds,
             "generate and the references' losses", "s", floor_s,
         ),
         Measure(
-            "evaluate", "encoder layer calls", best.calls.encoder,
+            "evaluate", "encoder layer calls", whole.calls.encoder,
             num_parts * sum(len(path) for path in encoders), "each system by itself", "calls",
             num_parts * count_prefixes(encoders),
         ),
     ]  # fmt: skip
-    report("evaluate", measures, _notes(work, best, theirs, arguments), arguments.write)
+    report("evaluate", measures, _notes(work, (ours, whole), theirs), arguments.write)
 
 
 def load_work(root: Path, num_examples: int, num_beams: int) -> Evaluation:
@@ -134,8 +141,8 @@ def _timed(side: Callable[[Evaluation, torch.device], Result], work: Evaluation,
     return result
 
 
-def _together(work: Evaluation, device: torch.device) -> Result:
-    """Ours: weights loaded once; the losses of the references come with it."""
+def _together(work: Evaluation, device: torch.device, with_losses: bool = True) -> Result:
+    """Ours: weights loaded once, the references' losses beside the outputs or not."""
     result, settings = Result(), work.recipe.evaluate
     check_library(work.run.teacher_model, work.run.library)  # an evaluation does, too
     views = [system for system in work.systems if system.kind in VIEWS]
@@ -154,7 +161,7 @@ def _together(work: Evaluation, device: torch.device) -> Result:
         calls = LayerCalls()
         for places in _slices(work):
             own_sources, own_references = ([side[i] for i in places] for side in (sources, references))
-            found = decode_together(pool, members, own_sources, own_references, rules, calls)
+            found = decode_together(pool, members, own_sources, own_references if with_losses else None, rules, calls)
             for name, outputs in found.items():
                 _put(result, name, places, outputs.tokens, len(sources))
         if is_library:
@@ -220,19 +227,18 @@ def _weights(layer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
 
 
-def _notes(work: Evaluation, ours: Result, theirs: Result, arguments: argparse.Namespace) -> str:
-    different = {
-        name: sum(a != b for a, b in zip(outputs, theirs.tokens[name], strict=True))
-        for name, outputs in ours.tokens.items()
-    }
-    count = sum(map(len, ours.tokens.values()))
+def _notes(work: Evaluation, ours: Sequence[Result], theirs: Result) -> str:
+    different, count = Counter[str](), 0
+    for name, outputs in ((name, outputs) for each in ours for name, outputs in each.tokens.items()):
+        different[name] += sum(a != b for a, b in zip(outputs, theirs.tokens[name], strict=True))
+        count += len(outputs)
     settings = work.recipe.evaluate
     lines = [
         f"{len(work.systems)} systems of {work.run.root.name} x {len(work.examples)} examples, "
         f"{settings.num_beams} beam(s), at most {settings.max_new_tokens} new tokens, batches of "
         f"{settings.tokens_per_batch} source tokens, {torch.get_num_threads()} thread(s); loading is counted on both "
-        "sides; ours computes the losses of the references too.",
-        f"Outputs that differ: {sum(different.values())} of {count}; by system "
+        "sides.",
+        f"Outputs that differ, with and without losses: {different.total()} of {count}; by system "
         f"{json.dumps({name: each for name, each in different.items() if each})}.",
         *_shares(work),
     ]
@@ -241,17 +247,19 @@ def _notes(work: Evaluation, ours: Result, theirs: Result, arguments: argparse.N
 
 def _shares(work: Evaluation) -> list[str]:
     """Distinct prefixes as a share of the encoder layers of all systems, counted by arithmetic."""
-    assemblies = [
-        Assembly.parse(each.assembly).encoder for each in work.systems if each.kind in ("teacher", "assembly")
-    ]
-    searched = [Assembly.parse(each.assembly).encoder for each in work.systems if each.kind == "searched"]
+    asked = {
+        preset: [Assembly.parse(each.assembly).encoder for each in work.systems if preset in dict(each.requests)]
+        for preset in (*PRESETS, SEARCHED)
+    }
     manifest = json.loads((work.run.library / "library.json").read_text(encoding="utf-8"))
     num_layers = manifest["num_layers"]["encoder"]
     spans = [Span(*map(int, text.split("-"))) for text in manifest["spans"]["encoder"]]
     every = list(tilings(num_layers, spans))
     drawn = random.Random(0).choices(every, k=NUM_UNIFORM)
     found = []
-    for name, group in (("presets", assemblies), (f"{NUM_UNIFORM} drawn uniformly", drawn), ("searched", searched)):
+    presets = [tiling for preset in PRESETS for tiling in asked[preset]]
+    groups = {"the presets": presets, SEARCHED: asked[SEARCHED], f"{NUM_UNIFORM} drawn uniformly": drawn}
+    for name, group in groups.items():
         if group:
             distinct, naive = count_prefixes(t.spans for t in group), sum(t.num_layers for t in group)
             unlike = count_layers(t.spans for t in group)

@@ -74,6 +74,10 @@ def test_tokens_are_those_of_generate(run, name, monkeypatch):
     references = [[*output[: 1 + i], 5, 1] for i, output in enumerate(expected[ASSEMBLIES[0]])]
     found = decode_together(pool, members(), sources, references, rules)
     assert {text: found[text].tokens for text in ASSEMBLIES} == expected
+    without = decode_together(pool, members(), sources, None, rules)
+    assert {text: (each.tokens, each.losses) for text, each in without.items()} == {
+        t: (expected[t], []) for t in expected
+    }
     assert len({tuple(output) for each in expected.values() for output in each}) > 5, "outputs that hardly differ"
 
 
