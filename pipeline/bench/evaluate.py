@@ -27,7 +27,7 @@ from pipeline.prefixes import count_layers, count_prefixes
 from pipeline.rules import rules_of
 from pipeline.rundir import RunDir
 from pipeline.slices import tokenize
-from pipeline.spans import PRESETS, STACKS, Assembly, Span, tilings
+from pipeline.spans import PRESETS, STACKS, Assembly, Span, Tiling, tilings
 from pipeline.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.tokenizer import load_tokenizer
 from pipeline.views import load_pool
@@ -73,6 +73,7 @@ def main(arguments: argparse.Namespace) -> None:
         "losses too": _together,
         "baseline": _one_by_one,
     }
+    load(work.folder_of(work.teacher), device)  # what a process does once is neither side's
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, side in sides.items():
@@ -247,18 +248,18 @@ def _notes(work: Evaluation, ours: Sequence[Result], theirs: Result) -> str:
 
 def _shares(work: Evaluation) -> list[str]:
     """Distinct prefixes as a share of the encoder layers of all systems, counted by arithmetic."""
-    asked = {
-        preset: [Assembly.parse(each.assembly).encoder for each in work.systems if preset in dict(each.requests)]
-        for preset in (*PRESETS, SEARCHED)
-    }
+
+    def asked_by(*presets: str) -> list[Tiling]:
+        asked = [each.assembly for each in work.systems if any(preset in presets for preset, _ in each.requests)]
+        return [Assembly.parse(text).encoder for text in asked]
+
     manifest = json.loads((work.run.library / "library.json").read_text(encoding="utf-8"))
     num_layers = manifest["num_layers"]["encoder"]
     spans = [Span(*map(int, text.split("-"))) for text in manifest["spans"]["encoder"]]
     every = list(tilings(num_layers, spans))
     drawn = random.Random(0).choices(every, k=NUM_UNIFORM)
     found = []
-    presets = [tiling for preset in PRESETS for tiling in asked[preset]]
-    groups = {"the presets": presets, SEARCHED: asked[SEARCHED], f"{NUM_UNIFORM} drawn uniformly": drawn}
+    groups = {"presets": asked_by(*PRESETS), SEARCHED: asked_by(SEARCHED), f"{NUM_UNIFORM} drawn uniformly": drawn}
     for name, group in groups.items():
         if group:
             distinct, naive = count_prefixes(t.spans for t in group), sum(t.num_layers for t in group)
