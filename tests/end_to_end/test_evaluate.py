@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer
+from transformers import T5Tokenizer
 
 from data_prep.publish import sha256_of
-from pipeline import library, units
-from pipeline.assemble import Parts, System, describe, write_checkpoint
-from pipeline.config import EvaluateConfig, Recipe
-from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
-from pipeline.evaluate import evaluate
-from pipeline.evaluation import folder_hashes
+from pipeline import library
 from pipeline.rundir import RunDir
-from pipeline.spans import Assembly
-from pipeline.world import World
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-NUM_EXAMPLES = 200
-NUM_NEW_TOKENS = 12
-SETTINGS = {"max_examples": NUM_EXAMPLES, "max_new_tokens": NUM_NEW_TOKENS, "tokens_per_batch": 500}
-SYSTEMS = (  # name, kind, assembly, requests
-    ("e1x2-d1x2", "teacher", "e1x2-d1x2", []),
-    ("e2-d2", "assembly", "e2-d2", [["size-first", 2.0], ["speed-first", 2.0]]),
-    ("drop-e2-d2", "dropped", "e2-d2", []),
-    ("e1x2-d2", "assembly", "e1x2-d2", [["speed-first", 1.33]]),
-    ("finetuned-e2-d2", "finetuned", "e2-d2", []),
+from tests.evaluated import (
+    NUM_EXAMPLES,
+    NUM_NEW_TOKENS,
+    SYSTEMS,
+    evaluate_here,
+    finished,
+    inputs,
+    kill_when,
+    outputs,
+    start_worker,
+    table,
+    when_published,
+    write_library,
+    write_model,
 )
+
+__all__ = ["finished", "inputs"]  # fixtures
+
 PLAIN_PROCESS = """
 import json, sys
 sys.modules["pipeline"] = sys.modules["data_prep"] = None  # installed or not, they cannot be imported here
@@ -59,148 +52,6 @@ for first in range(0, len(sources), 16):
     outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
 print(json.dumps(outputs))
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory up to the assemble stage; the references are the teacher's own outputs."""
-    root = tmp_path_factory.mktemp("inputs")
-    run = RunDir(root)
-    generator = random.Random(0)
-    words = ("one", "two", "three", "monday", "march", "euro", "metre", "clock", "half", "past", "quarter", "to")
-    sources = [" ".join(generator.choices(words, k=generator.randrange(1, 9))) for _ in range(2 * NUM_EXAMPLES)]
-    tokenizer = train_tokenizer(root / "tokenizer", sources)
-    write_model(run.teacher_model, tokenizer, seed=0, depth=2)
-    write_model(run.stage("baseline") / "model", tokenizer, seed=1, depth=1)
-    write_library(run, seed=2)
-    systems = [write_system(run, *system) for system in SYSTEMS]
-    run.systems.write_text(json.dumps({"systems": [asdict(system) for system in systems]}))
-    (root / "assemble/stage.json").write_text(json.dumps({"outputs_hash": "of the systems"}))
-    references = plain_outputs(run.teacher_model, sources)
-    pairs = [(source, text) for source, text in zip(sources, references, strict=True) if text.strip()][
-        : NUM_EXAMPLES + 10
-    ]
-    records = [{"id": f"{i}", "source": source, "target": text} for i, (source, text) in enumerate(pairs)]
-    (root / "data").mkdir()
-    (root / "data/test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (root / "data/manifest.json").write_text(json.dumps({"plan_hash": "of the data"}))
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same after one worker has evaluated it without interruption."""
-    root = tmp_path_factory.mktemp("finished") / "run"
-    shutil.copytree(inputs, root)
-    assert start_worker(root).wait() == 0
-    return root
-
-
-def train_tokenizer(folder: Path, sentences: list[str]) -> T5Tokenizer:
-    folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=64,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return T5Tokenizer.from_pretrained(folder, extra_ids=0)
-
-
-def write_model(folder: Path, tokenizer: T5Tokenizer, seed: int, depth: int, d_ff: int = 64) -> None:
-    """A random T5 whose outputs depend on its inputs."""
-    torch.manual_seed(seed)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": d_ff, "num_heads": 4, "num_layers": depth, "num_decoder_layers": depth}
-    model = T5ForConditionalGeneration(
-        T5Config(**sizes, vocab_size=len(tokenizer), decoder_start_token_id=0, tie_word_embeddings=False)
-    )
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
-    torch.nn.init.normal_(model.lm_head.weight)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def write_library(run: RunDir, seed: int) -> None:
-    """A module library of one random modular layer a stack, of granularity 2."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, weight in load_file(run.teacher_model / "model.safetensors").items():
-        stack, _, rest = name.partition(".block.1.")
-        if rest:
-            noise = torch.randn(weight.shape, generator=generator)
-            weights[f"{stack}.0-1.{rest}"] = weight + noise * weight.std() if weight.dim() == 2 else weight.clone()
-    run.library.mkdir(parents=True)
-    save_file(weights, run.library / "modular.safetensors")
-    manifest = {
-        "spans": {"encoder": ["0-1"], "decoder": ["0-1"]},
-        "teacher_sha256": sha256_of(run.teacher_model / "model.safetensors"),
-        "modular_sha256": sha256_of(run.library / "modular.safetensors"),
-    }
-    (run.library / "library.json").write_text(json.dumps(manifest))
-
-
-def write_system(run: RunDir, name: str, kind: str, assembly: str, requests: list[Any]) -> System:
-    folder = run.stage("baseline") / "model" if kind == "finetuned" else run.stage("assemble") / "models" / name
-    if kind != "finetuned":
-        write_checkpoint(Parts.of(run), Assembly.parse(assembly), folder, dropped=kind == "dropped")
-    return replace(describe(run, folder, kind, name, Assembly.parse(assembly)), requests=requests)
-
-
-def plain_outputs(folder: Path, sources: list[str]) -> list[str]:
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer(sources, return_tensors="pt", padding=True)
-    ids = model.generate(**encoded, max_new_tokens=NUM_NEW_TOKENS)
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def start_worker(root: Path, rank: int = 0, size: int = 1) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline", "evaluate", f"--run_dir={root}", "--evaluate.latency_examples=3"]
-    command += [f"--evaluate.{name}={value}" for name, value in SETTINGS.items()]
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
-
-
-def evaluate_here(root: Path, **settings: Any) -> None:
-    """Evaluate in this process."""
-    folder_hashes.cache_clear()
-    config = EvaluateConfig(**{**SETTINGS, "latency_examples": 3, **settings})
-    evaluate(Recipe(evaluate=config), RunDir(root), World(0, 1, 0, torch.device("cpu")))
-
-
-def table(root: Path) -> list[dict[str, str]]:
-    """scores.csv without its measured times."""
-    with open(root / "evaluate/scores.csv", encoding="utf-8", newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("time_")} for row in csv.DictReader(file)]
-
-
-def outputs(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (root / "evaluate/outputs").glob("*.jsonl")}
-
-
-def when_published(root: Path) -> dict[str, int]:
-    return {path.stem: path.stat().st_mtime_ns for path in (root / "evaluate/scores").glob("*.json")}
-
-
-def kill_when(worker: subprocess.Popen[bytes], root: Path, num_units: int, num_scores: int) -> None:
-    """SIGKILL a worker's process group when so many units are decoded and so many systems are scored."""
-    deadline_s = time.monotonic() + 120
-    while len(units_done(root)) < num_units or len(when_published(root)) < num_scores:
-        assert worker.poll() is None, "the worker ended before it could be killed"
-        assert time.monotonic() < deadline_s
-        time.sleep(0.002)
-    os.killpg(worker.pid, signal.SIGKILL)
-    assert worker.wait() == -signal.SIGKILL
-
-
-def units_done(root: Path) -> list[str]:
-    return [path.name for path in (root / "evaluate/units").glob("plan-*/[!.]*.json")]
 
 
 def test_scores(finished: Path) -> None:
@@ -451,38 +302,3 @@ def test_missing_stages_are_named(inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs / "data", tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="run stage assemble first"):
         evaluate_here(tmp_path)
-
-
-def test_batches_hold_every_example_once_and_no_more_tokens_than_allowed() -> None:
-    lengths = [random.Random(1).randrange(1, 40) for _ in range(500)]
-    batches = batches_of(lengths, tokens_per_batch=300)
-    assert sorted(i for batch in batches for i in batch) == list(range(500))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 300 for batch in batches)
-    assert batches == batches_of(lengths, tokens_per_batch=300)
-    assert batches_of([9, 9], tokens_per_batch=4) == [[0], [1]]
-    assert max(map(len, batches_of([1] * 1000, tokens_per_batch=10**6))) == MAX_EXAMPLES_PER_BATCH
-
-
-def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        f"from pathlib import Path; from pipeline.units import take_claim\n"
-        f"print(take_claim(Path({str(tmp_path)!r}), 'unit'), flush=True); sys.stdin.read()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    assert holder.stdout is not None
-    claim = Path(holder.stdout.readline().decode().strip())
-    assert claim == tmp_path / "unit.0"
-    assert units.take_claim(tmp_path, "unit") is None, "its holder lives"
-    assert units.take_claim(tmp_path, "other") == tmp_path / "other.0"
-    os.utime(claim, (0, 0))
-    assert not units.is_held(claim), "silent for too long"
-    units.touch(claim)
-    assert units.is_held(claim)
-    monkeypatch.setattr(units.socket, "gethostname", lambda: "elsewhere")
-    assert units.is_held(claim), "nothing can be known of a process on another host"
-    monkeypatch.undo()
-    holder.kill()  # not waited for: a zombie is dead too
-    deadline_s = time.monotonic() + 10
-    while units.is_held(claim) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert units.take_claim(tmp_path, "unit") == tmp_path / "unit.1"
-    holder.wait()

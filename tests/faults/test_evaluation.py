@@ -26,7 +26,7 @@ from pipeline.config import EvaluateConfig, Recipe
 from pipeline.evaluate import evaluate
 from pipeline.rundir import RunDir
 from pipeline.world import World
-from tests.end_to_end.test_evaluate import SETTINGS, inputs, outputs, table  # noqa: F401 a fixture
+from tests.evaluated import SETTINGS, inputs, outputs, table  # noqa: F401 a fixture
 from tests.faults.trials import SEED, count_trials, folder_of
 
 NUM_TRIALS = 100

@@ -22,7 +22,7 @@ from pipeline.rundir import RunDir
 from pipeline.scoring import chrf
 from pipeline.world import World
 from tests.builds import build, write_recipe
-from tests.end_to_end.test_evaluate import train_tokenizer, write_model
+from tests.evaluated import train_tokenizer, write_model
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 WORDS = ("one", "two", "three", "monday", "march", "euro", "metre", "clock", "half", "past", "quarter", "to")

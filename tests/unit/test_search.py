@@ -21,7 +21,7 @@ from pipeline.rundir import RunDir
 from pipeline.search import fitted_scores, load_library, search, single
 from pipeline.solve import pareto_front
 from pipeline.spans import STACKS, Assembly, modular_spans, teacher_assembly, tilings
-from tests.end_to_end.test_evaluate import train_tokenizer
+from tests.evaluated import train_tokenizer
 from tests.unit.test_assemble import make_run
 from tests.unit.test_data import publish_data
 
