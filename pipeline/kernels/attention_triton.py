@@ -59,7 +59,10 @@ class _AttentionLoss(torch.autograd.Function):
             torch.empty(state.shape, dtype=state.dtype, device=state.device) for state in students if with_gradient
         ]
         # masks as int32: of 8 bits, the compiler would lay out the states as if they had 8 bits, too
-        counted = {_masks_of(pair): (counted_queries(pair).int(), pair.key_mask_BS.int()) for pair in pairs}
+        counted = {
+            _masks_of(pair): (counted_queries(pair).int().contiguous(), pair.key_mask_BS.int().contiguous())
+            for pair in pairs
+        }
         num_counted = {masks: counted_BQ.sum() for masks, (counted_BQ, _) in counted.items()}
         num_programs = max(math.prod(_grid(pair.student_query_BQHK)) for pair in pairs)
         partials = torch.zeros(len(pairs), num_programs, dtype=torch.float32, device=students[0].device)

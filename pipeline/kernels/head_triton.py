@@ -35,7 +35,7 @@ def row_pass(
         rows_kernel[(len(student_MV),)](
             student_MV,
             teacher_MV if teacher_MV is not None else student_MV,
-            labels_M, task_M, logit_M,
+            labels_M.contiguous(), task_M, logit_M,
             student_MV.stride(0), vocabulary,
             objective.task, objective.logit * objective.temperature, 1 / objective.temperature,
             WITH_TEACHER=teacher_MV is not None, TEMPERED=objective.temperature != 1, REVERSE=objective.reverse,

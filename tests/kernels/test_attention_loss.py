@@ -154,14 +154,15 @@ def test_pairs_of_different_shapes_chunks_and_an_upstream_gradient_that_was_not_
 
 
 def test_strides_and_masks_that_pairs_share(path, monkeypatch):
-    """Heads in front of tokens, a slice of wider heads; the second pair has the masks of the first."""
+    """Heads in front of tokens, a slice of wider heads; masks in columns, which the second pair has, too."""
     module, pair = loss_module(path, monkeypatch), make_pair((2, 5, 19, 3, 16), device=path[1])
     moved = [each.detach().transpose(1, 2).contiguous().transpose(1, 2) for each in pair[:4]]
     sliced = [each.detach()[..., 3:] for each in pair[:4]]
+    masks = [mask.t().contiguous().t() for mask in pair[4:6]]
     pairs = []
     for states in (moved, sliced):
-        assert not any(each.is_contiguous() for each in states)
-        pairs.append(AttentionPair(*(each.requires_grad_() for each in states[:2]), *states[2:], *pair[4:]))
+        assert not any(each.is_contiguous() for each in (*states, *masks))
+        pairs.append(AttentionPair(*(each.requires_grad_() for each in states[:2]), *states[2:], *masks, *pair[6:]))
     assert_equals_oracle(module, pairs, [1.0, 1.0], upstream=1.0)
 
 

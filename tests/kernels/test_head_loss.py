@@ -174,6 +174,17 @@ def test_a_student_near_its_teacher(path: Path) -> None:
         assert cosine > 0.99999
 
 
+def test_inputs_with_strides(path: Path) -> None:
+    """States and a weight that are columns of wider ones, labels that are a column."""
+    plain = make_inputs((7, 16, 33), device=path[1])
+    wide = [torch.cat([each.detach(), torch.full_like(each, torch.nan)], dim=1) for each in plain[:3]]
+    student_ND, teacher_ND, weight_VD = (each[:, :16] for each in wide)
+    labels_N = torch.stack([plain.labels_N, torch.full_like(plain.labels_N, 32)], dim=1)[:, 0]
+    inputs = Inputs(student_ND.requires_grad_(), teacher_ND, weight_VD, labels_N, plain.bias_V)
+    assert not any(each.is_contiguous() for each in inputs[:4])
+    assert_equals_oracle(path, inputs, OBJECTIVES["both"])
+
+
 def test_no_token_at_all(path: Path) -> None:
     inputs = make_inputs((1, 16, 33), device=path[1])
     empty_ND = inputs.student_ND.detach()[:0].requires_grad_()
