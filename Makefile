@@ -35,11 +35,13 @@ full-size: .venv/installed  ## T5-large and mT5-large all the way on a CPU: 24 G
 	$(BIN)/python -m pipeline.bench full-size --model t5-large
 	$(BIN)/python -m pipeline.bench full-size --model mt5-large
 
-bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU
+bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU, each whatever became of those before
 	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel accelerate psutil  # baselines; left out where they do not install
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pipeline.bench kernels --device cuda --write pipeline/bench/results
-	$(BIN)/python -m pipeline.bench step --part gpu --write pipeline/bench/results
+	status=0; $(BIN)/python -m pytest -m gpu || status=1; \
+	for loss in hidden head attention; do \
+	  $(BIN)/python -m pipeline.bench kernels --device cuda --only $$loss --write pipeline/bench/results || status=1; \
+	done; \
+	$(BIN)/python -m pipeline.bench step --part gpu --write pipeline/bench/results || status=1; exit $$status
 
 doctor: .venv/installed  ## check this machine: packages, ranks, MPI, kernels
 	$(BIN)/python -m pipeline doctor

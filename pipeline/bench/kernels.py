@@ -24,8 +24,8 @@ Loss = Callable[[Sequence[HiddenPair], Mode], Tensor]  # the sum over pairs, tim
 LOSSES = ("hidden", "head", "attention")
 LOSS_RTOL = 1e-4
 NOTES = """\
-Forward and backward, median of {rounds} runs in turns. Memory: the most that a step takes beyond its inputs; its floor:
-the gradients. {valid:.0%} of the tokens are not padding.
+Forward and backward, median of {rounds} runs in turns (CUDA: the host is ahead). Memory: the most that a step takes
+beyond its inputs; its floor: the gradients. {valid:.0%} of the tokens are not padding.
 hidden_loss: all pairs. Floor of time: a copy, in the same run, that moves the least bytes (each student and teacher
 state read once, each gradient written). Launches (CUDA): without backward. Baseline `ours`: mode mse, the same padding.
 head_loss: cross entropy and KL divergence, frozen head shared with the teacher. Floor of time: the bare matrix products
@@ -90,7 +90,8 @@ def main(arguments: argparse.Namespace) -> None:
                 attention_case, arguments.device, arguments.valid, arguments.rounds
             )
     notes = NOTES.format(rounds=arguments.rounds, valid=arguments.valid)
-    report("kernels", measures, notes, arguments.write)
+    name = "kernels" if set(arguments.only) == set(LOSSES) else "_".join(("kernels", *arguments.only))
+    report(name, measures, notes, arguments.write)
 
 
 def make_pairs(case: Case, device: str, valid: float) -> list[HiddenPair]:

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 L2_FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H200
+HEAD_START_CYCLES = 10**8  # of the GPU's clock: 50 ms, longer than the host takes to queue any of these steps
 Step = Callable[[], object]
 
 
@@ -34,8 +35,10 @@ def _cpu_ms(run: Step) -> float:
 
 
 def _cuda_ms(run: Step) -> float:
-    """Device time from an empty L2 cache, with the host's gaps between launches in it."""
+    """Device time from an empty L2 cache. The GPU waits until the host has queued the step, as it is ahead in training,
+    too; only a step that itself waits for the device has the host's gaps between launches in it."""
     torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    torch.cuda._sleep(HEAD_START_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()

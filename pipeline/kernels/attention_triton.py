@@ -124,7 +124,7 @@ def _launch(
         "WITH_BIAS": pair.bias_HR is not None,
         "CAUSAL": pair.causal,
         "BLOCK": BLOCK[student.itemsize],
-        "STEP": (step := STEP[student.itemsize]),
+        "STEP": STEP[student.itemsize],
         "WIDTH": triton.next_power_of_2(max(16, width)),
         "S_DOT": _dot_dtype(student),
         "T_DOT": _dot_dtype(teacher),
@@ -132,11 +132,9 @@ def _launch(
     }
     query_grid, key_grid = _grid(pair.student_query_BQHK), _grid(pair.student_key_BSHK)
     query_gradient, key_gradient = gradients or (logs, logs)
-    queries_kernel[query_grid](
-        *inputs, partials, query_gradient, WITH_GRADIENT=bool(gradients), TILES=triton.cdiv(num_keys, step), **constants
-    )
+    queries_kernel[query_grid](*inputs, partials, query_gradient, WITH_GRADIENT=bool(gradients), **constants)
     if gradients:
-        keys_kernel[key_grid](*inputs, key_gradient, TILES=triton.cdiv(num_queries, step), **constants)
+        keys_kernel[key_grid](*inputs, key_gradient, **constants)
 
 
 def _dot_dtype(dtype: torch.dtype) -> Any:
@@ -214,14 +212,14 @@ def _store_rows(
     tl.store(first + where, tl.where(real[:, None], values, 0.0).to(first.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])  # compiled once for all lengths
 def queries_kernel(
     s_query: tl.tensor, s_key: tl.tensor, t_query: tl.tensor, t_key: tl.tensor, bias_HR: tl.tensor,
     query_mask: tl.tensor, key_mask: tl.tensor, num_counted: tl.tensor, logs: tl.tensor,
     scale: tl.tensor, pull: tl.tensor,
     num_queries: tl.tensor, num_keys: tl.tensor, num_heads: tl.tensor, width: tl.tensor,
     partials: tl.tensor, gradient: tl.tensor,
-    WITH_GRADIENT: tl.constexpr, TILES: tl.constexpr, WITH_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr, WITH_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, S_DOT: tl.constexpr, T_DOT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Logarithms of both normalisers, share of the loss and gradient, of BLOCK queries of one head."""
@@ -238,7 +236,7 @@ def queries_kernel(
     t_max = tl.full([BLOCK], -1e38, dtype=tl.float32)
     s_sum = tl.zeros([BLOCK], dtype=tl.float32)
     t_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in range(TILES):
+    for tile in range(tl.cdiv(num_keys, STEP)):
         key = tile * STEP + tl.arange(0, STEP)
         real_key = tl.load(key_mask + batch * num_keys + key, mask=key < num_keys, other=0) != 0
         s_products, t_products, added, _s_rows = _maps(
@@ -251,7 +249,7 @@ def queries_kernel(
     t_log = t_max + tl.log(tl.maximum(t_sum, 1.0))
     loss = tl.zeros([BLOCK], dtype=tl.float32)
     result = tl.zeros([BLOCK, WIDTH], dtype=tl.float32)
-    for tile in range(TILES):
+    for tile in range(tl.cdiv(num_keys, STEP)):
         key = tile * STEP + tl.arange(0, STEP)
         real_key = tl.load(key_mask + batch * num_keys + key, mask=key < num_keys, other=0) != 0
         s_products, t_products, added, s_rows = _maps(
@@ -277,14 +275,14 @@ def queries_kernel(
         _store_rows(gradient + first_query, query, result, real, num_queries, num_heads, width, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])  # compiled once for all lengths
 def keys_kernel(
     s_query: tl.tensor, s_key: tl.tensor, t_query: tl.tensor, t_key: tl.tensor, bias_HR: tl.tensor,
     query_mask: tl.tensor, key_mask: tl.tensor, num_counted: tl.tensor, logs: tl.tensor,
     scale: tl.tensor, pull: tl.tensor,
     num_queries: tl.tensor, num_keys: tl.tensor, num_heads: tl.tensor, width: tl.tensor,
     gradient: tl.tensor,
-    TILES: tl.constexpr, WITH_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    WITH_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, S_DOT: tl.constexpr, T_DOT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradient of BLOCK keys of one head, from the normalisers that `queries_kernel` has left."""
@@ -299,7 +297,7 @@ def keys_kernel(
     teacher = _rows(t_key + first_key, key, real, num_heads, width, WIDTH, T_DOT)
     own_logs = logs + item.to(tl.int64) * 2 * num_queries
     result = tl.zeros([BLOCK, WIDTH], dtype=tl.float32)
-    for tile in range(TILES):
+    for tile in range(tl.cdiv(num_queries, STEP)):
         query = tile * STEP + tl.arange(0, STEP)
         real_query = tl.load(query_mask + batch * num_queries + query, mask=query < num_queries, other=0) != 0
         s_products, t_products, added, s_rows = _maps(

@@ -53,34 +53,13 @@ def _grow(highest: tl.tensor, total: tl.tensor, logits: tl.tensor) -> tl.tuple:
     return new, terms, factor, total * factor + terms
 
 
-@triton.jit(do_not_specialize=["vocabulary"])
-def rows_kernel(
-    student_MV: tl.tensor,
-    teacher_MV: tl.tensor,
-    labels_M: tl.tensor,
-    task_M: tl.tensor,
-    logit_M: tl.tensor,
-    row_stride: tl.tensor,
-    vocabulary: tl.tensor,
-    task: tl.tensor,
-    pull: tl.tensor,
+@triton.jit
+def _sums(
+    student_row: tl.tensor, teacher_row: tl.tensor, row_stride: tl.tensor, vocabulary: tl.tensor,
     inverse_temperature: tl.tensor,
-    WITH_TEACHER: tl.constexpr,
-    TEMPERED: tl.constexpr,
-    REVERSE: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Losses of one row; then its gradient for the student's logits, written over them.
-
-    task and pull are the weights of softmax(student) - onehot(label) and of the divergence's gradient; pull holds the
-    one factor of the temperature that is left of temperature^2.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    student_row = student_MV + row * row_stride
-    teacher_row = teacher_MV + row * row_stride
-    label = tl.load(labels_M + row)
-    label_logit = tl.load(student_row + label).to(tl.float32)
+    WITH_TEACHER: tl.constexpr, TEMPERED: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """(logarithms of the normalisers of student, teacher and student at temperature 1; the divergence) of a row."""
     lanes = tl.arange(0, BLOCK)
     s_max, t_max, u_max = -float("inf"), -float("inf"), -float("inf")  # student, teacher, student at temperature 1
     s_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -108,26 +87,45 @@ def rows_kernel(
             else:
                 mixed = mixed * t_factor + tl.where(keep, t_terms * (teacher - student), 0.0)
         first += BLOCK
-    s_total = tl.sum(s_sum, axis=0)
-    s_log = s_max + tl.log(s_total)
-    u_log = s_log
-    if TEMPERED:
-        u_log = u_max + tl.log(tl.sum(u_sum, axis=0))
-    tl.store(task_M + row, u_log - label_logit)
-    divergence = 0.0
-    t_log = 0.0
+    s_total, t_total = tl.sum(s_sum, axis=0), tl.sum(t_sum, axis=0)
+    s_log, t_log, divergence = s_max + tl.log(s_total), 0.0, 0.0
     if WITH_TEACHER:
-        t_total = tl.sum(t_sum, axis=0)
         t_log = t_max + tl.log(t_total)
         if REVERSE:
             divergence = tl.sum(mixed, axis=0) / s_total - s_log + t_log
         else:
             divergence = tl.sum(mixed, axis=0) / t_total - t_log + s_log
+    u_log = u_max + tl.log(tl.sum(u_sum, axis=0)) if TEMPERED else s_log
+    return s_log, t_log, u_log, divergence
+
+
+@triton.jit(do_not_specialize=["vocabulary"])
+def rows_kernel(
+    student_MV: tl.tensor, teacher_MV: tl.tensor, labels_M: tl.tensor, task_M: tl.tensor, logit_M: tl.tensor,
+    row_stride: tl.tensor, vocabulary: tl.tensor,
+    task: tl.tensor, pull: tl.tensor, inverse_temperature: tl.tensor,
+    WITH_TEACHER: tl.constexpr, TEMPERED: tl.constexpr, REVERSE: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Losses of one row; then its gradient for the student's logits, written over them.
+
+    task and pull are the weights of softmax(student) - onehot(label) and of the divergence's gradient; pull holds the
+    one factor of the temperature that is left of temperature^2.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student_row, teacher_row = student_MV + row * row_stride, teacher_MV + row * row_stride
+    label = tl.load(labels_M + row)
+    label_logit = tl.load(student_row + label).to(tl.float32)
+    s_log, t_log, u_log, divergence = _sums(
+        student_row, teacher_row, row_stride, vocabulary, inverse_temperature, WITH_TEACHER, TEMPERED, REVERSE, BLOCK
+    )
+    tl.store(task_M + row, u_log - label_logit)
+    if WITH_TEACHER:
         tl.store(logit_M + row, divergence / (inverse_temperature * inverse_temperature))
     if WITH_GRADIENT:
         first = vocabulary * 0
         while first < vocabulary:
-            col = first + lanes
+            col = first + tl.arange(0, BLOCK)
             keep = col < row_stride
             student = tl.load(student_row + col, mask=keep, other=0.0).to(tl.float32)
             gradient = task * (tl.exp(student - u_log) - tl.where(col == label, 1.0, 0.0))

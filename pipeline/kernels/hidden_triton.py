@@ -230,6 +230,13 @@ def _sum(values: tl.tensor, count: tl.tensor, LANES: tl.constexpr) -> tl.tensor:
     return tl.sum(total, axis=0)
 
 
+@triton.jit
+def _inverse_length(rows: tl.tensor, EPS: tl.constexpr) -> tl.tensor:
+    """1 / length of each row, rounded correctly: a division for each element, or a square root as sqrt.approx has it,
+    would take longer or be less exact."""
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(rows * rows, axis=1)), EPS))
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def change_kernel(
     table: tl.tensor,
@@ -298,12 +305,11 @@ def loss_kernel(
         teacher = tl.load(_rows_of(entry, TEACHER, T_DTYPE, ALIGNED, batch, token) + col, mask=keep, other=0.0)
         student, teacher = student.to(tl.float32), teacher.to(tl.float32)
         if MODE == "cosine":  # with rows of length 1: e = |s - t|^2 / 2, gradient (s - t - e s) / |student|
-            norm = tl.maximum(tl.sqrt(tl.sum(student * student, axis=1)), NORM_EPS)
-            student = student / norm[:, None]
-            teacher = teacher / tl.maximum(tl.sqrt(tl.sum(teacher * teacher, axis=1)), NORM_EPS)[:, None]
-            difference = student - teacher
+            inverse = _inverse_length(student, NORM_EPS)
+            student = student * inverse[:, None]
+            difference = student - teacher * _inverse_length(teacher, NORM_EPS)[:, None]
             row_error = tl.sum(difference * difference, axis=1) / 2
-            gradient = (difference - row_error[:, None] * student) * (factor / norm)[:, None]
+            gradient = (difference - row_error[:, None] * student) * (factor * inverse)[:, None]
         else:
             difference = student - teacher
             row_error = tl.sum(difference * difference, axis=1)

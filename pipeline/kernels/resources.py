@@ -84,7 +84,6 @@ def _attention_variants(dtype: Any, width: int) -> Iterator[Variant]:
     sizes = dict.fromkeys(("num_queries", "num_keys", "num_heads", "width"), "i32")
     types = {**states, **masks, "scale": "fp32", "pull": "fp32", **sizes, "gradient": pointer}
     constants = {
-        "TILES": 8,
         "WITH_BIAS": True,
         "CAUSAL": True,
         "BLOCK": attention_triton.BLOCK[size],
@@ -93,7 +92,7 @@ def _attention_variants(dtype: Any, width: int) -> Iterator[Variant]:
         "S_DOT": dtype,
         "T_DOT": dtype,
     }
-    aligned = (*states, "logs", *sizes, "gradient")
+    aligned = (*states, "logs", "num_heads", "width", "gradient")
     warps = attention_triton.num_warps(width)
     name, kernel = f"attention keys {dtype} k{width}", attention_triton.keys_kernel
     of_keys = Variant(name, kernel, types, constants, warps, aligned, max_registers=255)

@@ -47,6 +47,13 @@ def test_prints_and_writes_every_measure(capsys: pytest.CaptureFixture[str], tmp
     assert all(name in written.read_text() for name in names)
 
 
+def test_one_loss_has_a_file_of_its_own(tmp_path: Path) -> None:
+    command = ["kernels", "--device", "cpu", "--rounds", "1", "--only", "attention", "--write", str(tmp_path)]
+    assert main(command) == 0
+    (written,) = tmp_path.iterdir()
+    assert written.name.startswith("kernels_attention_")
+
+
 def test_ratio_says_how_many_times_cheaper_ours_is() -> None:
     assert Measure("kernels", "time", ours=2.0, baseline=6.0, baseline_name="eager", unit="ms", floor=1.0).ratio == 3
 
