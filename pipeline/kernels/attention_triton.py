@@ -27,6 +27,7 @@ from pipeline.kernels.reference import USED_UP
 WIDEST = 128  # channels of a head that fits in registers beside the maps
 BLOCK = {2: 64, 4: 32}  # queries or keys of a program, by bytes of an element
 STEP = {2: 32, 4: 16}  # keys or queries that it takes at a time
+MAX_REGISTERS = 255  # of a thread: all there are, for maps, states and a gradient
 
 
 def num_warps(width: int) -> int:
@@ -129,6 +130,7 @@ def _launch(
         "S_DOT": _dot_dtype(student),
         "T_DOT": _dot_dtype(teacher),
         "num_warps": num_warps(width),
+        "maxnreg": MAX_REGISTERS,
     }
     query_grid, key_grid = _grid(pair.student_query_BQHK), _grid(pair.student_key_BSHK)
     query_gradient, key_gradient = gradients or (logs, logs)

@@ -144,13 +144,13 @@ def _launch(plan: _Plan, mode: Mode, weight: float, upstream: float) -> tuple[Te
     loss_P = torch.empty_like(share_P)
     grid = (num_pairs * plan.num_blocks,)
     sizes = (num_pairs, plan.num_blocks)
+    resources = {"num_warps": plan.num_warps, "maxnreg": max_registers(plan.num_warps)}
     if mode == "span":
         constants = {key: value for key, value in plan.compile_time.items() if key != "S_DTYPE"}
-        change_kernel[grid](plan.table, partials, *sizes, num_warps=plan.num_warps, **constants)
+        change_kernel[grid](plan.table, partials, *sizes, **resources, **constants)
     loss_kernel[grid](
         plan.table, partials, *sizes, weight * upstream,
-        MODE=mode, EPS=MIN_DENOMINATOR, NORM_EPS=MIN_NORM, LANES=LANES, num_warps=plan.num_warps,
-        maxnreg=max_registers(plan.num_warps), **plan.compile_time,
+        MODE=mode, EPS=MIN_DENOMINATOR, NORM_EPS=MIN_NORM, LANES=LANES, **resources, **plan.compile_time,
     )  # fmt: skip
     reduce_kernel[(num_pairs,)](partials, share_P, loss_P, *sizes, weight, EPS=MIN_DENOMINATOR, LANES=LANES)
     return share_P, loss_P

@@ -95,7 +95,7 @@ def _attention_variants(dtype: Any, width: int) -> Iterator[Variant]:
     aligned = (*states, "logs", "num_heads", "width", "gradient")
     warps = attention_triton.num_warps(width)
     name, kernel = f"attention keys {dtype} k{width}", attention_triton.keys_kernel
-    of_keys = Variant(name, kernel, types, constants, warps, aligned, max_registers=255)
+    of_keys = Variant(name, kernel, types, constants, warps, aligned, max_registers=attention_triton.MAX_REGISTERS)
     yield of_keys
     yield of_keys._replace(
         name=f"attention queries {dtype} k{width}",
