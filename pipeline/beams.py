@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.decoder import Decoder, Memory, StaticCache, step
+from pipeline.decoder import Decoder, GrowingCache, Memory, step
 from pipeline.rules import Rules
 
 
@@ -20,7 +20,7 @@ def beam_search(decoder: Decoder, memory: Memory, rules: Rules) -> list[list[int
     """
     beams = _Beams(memory.num_examples, rules, memory.bias.device)
     rows = memory.num_examples * rules.num_beams
-    caches = [StaticCache(each, rows, 1 + rules.max_new_tokens) for each in memory.cross]
+    caches = [GrowingCache(each, rows) for each in memory.cross]
     while beams.num_examples:
         tokens_R1, positions_11 = beams.last_tokens()
         finished_RD = step(decoder, caches, memory, tokens_R1, positions_11)[:, 0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pipeline.families import StackInputs
@@ -18,6 +19,7 @@ from pipeline.families.base import Family, KeysValues
 
 # elements of logits held at once: on a CPU so few that they stay in its cache
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}
+GROWTH = 16  # tokens that a cache takes room for at once
 
 
 @dataclass(frozen=True)
@@ -47,31 +49,34 @@ class Memory:
         return Memory([each.select(examples) for each in self.cross], self.bias[examples])
 
 
-class StaticCache:
-    """Self-attention's keys and values of one layer in buffers of a fixed size, [R, H, L, K].
+class GrowingCache:
+    """Self-attention's keys and values of one layer, [R, H, L, K], where L grows as tokens come.
 
     Rows may stand at different positions: what lies behind a row's position is left over, masked, and overwritten.
+    There is little room behind the last one: attention reads twice as fast where the next row's tokens are near.
     """
 
-    def __init__(self, like: KeysValues, num_rows: int, length: int) -> None:
-        shape = (num_rows, like.keys.shape[1], length, like.keys.shape[3])
-        self.keys, self.values = like.keys.new_zeros(shape), like.values.new_zeros(shape)
+    def __init__(self, like: KeysValues, num_rows: int) -> None:
+        shape = (num_rows, like.keys.shape[1], 0, like.keys.shape[3])
+        self.keys, self.values = like.keys.new_empty(shape), like.values.new_empty(shape)
         self.positions_RQ = torch.empty(0)
         self.num_keys = 0
 
     @staticmethod
-    def of(first: KeysValues, length: int) -> StaticCache:
-        """A cache that begins with these keys and values [R, H, T, K]."""
-        cache, filled = StaticCache(first, len(first.keys), length), slice(0, min(length, first.keys.shape[2]))
-        cache.keys[:, :, filled], cache.values[:, :, filled] = first.keys[:, :, filled], first.values[:, :, filled]
+    def of(first: KeysValues) -> GrowingCache:
+        """A cache that begins with these keys and values [R, H, T, K], which it may overwrite."""
+        cache = GrowingCache(first, len(first.keys))
+        cache.keys, cache.values = first.keys, first.values
         return cache
 
-    def at(self, positions_RQ: torch.Tensor, num_keys: int) -> StaticCache:
+    def at(self, positions_RQ: torch.Tensor, num_keys: int) -> GrowingCache:
         """Where the next call writes, [R or 1, Q], each row's one after the other, and how much it reads."""
         self.positions_RQ, self.num_keys = positions_RQ, num_keys
         return self
 
     def extend(self, new: KeysValues) -> KeysValues:
+        if self.num_keys > self.keys.shape[2]:
+            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
         if len(self.positions_RQ) == 1:  # all rows at the same
             places = slice(self.num_keys - self.positions_RQ.shape[1], self.num_keys)
             self.keys[:, :, places], self.values[:, :, places] = new.keys, new.values
@@ -85,16 +90,21 @@ class StaticCache:
             self.keys[place], self.values[place] = new.keys.transpose(1, 2), new.values.transpose(1, 2)
         return KeysValues(self.keys[:, :, : self.num_keys], self.values[:, :, : self.num_keys])
 
+    def _grown(self, held_RHLK: torch.Tensor) -> torch.Tensor:
+        missing = self.num_keys - held_RHLK.shape[2]
+        return F.pad(held_RHLK, (0, 0, 0, -(-missing // GROWTH) * GROWTH))
+
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
-        filled = slice(0, self.num_keys)
-        keys, values = self.keys[rows, :, filled], self.values[rows, :, filled]
-        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
-        self.keys[:, :, filled], self.values[:, :, filled] = keys, values
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def step(
-    decoder: Decoder, caches: Sequence[StaticCache], memory: Memory, tokens_RQ: torch.Tensor, positions_RQ: torch.Tensor
+    decoder: Decoder,
+    caches: Sequence[GrowingCache],
+    memory: Memory,
+    tokens_RQ: torch.Tensor,
+    positions_RQ: torch.Tensor,
 ) -> torch.Tensor:
     """Finished decoder states [R, Q, D] of new tokens at these positions [R or 1, Q]."""
     num_keys = int(positions_RQ.max()) + 1

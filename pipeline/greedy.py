@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.decoder import Decoder, Memory, StaticCache, best_tokens, step
+from pipeline.decoder import Decoder, GrowingCache, Memory, best_tokens, step
 from pipeline.families.base import KeysValues
 from pipeline.rules import Rules
 
@@ -66,9 +66,9 @@ def greedy(
     rows = _Rows(num_examples, rules, device)
     if prefix is not None:
         rows.take(prefix.given_BT, prefix.said_BT)
-        caches = [StaticCache.of(each, rows.capacity) for each in prefix.caches]
+        caches = [GrowingCache.of(each) for each in prefix.caches]
     else:
-        caches = [StaticCache(each, num_examples, rows.capacity) for each in memory.cross]
+        caches = [GrowingCache(each, num_examples) for each in memory.cross]
     drafts_RP = None if rules.processors else drafts_BP
     share = 1.0 if rules.processors else COMPACT_SHARE
     while len(rows.examples_R):
