@@ -3,7 +3,8 @@
 Encoders: one layer call for each distinct prefix of the encoder paths. Cross-attention keys and values: once for each
 encoder output and decoder layer. References: one teacher-forced pass gives the validation loss of every assembly, one
 call for each distinct prefix of the decoder paths; the same pass is the first guess that greedy decoding verifies, and
-often all that is needed. What is left of all assemblies with the same decoder is decoded as one batch.
+often all that is needed; without references it is left out. What is left of all assemblies with the same decoder is
+decoded as one batch.
 
 Shapes: B examples, S source tokens, T target tokens, D model width, V vocabulary, N tokens.
 """
