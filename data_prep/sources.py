@@ -10,6 +10,7 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from data_prep.publish import sha256_of
 Row = dict[str, Any]
 _MAX_UNIT_BYTES = 16 << 20  # a unit of long texts ends here, so that ranks share a file of few records
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": zstd.open}
+_BUFFER_BYTES = 1 << 20
 _TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 csv.field_size_limit(1 << 30)  # max_line_bytes is the limit
 
@@ -130,7 +132,10 @@ class TextFile:
 
     def _open(self) -> IO[bytes]:
         opener = _COMPRESSED.get(self._path.suffix)
-        return cast(IO[bytes], opener(self._path, "rb") if opener else self._path.open("rb"))
+        if opener is None:
+            return self._path.open("rb")
+        # lines of a large buffer: Python's gzip reads 8 KiB at a time
+        return cast(IO[bytes], io.BufferedReader(opener(self._path, "rb"), _BUFFER_BYTES))
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
