@@ -128,12 +128,12 @@ def measure_case(case: Case, pairs: Sequence[HiddenPair], mode: Mode, rounds: in
     losses = {name: loss for name, loss in losses.items() if works(name, partial(step, loss, pairs, mode))}
     steps: dict[str, Step] = {name: partial(step, loss, pairs, mode) for name, loss in losses.items()}
     memory = {name: peak_mib(steps[name], device) for name in losses}
-    time_ms = median_ms({**steps, "copy": bare_copy(pairs)}, device, rounds)
+    title = f"hidden_loss {mode} {case}"
+    time_ms = median_ms(title, {**steps, "copy": bare_copy(pairs)}, device, rounds)
     gradient_mib = sum(pair.student_BTD.nbytes for pair in pairs) / 2**20
     measures = []
     for name in losses:
         if name != "ours":
-            title = f"hidden_loss {mode} {case}"
             measures += [
                 Measure("kernels", f"{title} time", time_ms["ours"], time_ms[name], name, "ms", time_ms["copy"]),
                 Measure("kernels", f"{title} memory", memory["ours"], memory[name], name, "MiB", gradient_mib),
@@ -156,7 +156,7 @@ def compare_ours(case: Case, pairs: Sequence[HiddenPair], valid: float, rounds: 
         "half the tokens, mse": partial(step, fused, halves, "mse"),
         "copy": bare_copy(pairs),
     }
-    time_ms = median_ms(steps, device, rounds)
+    time_ms = median_ms(f"hidden_loss, ours {case}", steps, device, rounds)
     return [
         Measure(
             "kernels", f"hidden_loss {name} {case} time", time_ms[name], time_ms["plain"], "ours", "ms", time_ms["copy"]

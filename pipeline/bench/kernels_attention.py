@@ -89,9 +89,9 @@ def measure_case(case: Case, device_type: str, valid: float, rounds: int) -> lis
     steps: dict[str, Step] = {name: partial(step, loss, pairs) for name, loss in losses.items()}
     steps = {name: run for name, run in steps.items() if works(name, run)}
     memory = {name: peak_mib(run, device) for name, run in steps.items()}
-    time_ms = median_ms({**steps, "products": partial(bare_products, pairs)}, device, rounds)
-    gradient_mib = sum(state.nbytes for pair in pairs for state in pair[:2]) / 2**20
     title = f"attention_loss {case}"
+    time_ms = median_ms(title, {**steps, "products": partial(bare_products, pairs)}, device, rounds)
+    gradient_mib = sum(state.nbytes for pair in pairs for state in pair[:2]) / 2**20
     measures = []
     for name in memory:
         if name != "ours":

@@ -82,9 +82,9 @@ def measure_case(case: Case, device_type: str, rounds: int) -> list[Measure]:
     }
     steps: dict[str, Step] = {name: partial(step, loss, inputs) for name, loss in {"ours": ours, **losses}.items()}
     memory = {name: peak_mib(run, device) for name, run in steps.items()}
-    time_ms = median_ms({**steps, "gemms": partial(bare_gemms, inputs)}, device, rounds)
-    gradient_mib = inputs.student_ND.numel() * inputs.student_ND.element_size() / 2**20
     title = f"head_loss {case}"
+    time_ms = median_ms(title, {**steps, "gemms": partial(bare_gemms, inputs)}, device, rounds)
+    gradient_mib = inputs.student_ND.numel() * inputs.student_ND.element_size() / 2**20
     measures = []
     for name in losses:
         measures += [

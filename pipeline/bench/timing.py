@@ -16,8 +16,9 @@ HEAD_START_CYCLES = 10**8  # of the GPU's clock: 50 ms, longer than the host tak
 Step = Callable[[], object]
 
 
-def median_ms(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step; all run in turns, so that a change of clock or load meets all of them."""
+def median_ms(title: str, steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each step; all run in turns, so that a change of clock or load meets all of them. Prints
+    the spread: from the time that a fifth of the runs stay below to that which a fifth exceed."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     once = _cuda_ms if device.type == "cuda" else _cpu_ms
     for number in range(-min(3, rounds), rounds):
@@ -25,7 +26,15 @@ def median_ms(steps: Mapping[str, Step], device: torch.device, rounds: int) -> d
             elapsed = once(run)
             if number >= 0:
                 times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    spreads = (f"{name} {medians[name]:.4g} ({_spread(values)})" for name, values in times.items())
+    print(f"{title}, ms: {', '.join(spreads)}", flush=True)
+    return medians
+
+
+def _spread(values: list[float]) -> str:
+    ordered, fifth = sorted(values), len(values) // 5
+    return f"{ordered[fifth]:.4g} to {ordered[-1 - fifth]:.4g}"
 
 
 def _cpu_ms(run: Step) -> float:

@@ -28,7 +28,9 @@ def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prints_and_writes_every_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["kernels", "--device", "cpu", "--rounds", "1", "--valid", "0.7", "--write", str(tmp_path / "results")]
     assert main(command) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    output = capsys.readouterr().out.splitlines()
+    assert sum(", ms: ours" in line or ", ms: plain" in line for line in output) == 6  # with their spread
+    lines = [line for line in output if line.startswith("{")]
     measures = [json.loads(line) for line in lines]
     assert all(list(measure) == KEYS for measure in measures)
     found = [(measure["measure"], measure["baseline_name"]) for measure in measures]
