@@ -214,6 +214,34 @@ def _store_rows(
     tl.store(first + where, tl.where(real[:, None], values, 0.0).to(first.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def _normalisers(
+    student: tl.tensor, teacher: tl.tensor, query: tl.tensor,
+    s_keys: tl.tensor, t_keys: tl.tensor, key_mask: tl.tensor,
+    biases: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor,
+    scale: tl.tensor, num_heads: tl.tensor, width: tl.tensor,
+    WITH_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, S_DOT: tl.constexpr, T_DOT: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Logarithms of the sums of e^score over all keys, of student and teacher, for each query."""
+    s_max = tl.full([BLOCK], -1e38, dtype=tl.float32)
+    t_max = tl.full([BLOCK], -1e38, dtype=tl.float32)
+    s_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    t_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for tile in range(tl.cdiv(num_keys, STEP)):
+        key = tile * STEP + tl.arange(0, STEP)
+        real_key = tl.load(key_mask + key, mask=key < num_keys, other=0) != 0
+        s_products, t_products, added, _s_rows = _maps(
+            student, teacher, query, s_keys, t_keys, key, real_key,
+            biases, num_queries, num_keys, scale, num_heads, width, True, WITH_BIAS, CAUSAL, WIDTH, S_DOT, T_DOT,
+        )  # fmt: skip
+        s_max, s_sum = _grow(s_max, s_sum, s_products + added)
+        t_max, t_sum = _grow(t_max, t_sum, t_products + added)
+    s_log = s_max + tl.log(tl.maximum(s_sum, 1.0))  # less than 1 is 0: a row that sees nothing
+    t_log = t_max + tl.log(tl.maximum(t_sum, 1.0))
+    return s_log, t_log
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])  # compiled once for all lengths
 def queries_kernel(
     s_query: tl.tensor, s_key: tl.tensor, t_query: tl.tensor, t_key: tl.tensor, bias_HR: tl.tensor,
@@ -234,21 +262,10 @@ def queries_kernel(
     real = tl.load(query_mask + batch * num_queries + query, mask=query < num_queries, other=0) != 0
     student = _rows(s_query + first_query, query, real, num_heads, width, WIDTH, S_DOT)
     teacher = _rows(t_query + first_query, query, real, num_heads, width, WIDTH, T_DOT)
-    s_max = tl.full([BLOCK], -1e38, dtype=tl.float32)
-    t_max = tl.full([BLOCK], -1e38, dtype=tl.float32)
-    s_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    t_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in range(tl.cdiv(num_keys, STEP)):
-        key = tile * STEP + tl.arange(0, STEP)
-        real_key = tl.load(key_mask + batch * num_keys + key, mask=key < num_keys, other=0) != 0
-        s_products, t_products, added, _s_rows = _maps(
-            student, teacher, query, s_key + first_key, t_key + first_key, key, real_key,
-            biases, num_queries, num_keys, scale, num_heads, width, True, WITH_BIAS, CAUSAL, WIDTH, S_DOT, T_DOT,
-        )  # fmt: skip
-        s_max, s_sum = _grow(s_max, s_sum, s_products + added)
-        t_max, t_sum = _grow(t_max, t_sum, t_products + added)
-    s_log = s_max + tl.log(tl.maximum(s_sum, 1.0))  # less than 1 is 0: a row that sees nothing
-    t_log = t_max + tl.log(tl.maximum(t_sum, 1.0))
+    s_log, t_log = _normalisers(
+        student, teacher, query, s_key + first_key, t_key + first_key, key_mask + batch * num_keys,
+        biases, num_queries, num_keys, scale, num_heads, width, WITH_BIAS, CAUSAL, BLOCK, STEP, WIDTH, S_DOT, T_DOT,
+    )  # fmt: skip
     loss = tl.zeros([BLOCK], dtype=tl.float32)
     result = tl.zeros([BLOCK, WIDTH], dtype=tl.float32)
     for tile in range(tl.cdiv(num_keys, STEP)):

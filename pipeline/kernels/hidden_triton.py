@@ -266,22 +266,11 @@ def change_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def loss_kernel(
-    table: tl.tensor,
-    partials: tl.tensor,
-    num_pairs: tl.tensor,
-    num_blocks: tl.tensor,
-    scale: tl.tensor,
-    MODE: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    LANES: tl.constexpr,
-    S_DTYPE: tl.constexpr,
-    T_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> None:
+    table: tl.tensor, partials: tl.tensor, num_pairs: tl.tensor, num_blocks: tl.tensor, scale: tl.tensor,
+    MODE: tl.constexpr, EPS: tl.constexpr, NORM_EPS: tl.constexpr, LANES: tl.constexpr,
+    S_DTYPE: tl.constexpr, T_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
     """partials[0]: the error of each block; in modes other than span partials[1], too: its part of the denominator.
     Writes the gradient for a gradient `scale` of the losses, rounded once, with zeros in padded rows."""
     pair, block, entry, num_rows, mask, width = _block_of(table, num_pairs, ALIGNED)
