@@ -31,7 +31,7 @@ bench: .venv/installed  ## benchmarks that run on a CPU
 	$(BIN)/python -m pipeline.bench step
 	$(BIN)/python -m pipeline.bench data
 
-full-size: .venv/installed  ## T5-large and mT5-large all the way on a CPU: 24 GiB of memory, 70 GiB of disk, half an hour
+full-size: .venv/installed  ## T5-large and mT5-large all the way on a CPU: 24 GiB of memory, 40 GiB of disk, half an hour
 	$(BIN)/python -m pipeline.bench full-size --model t5-large
 	$(BIN)/python -m pipeline.bench full-size --model mt5-large
 
