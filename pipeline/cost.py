@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.decode import MAX_EXAMPLES_PER_BATCH, load
+from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, load
 from pipeline.slices import is_out_of_memory, release_memory
 
 NUM_WARMUP = 2

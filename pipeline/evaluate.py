@@ -32,7 +32,7 @@ from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.cost import Sample, costs, full_batch
-from pipeline.decode import device_name
+from pipeline.decoding.plain import device_name
 from pipeline.evaluation import Evaluation
 from pipeline.rundir import RunDir, Stage, write_atomic
 from pipeline.scoring import p_values, quality_of

@@ -17,11 +17,11 @@ from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.checkpoint_format import shapes_of
 from pipeline.config import Recipe
+from pipeline.decoding.together import Member
 from pipeline.library import check_library
 from pipeline.rundir import RunDir, read_json
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
-from pipeline.together import Member
 from pipeline.units import digest_of
 
 VIEWS = ("teacher", "assembly", "dropped")  # kinds that are paths through teacher and library

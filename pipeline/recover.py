@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
-from pipeline.decode import generate, load, losses_of
+from pipeline.decoding.plain import generate, load, losses_of
 from pipeline.loop import Trainer, begin_stage
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.scoring import References

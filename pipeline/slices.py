@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from pipeline.assemble import System
-from pipeline.decode import batches_of, generate, load, losses_of
+from pipeline.decoding.plain import batches_of, generate, load, losses_of
+from pipeline.decoding.rules import Rules, rules_of
+from pipeline.decoding.together import Member, Outputs, decode_together
+from pipeline.decoding.views import Pool, load_pool
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.families import FAMILIES
-from pipeline.rules import Rules, rules_of
 from pipeline.rundir import read_json
 from pipeline.spans import STACKS, Assembly
-from pipeline.together import Member, Outputs, decode_together
 from pipeline.tokenizer import load_tokenizer
 from pipeline.units import create_once, digest_of, publish_sealed, read_sealed
-from pipeline.views import Pool, load_pool
 
 ASSEMBLIES = "assemblies"
 OUT_OF_MEMORY = "out of memory"

@@ -20,17 +20,17 @@ import transformers
 from pipeline.bench import Measure, report
 from pipeline.cli import parse_recipe, recipe_parser
 from pipeline.config import SEARCHED
-from pipeline.decode import batches_of, generate, load, losses_of
+from pipeline.decoding.plain import batches_of, generate, load, losses_of
+from pipeline.decoding.rules import rules_of
+from pipeline.decoding.together import LayerCalls, Member, decode_together, parts_of
+from pipeline.decoding.views import load_pool
 from pipeline.evaluation import VIEWS, Evaluation
 from pipeline.library import check_library
 from pipeline.prefixes import count_layers, count_prefixes
-from pipeline.rules import rules_of
 from pipeline.rundir import RunDir
 from pipeline.slices import tokenize
 from pipeline.spans import PRESETS, STACKS, Assembly, Span, Tiling, tilings
-from pipeline.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.tokenizer import load_tokenizer
-from pipeline.views import load_pool
 
 NUM_UNIFORM = 50
 GEMM_SIZE = 768

@@ -25,14 +25,14 @@ from data_prep.publish import sha256_of
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.bench.evaluate import load_work
 from pipeline.cost import padded
-from pipeline.decode import batches_of, up_to_end
-from pipeline.rules import rules_of
+from pipeline.decoding.plain import batches_of, up_to_end
+from pipeline.decoding.rules import rules_of
+from pipeline.decoding.together import Member, decode_together
+from pipeline.decoding.views import load_pool
 from pipeline.rundir import RunDir
 from pipeline.slices import tokenize
 from pipeline.spans import STACKS, Assembly, Span
-from pipeline.together import Member, decode_together
 from pipeline.tokenizer import load_tokenizer
-from pipeline.views import load_pool
 
 NUM_ASSEMBLIES = 5
 HF_BATCH = 32

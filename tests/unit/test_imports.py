@@ -28,13 +28,12 @@ LADDER: list[set[str]] = [
     # pieces
     {
         "data_prep.corruption", "data_prep.demo", "data_prep.encode", "data_prep.plan", "data_prep.sources",
-        "data_prep.units", "pipeline.data", "pipeline.decode",
+        "data_prep.units", "pipeline.data",
         "pipeline.estimate", "pipeline.families", "pipeline.kernels", "pipeline.losses", "pipeline.metrics",
         "pipeline.leaves", "pipeline.modular",
         "pipeline.preempt", "pipeline.sampler", "pipeline.tokenizer", "pipeline.units", "pipeline.report_data",
         "pipeline.library", "pipeline.records", "pipeline.watchdog",
-        "pipeline.decoder", "pipeline.greedy", "pipeline.beams", "pipeline.pending", "pipeline.together",
-        "pipeline.rules", "pipeline.views", "pipeline.scoring", "pipeline.switching",
+        "pipeline.decoding", "pipeline.scoring", "pipeline.switching",
         "pipeline.assembly_losses", "pipeline.report_front",
     },
     # machinery

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import units
-from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
+from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

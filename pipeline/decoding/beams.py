@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.decoder import Decoder, GrowingCache, Memory, step
-from pipeline.rules import Rules
+from pipeline.decoding.decoder import Decoder, GrowingCache, Memory, step
+from pipeline.decoding.rules import Rules
 
 
 @torch.inference_mode()

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from pipeline.beams import beam_search
-from pipeline.decode import MAX_EXAMPLES_PER_BATCH, batches_of
-from pipeline.decoder import Decoder, Memory, logits_at_once
+from pipeline.decoding.beams import beam_search
+from pipeline.decoding.decoder import Decoder, Memory, logits_at_once
+from pipeline.decoding.greedy import NOTHING, Prefix, greedy, lay_out_drafts, settle
+from pipeline.decoding.pending import Pending, join
+from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of
+from pipeline.decoding.rules import Rules
+from pipeline.decoding.views import Pool
 from pipeline.families import StackInputs
 from pipeline.families.base import KeysValues
-from pipeline.greedy import NOTHING, Prefix, greedy, lay_out_drafts, settle
-from pipeline.pending import Pending, join
 from pipeline.prefixes import walk
-from pipeline.rules import Rules
 from pipeline.spans import Span
-from pipeline.views import Pool
 
 IGNORED_LABEL = -100
 # padded source tokens that encoders and references are computed on together; on a GPU as many as the batch has

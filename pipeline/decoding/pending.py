@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pipeline.decoder import Memory
+from pipeline.decoding.decoder import Memory
+from pipeline.decoding.greedy import NOTHING, Prefix
 from pipeline.families.base import KeysValues
-from pipeline.greedy import NOTHING, Prefix
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.decoder import Decoder, GrowingCache, Memory, best_tokens, step
+from pipeline.decoding.decoder import Decoder, GrowingCache, Memory, best_tokens, step
+from pipeline.decoding.rules import Rules
 from pipeline.families.base import KeysValues
-from pipeline.rules import Rules
 
 NOTHING = -1  # in drafts: no token
 LONGEST_DRAFT = 12

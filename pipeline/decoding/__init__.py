@@ -1,0 +1,6 @@
+"""Decoding of many assemblies in one batch with caches, token for token as transformers' generate.
+
+plain.py: transformers' own generate, and batches of like length; views.py: assemblies as paths through one pool of
+layers; rules.py: the settings of generate; decoder.py: one step of the decoder; greedy.py, beams.py: the two searches;
+pending.py: rows of several assemblies that go through one decoder together; together.py: all of it over one batch.
+"""
