@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import Checkpointer, Keep
@@ -63,6 +64,10 @@ def test_weights_go_into_one_file_and_memory_holds_one_slice(tmp_path, monkeypat
 
     monkeypatch.setattr(StoredSlice, "read", noted)
     write_weights(checkpoints(tmp_path)[-1], tmp_path / "weights.safetensors", str.upper)
+    with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which readers of models ask for
+    header_bytes = int.from_bytes((tmp_path / "weights.safetensors").read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0  # so that tensors are aligned in the file
     found = load_file(tmp_path / "weights.safetensors")
     expected = full_weights(checkpoints(tmp_path)[-1])
     assert len(held) > len(expected)

@@ -139,9 +139,11 @@ def test_what_a_pass_holds_by_hand(t5_large, is_gpu):
     again = memory(t5_large, mode, 2 * 16384, recompute=True).device
     assert again["activations"] == 2 * 2 * 16384 * (24 * width / 8 + width)
     assert again["logits"] == 2**30  # in chunks
-    small = dataclasses.replace(t5_large, leaves=tuple(leaf for leaf in t5_large.leaves if leaf.trained)[:1])
+    encoder = next(leaf for leaf in t5_large.leaves if leaf.trained)
+    small = dataclasses.replace(t5_large, leaves=(*(leaf for leaf in t5_large.leaves if not leaf.trained), encoder))
     device = memory(small, mode, 16384, recompute=False).device
-    assert device["reduction buffer"] == 2 * small.num_trained
+    assert device["reduction buffer"] == 2 * encoder.num_parameters
+    assert device["gradients of a layer"] == 2 * encoder.num_parameters * (1 if is_gpu else 2)
     trained = dataclasses.replace(t5_large, rest_is_trained=True)
     assert memory(trained, mode, 16384, recompute=False).device["logits"] == (2 + 12) * 32128 * 8192
 
