@@ -82,11 +82,7 @@ class GrowingCache:
             self.keys[:, :, places], self.values[:, :, places] = new.keys, new.values
         else:
             rows_R1 = torch.arange(len(self.keys), device=self.keys.device)[:, None]
-            place = (
-                rows_R1,
-                slice(None),
-                self.positions_RQ,
-            )  # [R, Q, H, K]: indices apart bring their axes to the front
+            place = (rows_R1, slice(None), self.positions_RQ)  # [R, Q, H, K]: indices apart come to the front
             self.keys[place], self.values[place] = new.keys.transpose(1, 2), new.values.transpose(1, 2)
         return KeysValues(self.keys[:, :, : self.num_keys], self.values[:, :, : self.num_keys])
 
