@@ -300,7 +300,7 @@ class RecoverConfig:
     )
     """Training of all its layers on the references, with the batch of distill."""
     validation_examples: int = identity(500)
-    """Validation examples whose BLEU decides; they are decoded as evaluate says."""
+    """Validation examples whose BLEU and loss decide; they are decoded as evaluate says."""
 
 
 @dataclass(frozen=True, kw_only=True)

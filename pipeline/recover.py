@@ -78,8 +78,8 @@ class Score:
     """Cross entropy with the references per token, in nats."""
 
     def is_worse_than(self, other: Score) -> bool:
-        """A loss that is no number is worse than any."""
-        return self.bleu < other.bleu or (self.bleu == other.bleu and not self.loss <= other.loss)
+        """In one of the two: near zero BLEU is chance. A loss that is no number is worse than any."""
+        return self.bleu < other.bleu or not self.loss <= other.loss
 
 
 def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
