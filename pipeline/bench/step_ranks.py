@@ -78,10 +78,10 @@ def traffic(folder: str) -> dict[str, Any]:
     draws = [draw_of(task, 3, m * world.size + world.rank) for m in range(num_micro_batches)]
     world.close()
     leaves = sum(leaf.num_parameters for leaf in sizes.leaves)
-    # called forward and backward: last norms 2 and 1, position biases 1 and 0; the tied embedding is kept from its
-    # first use in a forward or backward to its last
+    # called forward and backward: last norms 2 and 1, position biases 1 and 1; the tied embedding is kept from its
+    # first use in a forward to its last, and backward does without: the head's gradients are made forward
     module: Any = task.module
-    counts = ((module.shared.embedding, 2), (module.shared.bias, 1), (module.shared.norm, 3))
+    counts = ((module.shared.embedding, 1), (module.shared.bias, 2), (module.shared.norm, 3))
     rest = sum(times * p_numel(parameter) for part, times in counts for parameter in part.parameters())
     gathered, reduced = found["exact"]
     return {
