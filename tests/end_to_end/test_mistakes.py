@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -355,51 +354,3 @@ def test_verbose_shows_the_traceback(place: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["run", "--config", "recipe.yaml", "--teacher.folder", "nowhere", "--verbose"])
     assert "Traceback" in capfd.readouterr().err
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
-def test_a_training_stage_before_its_data_is_named(place: Path) -> None:
-    """In a process of its own: it joins a process group."""
-    result = python(
-        "from pipeline.__main__ import main; main(['teacher', '--config', 'demo', '--run_dir', '/tmp/none'])"
-    )
-    assert result.returncode == 2
-    assert result.stderr == "error: stage teacher needs the output of stage data: run that first\n"
-
-
-def test_an_old_python_is_named() -> None:
-    result = python("import sys; sys.version_info = (3, 10, 2); sys.version = '3.10.2 x'; import pipeline")
-    assert result.returncode == 1
-    assert result.stderr == "error: Python 3.11 or newer is needed, this is 3.10.2\n"
-
-
-def test_a_taken_port_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        code = "from pipeline.cli import run_program; from pipeline.engine import join_world\n"
-        result = python(code + "run_program(join_world, verbose=False)", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    assert result.returncode == 2, result.stderr
-    assert f"error: port {port} of 127.0.0.1 cannot be used" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_worker_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('error: a line')\ntime.sleep(60)\n"
-    )
-    command = [sys.executable, "-m", "pipeline.launch", "--standalone", "--nproc-per-node", "2", str(worker)]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 1
-    said, launcher = result.stderr.splitlines()
-    assert said == "error: a line"
-    assert re.fullmatch(r"rank 1 \(process \d+\) ended first, with exit code 1", launcher)
