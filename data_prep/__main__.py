@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from data_prep.config import DataConfig
+from data_prep.parent import die_with_mpiexec
 
 COMMANDS = {
     "plan": "Fix inputs, tokenizer and units, and make nothing else.",
@@ -95,6 +96,7 @@ def _run(options: Namespace, parser: ArgumentParser) -> int:
     name = options.subcommand
     own = parser.instantiate(options)[name]
     if name in ("plan", "build"):
+        die_with_mpiexec()
         from data_prep.build import build  # starts MPI, which the other commands do without
 
         return 0 if build(own.out, own.data, plan_only=name == "plan") else 2

@@ -30,7 +30,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from pipeline.cli import EXIT_MISTAKE, die_with_parent, parse_recipe, recipe_parser, run_program
+from data_prep.parent import die_with_parent
+from pipeline.cli import EXIT_MISTAKE, parse_recipe, recipe_parser, run_program
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir, Stage
 

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import difflib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -73,13 +71,6 @@ def run_program(program: Callable[[], None], *, verbose: bool) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_MISTAKE) from None
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (Linux), so that a launcher that is killed leaves no
-    worker behind to write into a run that is already being continued."""
-    pr_set_pdeathsig = 1  # sys/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def recipe_path(name: str) -> Path:

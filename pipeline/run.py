@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import yaml
 
-from pipeline.cli import die_with_parent
+from data_prep.parent import die_with_parent
 from pipeline.config import SEARCHED, Recipe
 from pipeline.rundir import RunDir, Stage, write_atomic
 

@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from tests.builds import MPIEXEC, ROOT, build, command, contents, kill_session
+from tests.builds import MPIEXEC, ROOT, build, command, contents, family_of, kill_session
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -92,6 +93,26 @@ def test_a_killed_rank_stops_no_other_and_a_rerun_makes_only_its_units(
     assert result.returncode == 0, result.stderr
     assert contents(out) == contents(built)
     assert {path: path.stat().st_mtime_ns for path in made} == made, "what stood was not made again"
+
+
+def test_no_rank_outlives_the_launcher_of_its_node(recipe: Path, tmp_path: Path) -> None:
+    """mpiexec's proxy is killed while one rank is stopped, for which another would wait at full load for ever."""
+    launcher = subprocess.Popen(
+        command(recipe, tmp_path / "data", 2), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "data/corpus").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    ranks = [p for p in map(psutil.Process, family_of(launcher)) if "PMI_RANK" in p.environ()]
+    assert len(ranks) == 2
+    ranks[1].suspend()
+    ranks[0].parent().kill()
+    _, left = psutil.wait_procs(ranks, timeout=10)
+    kill_session(launcher)
+    for rank in left:
+        rank.kill()
+    assert not left
 
 
 def test_a_damaged_shard_is_found_and_made_again(recipe: Path, built: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PACKAGES = ("data_prep", "pipeline", "slurm")
 LADDER: list[set[str]] = [
     # arithmetic: the standard library (and numpy in batching and partition)
     {
-        "data_prep.batching", "data_prep.config", "data_prep.partition",
+        "data_prep.batching", "data_prep.config", "data_prep.parent", "data_prep.partition",
         "pipeline.config", "pipeline.limits", "pipeline.modes", "pipeline.prefixes", "pipeline.spans",
         "pipeline.public_models", "pipeline.schedule", "pipeline.sizes", "pipeline.search_config", "pipeline.solve",
     },
@@ -70,8 +70,8 @@ ONE_IMPORTER = {
 }
 
 PIPELINE_MAY_IMPORT = {
-    "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.publish",
-    "data_prep.reader", "data_prep.shards",
+    "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.parent", "data_prep.partition",
+    "data_prep.publish", "data_prep.reader", "data_prep.shards",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours
 DATA_PREP_MAY_NOT_IMPORT = ("pipeline", "torch", "transformers", "deepspeed")
