@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import groupby
+from functools import cached_property
+from itertools import groupby, pairwise
 
 STACKS = ("encoder", "decoder")
 PRESETS = ("size-first", "speed-first")
@@ -170,32 +170,21 @@ def count_tilings(num_layers: int, spans: Sequence[Span]) -> list[int]:
     return counts
 
 
-def tiling_of_size(num_layers: int, spans: Sequence[Span], num_spans: int) -> Tiling:
-    """The tiling with the number of spans nearest to `num_spans` that merges most gently.
+def gentlest_tilings(num_layers: int, spans: Sequence[Span]) -> dict[int, Tiling]:
+    """For each number of layers that a stack can be given, fewest first, the tiling that merges most gently.
 
     Gently: the smallest sum of squared span lengths, so that no span is longer than it must be; among equals the long
     spans lie late in the stack, where dropping layers was seen to cost least.
     """
     lengths_at = _lengths_by_first(num_layers, spans)
-
-    @cache
-    def best(first: int, count: int) -> tuple[int, tuple[int, ...]] | None:
-        if first == num_layers:
-            return (0, ()) if count == 0 else None
-        if count == 0:
-            return None
-        found = []
+    # for the layers from each one on: (sum of squares, lengths) by number of spans
+    best: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in range(num_layers)] + [{0: (0, ())}]
+    for first in reversed(range(num_layers)):
         for length in lengths_at[first]:
-            rest = best(first + length, count - 1)
-            if rest is not None:
-                found.append((rest[0] + length * length, (length, *rest[1])))
-        return min(found, default=None)
-
-    reachable = [count for count in range(1, num_layers + 1) if best(0, count) is not None]
-    count = min(reachable, key=lambda c: (abs(c - num_spans), c))
-    found = best(0, count)
-    assert found is not None
-    return Tiling(found[1])
+            for count, (squares, lengths) in best[first + length].items():
+                found = (squares + length * length, (length, *lengths))
+                best[first][count + 1] = min(found, best[first].get(count + 1, found))
+    return {count: Tiling(lengths) for count, (_, lengths) in sorted(best[0].items())}
 
 
 def _lengths_by_first(num_layers: int, spans: Sequence[Span]) -> list[list[int]]:
@@ -218,7 +207,9 @@ def preset_assembly(
 
     size-first spreads the reduction evenly over both stacks; speed-first shortens the decoder first, because decoding
     step by step dominates latency, and the encoder only when the decoder is as short as it gets.
-    `ratio` asks for round(layers / ratio) layers; the true ratio may differ where no tiling has exactly that many.
+    `ratio` asks for round(layers / ratio) layers. On a preset's way from the teacher to the coarsest assembly each step
+    brings one stack to its next smaller size; taken is what lies nearest to those layers, of two the smaller. So a
+    larger ratio never makes a stack longer.
 
     Args:
         num_layers: teacher layers of (encoder, decoder).
@@ -229,28 +220,42 @@ def preset_assembly(
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    total = sum(num_layers)
-    coarsest = coarsest_assembly(num_layers, spans)
-    fewest = (coarsest.encoder.num_layers, coarsest.decoder.num_layers)
+    encoder, decoder = (gentlest_tilings(n, s) for n, s in zip(num_layers, spans, strict=True))
+    total, fewest = sum(num_layers), min(encoder) + min(decoder)
     wanted = round(total / ratio) if ratio >= 1 else total + 1
-    if not sum(fewest) <= wanted <= total:
+    if not fewest <= wanted <= total:
         raise ValueError(
-            f"ratio {ratio:g} asks for {wanted} of {total} layers: these granularities reach 1 to "
-            f"{coarsest.ratio_of_layers:g}"
+            f"ratio {ratio:g} asks for {wanted} of {total} layers: these granularities reach 1 to {total / fewest:g}"
         )
-    # 1e-9: what cannot be halved goes to the encoder
-    decoder = fewest[1] if preset == "speed-first" else round(wanted * num_layers[1] / total - 1e-9)
-    decoder = min(max(decoder, fewest[1], wanted - num_layers[0]), num_layers[1], wanted - fewest[0])
-    sizes = (wanted - decoder, decoder)
-    encoder_tiling, decoder_tiling = (
-        tiling_of_size(n, s, size) for n, s, size in zip(num_layers, spans, sizes, strict=True)
-    )
-    return Assembly(encoder_tiling, decoder_tiling)
+    way = _way(preset, (sorted(encoder, reverse=True), sorted(decoder, reverse=True)))
+    sizes = min(way, key=lambda each: (abs(sum(each) - wanted), sum(each)))
+    return Assembly(encoder[sizes[0]], decoder[sizes[1]])
+
+
+def _way(preset: str, sizes: tuple[Sequence[int], Sequence[int]]) -> list[tuple[int, int]]:
+    """Layers of (encoder, decoder) from the teacher to the coarsest assembly, in steps to the next size of one stack.
+
+    size-first orders the steps by the share of its layers that a stack has left halfway through a step. Where all sizes
+    are there, that is proportional rounding (the method of Webster); what cannot be halved stays in the encoder.
+
+    Args:
+        sizes: all that (encoder, decoder) can be given, largest first.
+    """
+    steps = [
+        (-(larger + smaller) / sizes[stack][0] if preset == "size-first" else 0, stack, smaller)
+        for stack in (1, 0)  # at equal shares, and at speed-first always, the decoder goes first
+        for larger, smaller in pairwise(sizes[stack])
+    ]
+    way = [(sizes[0][0], sizes[1][0])]
+    for _, stack, size in sorted(steps, key=lambda step: step[0]):
+        encoder, decoder = way[-1]
+        way.append((size, decoder) if stack == 0 else (encoder, size))
+    return way
 
 
 def coarsest_assembly(num_layers: tuple[int, int], spans: tuple[Sequence[Span], Sequence[Span]]) -> Assembly:
     """The assembly with the fewest layers; arguments as in `preset_assembly`."""
-    encoder, decoder = (tiling_of_size(n, s, 1) for n, s in zip(num_layers, spans, strict=True))
+    encoder, decoder = (next(iter(gentlest_tilings(n, s).values())) for n, s in zip(num_layers, spans, strict=True))
     return Assembly(encoder, decoder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -15,12 +16,12 @@ from pipeline.spans import (
     Tiling,
     coarsest_assembly,
     count_tilings,
+    gentlest_tilings,
     kept_layers,
     modular_spans,
     preset_assembly,
     pure_tiling,
     teacher_assembly,
-    tiling_of_size,
     tilings,
 )
 
@@ -72,16 +73,15 @@ def test_granularities_2_3_6_are_as_many_modular_layers_as_the_teacher_has():
         assert len(modular_spans(num_layers, (2, 3, 6))) == num_layers
 
 
-@given(LAYERS, GRANULARITIES, st.integers(1, 14))
-def test_the_gentlest_tiling_of_a_size(num_layers, granularities, size):
+@given(LAYERS, GRANULARITIES)
+def test_the_gentlest_tiling_of_each_size(num_layers, granularities):
     spans = modular_spans(num_layers, granularities)
     everything = list(tilings(num_layers, spans))
-    found = tiling_of_size(num_layers, spans, size)
-    assert found in everything
-    nearest = min(abs(t.num_layers - size) for t in everything)
-    assert abs(found.num_layers - size) == nearest
-    rivals = [t for t in everything if t.num_layers == found.num_layers]
-    assert sum(n * n for n in found.lengths) == min(sum(n * n for n in t.lengths) for t in rivals)
+    found = gentlest_tilings(num_layers, spans)
+    assert list(found) == sorted({tiling.num_layers for tiling in everything})
+    for size, tiling in found.items():
+        rivals = [t for t in everything if t.num_layers == size]
+        assert tiling == min(rivals, key=lambda t: (sum(n * n for n in t.lengths), t.lengths))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.lists(st.integers(1, 12), min_size=1, max_size=20))
@@ -111,7 +111,7 @@ def test_speed_first_shortens_the_decoder_first_and_size_first_spreads():
         assert speed.decoder.num_layers <= size.decoder.num_layers
 
 
-STACK = st.tuples(LAYERS, st.lists(st.integers(2, 7), max_size=3, unique=True))
+STACK = st.tuples(st.integers(1, 24), st.lists(st.integers(2, 7), max_size=3, unique=True))
 
 
 @given(STACK, STACK, st.sampled_from(PRESETS))
@@ -129,6 +129,50 @@ def test_presets_are_monotone_in_ratio(encoder, decoder, preset):
         assert smaller.encoder.num_layers <= larger.encoder.num_layers
         assert smaller.decoder.num_layers <= larger.decoder.num_layers
         assert smaller.ratio_of_layers >= larger.ratio_of_layers
+
+
+def way_of(preset: str, num_layers: tuple[int, int], sizes: tuple[set[int], set[int]]) -> list[tuple[int, int]]:
+    """A preset's way from the teacher to the coarsest, step by step: which stack is shortened next."""
+    way = [num_layers]
+    while True:
+        shorter = [max((n for n in sizes[i] if n < way[-1][i]), default=None) for i in (0, 1)]
+        if shorter == [None, None]:
+            return way
+        shares = [Fraction(way[-1][i] + n, 2 * num_layers[i]) if n else 0 for i, n in enumerate(shorter)]
+        takes_decoder = shorter[1] is not None and (preset == "speed-first" or shares[1] >= shares[0])
+        way.append((way[-1][0], shorter[1]) if takes_decoder else (shorter[0], way[-1][1]))
+
+
+@given(STACK, STACK, st.sampled_from(PRESETS), st.data())
+def test_presets_take_what_is_nearest_on_their_way(encoder, decoder, preset, data):
+    """Exact where the way leads there, and the teacher only where nothing shorter is as near."""
+    num_layers, total = (encoder[0], decoder[0]), encoder[0] + decoder[0]
+    spans = modular_spans(*encoder), modular_spans(*decoder)
+    sizes = tuple(set(gentlest_tilings(n, s)) for n, s in zip(num_layers, spans, strict=True))
+    ratio = data.draw(st.floats(1, total / sum(map(min, sizes))))
+    found = preset_assembly(preset, ratio, num_layers, spans)
+    way = way_of(preset, num_layers, sizes)
+    nearest = min(abs(sum(each) - round(total / ratio)) for each in way)
+    near = [each for each in way if abs(sum(each) - round(total / ratio)) == nearest]
+    assert (found.encoder.num_layers, found.decoder.num_layers) == min(near, key=sum)
+    assert found.ratio_of_layers == total / (found.encoder.num_layers + found.decoder.num_layers)
+
+
+@pytest.mark.parametrize(
+    ("granularities", "num_layers", "preset", "ratio", "expected"),
+    [
+        ((6,), 6, "size-first", 1.5, (6, 1)),
+        ((6,), 12, "size-first", 1.2, (12, 7)),
+        ((2, 6), 12, "size-first", 4, (4, 2)),
+        ((3,), 12, "size-first", 1.1, (12, 10)),
+        ((4,), 12, "size-first", 1.1, (12, 9)),
+        ((4,), 6, "speed-first", 2, (3, 2)),  # 5 and 7 are as near; 3+3 is off the way
+    ],
+)
+def test_sizes_with_gaps_are_rounded_for_both_stacks_together(granularities, num_layers, preset, ratio, expected):
+    spans = modular_spans(num_layers, granularities)
+    found = preset_assembly(preset, ratio, (num_layers, num_layers), (spans, spans))
+    assert (found.encoder.num_layers, found.decoder.num_layers) == expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
