@@ -148,7 +148,7 @@ def distilled_task(task: Task, teacher: PreTrainedModel, losses: LossConfig) -> 
 
 
 def theseus_settings(recipe: Recipe, granularity: int) -> DistillConfig:
-    """BERT-of-Theseus as settings of a distillation: the rate and the ramp are the recipe's."""
+    """BERT-of-Theseus as settings of a distillation: the task loss alone; the rate and the ramp are the recipe's."""
     return replace(
         recipe.distill,
         granularities=(granularity,),
@@ -157,7 +157,7 @@ def theseus_settings(recipe: Recipe, granularity: int) -> DistillConfig:
         init="first",
         local_steps=0,
         sampler="theseus-constant",
-        losses=replace(recipe.distill.losses, hidden=0.0, logit=0.0, task=1.0),
+        losses=LossConfig(hidden=0.0, logit=0.0, task=1.0, fused=recipe.distill.losses.fused),
         optim=recipe.baseline.optim,
     )
 

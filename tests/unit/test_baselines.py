@@ -75,8 +75,9 @@ def test_logit_distillation_against_its_definition_in_float64(direction):
 
 
 def test_theseus_is_the_task_loss_alone_with_every_span_replaced_at_the_end():
+    losses = LossConfig(task=0.5, attention_self=1.0, attention_cross=2.0, fused=False)
     recipe = Recipe(
-        distill=DistillConfig(granularities=(2, 3), replace_rate=0.4, ramp=0.5, local_steps=3),
+        distill=DistillConfig(granularities=(2, 3), replace_rate=0.4, ramp=0.5, local_steps=3, losses=losses),
         baseline=BaselineConfig(methods=("theseus",), ratios=(2.0,), optim=OptimConfig(num_steps=40)),
     )
     settings = theseus_settings(recipe, 2)
@@ -90,4 +91,5 @@ def test_theseus_is_the_task_loss_alone_with_every_span_replaced_at_the_end():
     batch = random_batch(5)
     terms = task.loss_terms(30, model(batch, *task.forward_args(30, batch, counts)), counts)
     torch.testing.assert_close(terms.total.detach(), terms.parts["task"])
+    assert settings.losses == LossConfig(hidden=0.0, logit=0.0, fused=False)
     assert dataclasses.replace(settings, granularities=(2,)) == settings
