@@ -6,7 +6,7 @@
 
 A model from here is an ordinary Hugging Face model whose parameters are the library's own: making one takes
 milliseconds and no memory to speak of, and as many may live at once as one likes. Nothing may train them or move them
-to another device one by one; move the library.
+to another device one by one; move the library, and make models anew after that.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class ModuleLibrary:
         return ModuleLibrary(model, {name: weight.to(model.dtype) for name, weight in weights.items()}).to(device)
 
     def to(self, device: torch.device | str) -> ModuleLibrary:
-        """Move all weights; models made before stay where they were."""
+        """Move all weights. Make models anew after a move: in those made before, the parameters that they share have
+        moved, and the buffers have not."""
         self.teacher.to(device)
         for layers in self.layers.values():
             for layer in layers.values():
