@@ -131,7 +131,9 @@ class _Labelling:
     @cached_property
     def _pool(self) -> Pool:
         disable_progress_bar()
-        return load_pool(self._run.teacher_model, self._device)
+        pool = load_pool(self._run.teacher_model, self._device)
+        pool.model.generation_config.forced_eos_token_id = None  # BART's would give a cut output an end
+        return pool
 
     @cached_property
     def _rules(self) -> Rules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def rules_of(model: Any, max_new_tokens: int, num_beams: int) -> Rules:
         if name not in UNDERSTOOD and value not in (None, False, 0, 1.0)
     )
     if unknown:
-        raise ValueError(f"generation settings {', '.join(unknown)} are left to transformers")
+        path = Path(model.name_or_path, "generation_config.json")
+        raise ValueError(f"{path} has {', '.join(unknown)}, which is not decoded with here: remove that from the file")
     start_id = config.decoder_start_token_id
     if start_id is None:
         start_id = getattr(model.config, "decoder_start_token_id", None) or config.bos_token_id

@@ -67,15 +67,29 @@ def labels_of(run: RunDir) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
-def test_labels_are_those_of_transformers_after_the_rule_and_a_source_of_data(run_and_outputs, tmp_path, capsys):
-    run, expected = run_and_outputs
-    label(recipe_of(run), run, RULE, ALONE)
+def after_the_rule(outputs) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """(source, target) of what is kept; how much is left out for which reason."""
     kept, dropped = [], Counter[str]()
-    for source, reference, output, ended in expected:
+    for source, reference, output, ended in outputs:
         if not output.strip() or not ended or chrf(output, reference) < RULE.min_chrf:
             dropped["empty" if not output.strip() else "below chrF" if ended else "cut"] += 1
         else:
             kept.append((source, output))
+    return kept, dropped
+
+
+def copy_with(run: RunDir, root: Path, **settings) -> RunDir:
+    """The same run, not labelled, with other generation settings of the teacher."""
+    shutil.copytree(run.root, root, ignore=shutil.ignore_patterns("labels"))
+    path = RunDir(root).teacher_model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return RunDir(root)
+
+
+def test_labels_are_those_of_transformers_after_the_rule_and_a_source_of_data(run_and_outputs, tmp_path, capsys):
+    run, expected = run_and_outputs
+    label(recipe_of(run), run, RULE, ALONE)
+    kept, dropped = after_the_rule(expected)
     assert [(row["source"], row["target"]) for row in labels_of(run)] == kept
     summary = json.loads((run.root / "labels/labels.json").read_text())
     assert (summary["kept"], summary["dropped"]) == (len(kept), dropped)
@@ -93,6 +107,16 @@ def test_labels_are_those_of_transformers_after_the_rule_and_a_source_of_data(ru
     label(recipe_of(run), run, RULE, ALONE)
     assert "up to date" in capsys.readouterr().out
     assert (run.root / "labels/train.jsonl.gz").stat().st_mtime_ns == before
+
+
+def test_what_is_cut_is_told_also_where_the_model_forces_an_end_upon_it(run_and_outputs, tmp_path):
+    """As the settings of BART do."""
+    run, expected = run_and_outputs
+    run = copy_with(run, tmp_path / "run", forced_eos_token_id=1)
+    label(recipe_of(run), run, RULE, ALONE)
+    kept, dropped = after_the_rule(expected)
+    assert [(row["source"], row["target"]) for row in labels_of(run)] == kept
+    assert json.loads((run.root / "labels/labels.json").read_text())["dropped"] == dropped
 
 
 def test_a_killed_labelling_goes_on_where_it_was(run_and_outputs, tmp_path, monkeypatch):
@@ -135,9 +159,13 @@ def test_a_run_without_a_teacher_and_a_rule_that_keeps_nothing_are_refused(run_a
     run, _ = run_and_outputs
     with pytest.raises(FileNotFoundError, match="run stage teacher first"):
         label(recipe_of(run), RunDir(tmp_path), RULE, ALONE)
-    shutil.copytree(run.root, tmp_path / "run", ignore=shutil.ignore_patterns("labels"))
-    teacher = RunDir(tmp_path / "run").teacher_model
-    settings = json.loads((teacher / "generation_config.json").read_text())
-    (teacher / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 0, "min_length": 99}))
+    endless = copy_with(run, tmp_path / "endless", eos_token_id=0, min_length=99)
     with pytest.raises(ValueError, match=r"passes the rule \(\d+ cut\): look at the teacher"):
-        label(recipe_of(run), RunDir(tmp_path / "run"), Rule(1, 100.0), ALONE)
+        label(recipe_of(run), endless, Rule(1, 100.0), ALONE)
+
+
+def test_a_generation_setting_that_is_not_carried_is_named_with_its_file(run_and_outputs, tmp_path):
+    run = copy_with(run_and_outputs[0], tmp_path / "run", encoder_no_repeat_ngram_size=3)
+    message = "run/teacher/model/generation_config.json has encoder_no_repeat_ngram_size, .*: remove that from the file"
+    with pytest.raises(ValueError, match=message):
+        label(recipe_of(run), run, RULE, ALONE)
