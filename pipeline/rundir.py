@@ -49,6 +49,8 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "distill.granularities",
             "distill.encoder_granularities",
             "distill.decoder_granularities",
+            "evaluate.max_new_tokens",
+            "evaluate.num_beams",
         ),
         ("data", "teacher", "distill"),
     ),

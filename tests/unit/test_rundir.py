@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 
 import pytest
 
-from pipeline.config import Recipe, fields_of_kind
+from pipeline.config import EvaluateConfig, Recipe, fields_of_kind
 from pipeline.rundir import RunDir, Stage, StageConflict, publish_folder, write_atomic
 
 
@@ -78,6 +79,16 @@ def test_another_schedule_continues_only_when_asked(run):
         longer.begin()
     longer.begin(extend=True)
     assert (stage.folder / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["search", "recover"])
+def test_how_outputs_are_decoded_is_part_of_what_a_stage_measures(run, name):
+    for upstream in ("teacher", "distill"):
+        write_atomic(run.stage(upstream) / "stage.json", json.dumps({"outputs_hash": upstream}))
+    before = Stage.of(Recipe(), run, name).inputs["identity"]
+    for changed in ({"num_beams": 4}, {"max_new_tokens": 9}):
+        after = Stage.of(Recipe(evaluate=EvaluateConfig(**changed)), run, name).inputs["identity"]
+        assert {field for field in after if after[field] != before[field]} == {f"evaluate.{each}" for each in changed}
 
 
 def test_a_stage_before_it_must_be_done(tmp_path):
