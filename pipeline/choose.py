@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.report_data import ASSEMBLIES, Row, count_text, read_rows
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, check_empty
 from pipeline.spans import Assembly
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -123,8 +122,5 @@ def export(run: RunDir, row: Row, folder: Path) -> None:
     Raises:
         ValueError: the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another folder for --export")
-    if folder.exists():
-        shutil.rmtree(folder)
+    check_empty(folder, "--export")
     write_checkpoint(Parts.of(run), Assembly.parse(row.assembly), folder)

@@ -141,6 +141,16 @@ def publish_folder(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
+def check_empty(folder: Path, option: str) -> None:
+    """Refuse to publish over what a user may want to keep.
+
+    Raises:
+        ValueError: something is there already; the message names the option that says where to.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: choose another folder for {option}")
+
+
 class StageConflict(ValueError):
     """The recipe no longer fits a stage that is half done."""
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from pipeline.families import family_of
-from pipeline.rundir import publish_folder
+from pipeline.rundir import check_empty, publish_folder
 from pipeline.tokenizer import load_tokenizer, save_tokenizer
 
 MULTIPLE = 64  # of the new vocabulary's size: what matrix units like
@@ -38,11 +38,26 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
     """Publish a folder with the pieces that `texts` use; returns what was saved.
 
     Raises:
-        ValueError: not a SentencePiece unigram vocabulary, or a result that does not do what the original does.
+        ValueError: `out` is not empty, the original lacks weights, its vocabulary is not a SentencePiece unigram one,
+            its settings name tokens by their ids, or the result does not do what the original does.
     """
+    check_empty(out, "--out")
+    model, found = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
+        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval()
+    try:
+        summary = _write_trimmed(model.eval(), folder, texts, temporary)
+    except ValueError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    publish_folder(temporary, out)
+    return summary
+
+
+def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Path) -> dict[str, Any]:
+    """Write and check a model of this folder without what `texts` do not use; raises what `trim` does."""
     model.save_pretrained(temporary, max_shard_size="100TB")
     save_tokenizer(folder, temporary)
     tokenizer = json.loads((temporary / "tokenizer.json").read_text(encoding="utf-8"))
@@ -54,12 +69,8 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
     before = (temporary / "model.safetensors").stat().st_size
     _trim_tokenizer(temporary, tokenizer, kept)
     _trim_weights(temporary, kept)
-    try:
-        check_tokens(folder, temporary, texts, kept)
-        check_logits(model, temporary, kept)
-    except ValueError:
-        shutil.rmtree(temporary)
-        raise
+    check_tokens(folder, temporary, texts, kept)
+    check_logits(model, temporary, kept)
     summary = {
         "original_vocabulary_size": model.config.vocab_size,
         "vocabulary_size": len(kept),
@@ -67,7 +78,6 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
         "bytes": (temporary / "model.safetensors").stat().st_size,
     }
     (temporary / "kept_ids.json").write_text(json.dumps({**summary, "original_id_of": kept}), encoding="utf-8")
-    publish_folder(temporary, out)
     return summary
 
 
@@ -99,7 +109,9 @@ def _trim_tokenizer(folder: Path, tokenizer: dict[str, Any], kept: Sequence[int]
     new = {old: index for index, old in enumerate(kept)}
     model = tokenizer["model"]
     pieces = [piece for piece, _ in model["vocab"]]
-    model["vocab"] = [model["vocab"][old] for old in kept]
+    model["vocab"] = [
+        model["vocab"][old] for old in kept if old < len(pieces)
+    ]  # added tokens may lie behind the pieces
     model["unk_id"] = new[model["unk_id"]]
     for token in tokenizer["added_tokens"]:
         token["id"] = new[token["id"]]
@@ -187,7 +199,7 @@ def read_texts(paths: Sequence[Path], fields: Sequence[str], prefix: str = "") -
     of other files; .gz or plain.
 
     Raises:
-        ValueError: a record without one of the fields.
+        ValueError: a record without one of the fields, or with something else than text in it.
     """
     for path in paths:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
@@ -202,6 +214,9 @@ def read_texts(paths: Sequence[Path], fields: Sequence[str], prefix: str = "") -
                         if not isinstance(value, dict) or key not in value:
                             raise ValueError(f"{path}: a record has no field {field!r}: name others with --fields")
                         value = value[key]
+                    if not isinstance(value, str):
+                        text = json.dumps(value)[:40]
+                        raise ValueError(f"{path}: field {field!r} of a record is no text but {text}: see --fields")
                     yield prefix * (field == fields[0]) + value
 
 
@@ -220,6 +235,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
+    check_empty(options.out, "--out")  # before all texts are read, which may take long
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     texts = list(read_texts(options.texts, options.fields, options.prefix))

@@ -8,17 +8,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from data_prep.demo import make_corpus
 from data_prep.encode import Encoder, train_sentencepiece
 from pipeline import trim as trimming
 from pipeline.__main__ import main as pipeline_main
 from pipeline.trim import read_texts, trim
-from tests.tiny import tiny_t5
+from tests.tiny import tiny_bart, tiny_t5
 
-SIZES = {"v1.0": 640, "v1.1": 640, "mt5": 512}  # v1.x: 100 extra ids and rows that no token has
+SIZES = {"v1.0": 640, "v1.1": 640, "mt5": 513}  # v1.x: 100 extra ids and rows that no token has
+BEHIND = "<hl>"  # a token that was added behind the pieces
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def original(request, german, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     train_sentencepiece([*german[0], *german[1]], 512, False, folder / "spiece.model")
     num_extra = 0 if request.param == "mt5" else 100
-    T5Tokenizer.from_pretrained(folder, extra_ids=num_extra).save_pretrained(folder)
+    tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=num_extra)
+    tokenizer.add_tokens([BEHIND])
+    tokenizer.save_pretrained(folder)
     model = tiny_t5(request.param)
     model.resize_token_embeddings(SIZES[request.param])
     if request.param != "v1.0":
@@ -84,6 +89,18 @@ def test_sentencepiece_reads_the_same_ids(trimmed, german):
     block = encoder.encode(texts, texts).block
     ends = np.cumsum(block.source_lengths, dtype=np.int64)
     assert [ids.tolist() for ids in np.split(block.source_ids, ends[:-1])] == hf(texts).input_ids
+
+
+def test_a_token_behind_the_pieces_is_kept(original, trimmed):
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (original, trimmed[0]))
+    assert old.convert_tokens_to_ids(BEHIND) == len(old) - 1
+    assert new.convert_tokens_to_ids(BEHIND) == len(new) - 1
+    text = f"eins {BEHIND} zwei"
+    kept = json.loads((trimmed[0] / "kept_ids.json").read_text())["original_id_of"]
+    ids = new(text).input_ids
+    assert len(new) - 1 in ids
+    assert [kept[i] for i in ids] == old(text).input_ids
+    assert new.decode(ids) == old.decode(old(text).input_ids)
 
 
 def test_new_words_of_the_language_can_still_be_spelt(trimmed):
@@ -143,13 +160,60 @@ def test_what_does_something_else_is_never_published(original, german, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_trimmed_is_said(original, german, tmp_path):
-    path = tmp_path / "model"
-    shutil.copytree(original, path)
+def name_an_id(path):
     settings = json.loads((path / "generation_config.json").read_text()) | {"suppress_tokens": [7]}
     (path / "generation_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="suppress_tokens"):
+
+
+def number_otherwise(path):
+    train_sentencepiece(["other text, other pieces"] * 9, 80, False, path / "spiece.model")
+
+
+def lose_a_weight(path):
+    weights = load_file(path / "model.safetensors")
+    del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (name_an_id, "suppress_tokens"),
+        (number_otherwise, "number their pieces in different ways"),
+        (lose_a_weight, r"lacks 1 weights that its config.json asks for, such as encoder\.block\.1\.layer\.0"),
+    ],
+)
+def test_what_cannot_be_trimmed_is_said_and_leaves_nothing(original, german, tmp_path, spoil, message):
+    path = tmp_path / "model"
+    shutil.copytree(original, path)
+    spoil(path)
+    with pytest.raises(ValueError, match=message):
         trim(path, german[0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_kind_of_tokenizer_is_refused_and_leaves_nothing(tmp_path):
+    tiny_bart().save_pretrained(tmp_path / "model")
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "b"])}
+    pieces = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=pieces, **names).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="BPE tokenizer: only SentencePiece unigram is trimmed"):
+        trim(tmp_path / "model", ["a b"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_what_is_there_already_is_never_replaced(tmp_path):
+    """Nothing is read: neither the model nor the texts are what they should be."""
+    model = tmp_path / "models/mt5"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    for out in (model, model.parent, model / "config.json"):
+        with pytest.raises(ValueError, match=f"{out} is not empty: choose another folder for --out"):
+            trimming.main(["--model", str(model), "--texts", str(tmp_path / "none.txt"), "--out", str(out)])
+        with pytest.raises(ValueError, match="is not empty"):
+            trim(model, [], out)
+    assert [path.name for path in model.iterdir()] == ["config.json"]
 
 
 def test_texts_are_read_from_fields_and_lines(tmp_path):
@@ -161,6 +225,10 @@ def test_texts_are_read_from_fields_and_lines(tmp_path):
     assert found == ["say: one", "eins", "say: two", "zwei", "drei", "vier"]
     with pytest.raises(ValueError, match="no field 'target'"):
         list(read_texts([records], ["target"]))
+    for value in (["b"], None, 3):
+        records.write_text(json.dumps({"target": value}) + "\n")
+        with pytest.raises(ValueError, match=r"a\.jsonl: field 'target' of a record is no text but "):
+            list(read_texts([records], ["target"], "say: "))
 
 
 def test_the_command_says_what_it_saved(original, german, tmp_path, capsys):
