@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.report_data import ASSEMBLIES, Row, count_text, read_rows
-from pipeline.rundir import RunDir, check_empty
+from pipeline.rundir import RunDir, check_empty, read_json
 from pipeline.spans import Assembly
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -23,7 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     """Parse the command line, print the choice, export it when asked to.
 
     Raises:
-        ValueError: no budget, nothing fits, or the folder to export to is not empty.
+        ValueError: no budget, nothing fits, the scores are not of this run's models, or the folder to export to is not
+            empty.
         FileNotFoundError: the run has not been evaluated.
     """
     parser = argparse.ArgumentParser(prog="python -m pipeline choose", description=__doc__)
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     run = RunDir(options.run)
     if not run.scores.is_file():
         raise FileNotFoundError(f"{run.scores} is missing: run stage evaluate first, or give another run with --run")
+    check_scores(run)
     rows, _ = read_rows(run.scores)
     num_bytes = None if options.bytes is None else bytes_of(options.bytes)
     row = choose(rows, latency_ms=options.latency_ms, num_bytes=num_bytes, keep=options.keep)
@@ -44,6 +46,20 @@ def main(arguments: Sequence[str]) -> None:
     if options.export is not None:
         export(run, row, options.export)
         print(f"exported to {options.export}")
+
+
+def check_scores(run: RunDir) -> None:
+    """Refuse scores of other models than the run makes now, as after another distillation.
+
+    Raises:
+        ValueError: a stage that the scores come from was done again after them, or is being done again.
+    """
+    for later, earlier in (("evaluate", "assemble"), ("assemble", "teacher"), ("assemble", "distill")):
+        stamp = read_json(run.stage(later) / "stage.json")
+        if stamp is None or stamp["inputs"]["identity"][f"output of {earlier}"] != run.output_hash(earlier):
+            raise ValueError(
+                f"{run.scores} is not of what stage {earlier} holds now: run stages assemble and evaluate again"
+            )
 
 
 def choose(
@@ -100,7 +116,7 @@ def _nearest(rows: Sequence[Row], latency_ms: float | None, num_bytes: float | N
 
 def bytes_of(text: str) -> float:
     """300M -> 3e8; K, M, G are powers of 1000, Ki, Mi, Gi of 1024, with or without a B behind."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]?I?)B?", text.strip().upper())
     if not match or match[2] not in UNITS:
         raise ValueError(f"{text!r} is not a size: write 300M, 1.5G or 200Mi")
     return float(match[1]) * UNITS[match[2]]

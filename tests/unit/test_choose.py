@@ -10,9 +10,24 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pipeline import choose, compare
 from pipeline.report_data import read_rows
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, write_atomic
 from tests.unit.test_assemble import make_run
 from tests.unit.test_report import run  # noqa: F401 a fixture
+
+
+@pytest.fixture
+def scored(run: RunDir) -> RunDir:  # noqa: F811
+    """The same with the stamps of the stages that the scores come from; the hash of an output is the stage's name."""
+    for name, upstream in (
+        ("teacher", ()),
+        ("distill", ()),
+        ("assemble", ("teacher", "distill")),
+        ("evaluate", ("assemble",)),
+    ):
+        identity = {f"output of {each}": each for each in upstream}
+        stamp = {"inputs": {"identity": identity}, "outputs_hash": name}
+        write_atomic(run.stage(name) / "stage.json", json.dumps(stamp))
+    return run
 
 
 @pytest.mark.parametrize(
@@ -41,11 +56,28 @@ def test_the_choice(run: RunDir, budget, name):  # noqa: F811
         (["--keep", "1.2"], "e1x6-d1x6 keeps most, 100.0 %"),
         (["--keep", "98"], "write 0.98 for 98 %"),
         (["--bytes", "many"], "'many' is not a size"),
+        (["--bytes", "1.2.3M"], "'1.2.3M' is not a size"),
     ],
 )
-def test_what_does_not_fit_is_told(run: RunDir, arguments, message):  # noqa: F811
+def test_what_does_not_fit_is_told(scored: RunDir, arguments, message):
     with pytest.raises(ValueError, match=message):
-        choose.main(["--run", str(run.root), *arguments])
+        choose.main(["--run", str(scored.root), *arguments])
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill", "assemble"])
+def test_scores_of_what_the_run_no_longer_makes_are_refused(scored: RunDir, stage):
+    path = scored.stage(stage) / "stage.json"
+    stamp = json.loads(path.read_text())
+    for now in ({**stamp, "outputs_hash": "of another training"}, None):  # None: begun again
+        path.unlink() if now is None else path.write_text(json.dumps(now))
+        with pytest.raises(ValueError, match=f"not of what stage {stage} holds now: run stages assemble and evaluate"):
+            choose.main(["--run", str(scored.root), "--keep", "0.9"])
+
+
+def test_scores_that_are_being_made_again_are_refused(scored: RunDir):
+    (scored.stage("evaluate") / "stage.json").unlink()
+    with pytest.raises(ValueError, match="run stages assemble and evaluate again"):
+        choose.main(["--run", str(scored.root), "--keep", "0.9"])
 
 
 @pytest.mark.parametrize(
@@ -62,23 +94,25 @@ def test_what_was_not_measured_is_told(run: RunDir, budget, message):  # noqa: F
 
 
 def test_sizes():
-    assert [choose.bytes_of(text) for text in ("300M", "1.5G", "200Mi", "2KB", "7")] == [
+    assert [choose.bytes_of(text) for text in ("300M", "1.5G", "200Mi", "2KB", "7", ".5k", "2.M")] == [
         3e8,
         1.5e9,
         200 * 2**20,
         2e3,
         7,
+        500,
+        2e6,
     ]
 
 
-def test_the_choice_is_exported_as_a_checkpoint(run: RunDir, tmp_path, capsys):  # noqa: F811
+def test_the_choice_is_exported_as_a_checkpoint(scored: RunDir, tmp_path, capsys):
     made, _ = make_run(tmp_path / "made", "v1.1")
-    (row,) = [row for row in read_rows(run.scores)[0] if row.name == "e6-d6"]
+    (row,) = [row for row in read_rows(scored.scores)[0] if row.name == "e6-d6"]
     choose.export(made, row, tmp_path / "out")
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.num_layers == 1
     with pytest.raises(ValueError, match="is not empty"):
         choose.export(made, replace(row, assembly="e1x6-d1x6"), tmp_path / "out")
-    choose.main(["--run", str(run.root), "--keep", "0.9"])
+    choose.main(["--run", str(scored.root), "--keep", "0.9"])
     assert capsys.readouterr().out.startswith("e6-d6: 90.0 BLEU (91.8 % of the teacher), 1+1 layers (6.00x fewer)")
 
 
