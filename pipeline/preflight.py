@@ -19,8 +19,8 @@ from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from pipeline.assemble import coarsest_of, requested_assemblies
-from pipeline.config import SEARCHED, Recipe
+from pipeline.assemble import coarsest_of, requested_assemblies, spans_of
+from pipeline.config import Recipe
 from pipeline.disk import check_disk
 from pipeline.evaluation import peer
 from pipeline.families import family_of
@@ -33,7 +33,7 @@ from pipeline.spans import STACKS
 from pipeline.teacher import check_lengths
 from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
 
-CHECKED_STAGES = ("teacher", "distill", "baseline", "search", "assemble")
+CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -172,13 +172,18 @@ def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> 
 def _check_granularities(recipe: Recipe, num_layers: tuple[int, int]) -> None:
     own = (recipe.distill.encoder_granularities, recipe.distill.decoder_granularities)
     for stack, of_stack, total in zip(STACKS, own, num_layers, strict=True):
-        name, limit = (f"{stack}_granularities", total) if of_stack else ("granularities", max(num_layers))
-        for granularity in of_stack or recipe.distill.granularities:
+        name, limit = (f"{stack}_granularities", total) if of_stack is not None else ("granularities", max(num_layers))
+        for granularity in recipe.distill.granularities_of(stack):
             if granularity > limit:
                 raise ValueError(
                     f"distill.{name} has {granularity}, but the teacher has {num_layers[0]}+{num_layers[1]} layers: "
                     f"no span is that long"
                 )
+    if not any(spans_of(recipe, num_layers)):
+        raise ValueError(
+            f"the granularities leave all of {num_layers[0]}+{num_layers[1]} layers as they are: name one of 2 or more "
+            "for a stack of 2 or more layers"
+        )
 
 
 def _check_budgets(planned: Planned) -> None:
@@ -198,8 +203,6 @@ def _check_budgets(planned: Planned) -> None:
 def _check_stages(recipe: Recipe, run: RunDir, extend: bool) -> None:
     """Refuse a stage that was begun with other settings, as far as the stages before it stand."""
     for name in CHECKED_STAGES:
-        if name == "search" and SEARCHED not in recipe.assemble.presets:
-            continue
         try:
             stage = Stage.of(recipe, run, name)
         except FileNotFoundError:

@@ -20,6 +20,9 @@ class Sampler:
     Args:
         num_layers: teacher layers of (encoder, decoder).
         spans: modular spans of (encoder, decoder).
+
+    Raises:
+        ValueError: there is no modular span.
     """
 
     def __init__(
@@ -35,6 +38,10 @@ class Sampler:
         self.num_layers = num_layers
         self._spans = spans
         self._coarsest = coarsest_assembly(num_layers, spans)
+        if self._coarsest.num_layers == sum(num_layers):
+            raise ValueError(
+                f"the granularities leave all of {num_layers[0]}+{num_layers[1]} layers as they are: nothing to draw"
+            )
         self._walks = cache(self._make_walks)
 
     def draw(self, step: int, micro_batch: int) -> Assembly:
@@ -76,7 +83,12 @@ class Sampler:
 
     def _admitted(self, progress: float) -> tuple[int, ...]:
         """Granularities of a curriculum so far, in the recipe's order: one at first, all after the ramp."""
-        granularities = self.settings.all_granularities
+        stacks = [(n, self.settings.granularities_of(stack)) for stack, n in zip(STACKS, self.num_layers, strict=True)]
+        granularities = [
+            each
+            for each in self.settings.all_granularities
+            if any(each in own and modular_spans(n, [each]) for n, own in stacks)  # a stack of one layer has no span
+        ]
         in_turn = sorted(granularities, reverse=self.settings.sampler == "coarse-to-fine")
         admitted = in_turn[: 1 + int(progress * (len(in_turn) - 1))]
         return tuple(granularity for granularity in granularities if granularity in admitted)

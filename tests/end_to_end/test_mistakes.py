@@ -150,6 +150,10 @@ RECIPE = {
 
 BEFORE_ANY_WORK = {
     "granularity": Mistake("has 8, but the teacher has 6+6 layers", "--distill.granularities [2,8]"),
+    "nothing to train": Mistake(
+        "leave all of 1+6 layers as they are",
+        "--teacher.architecture.num_layers 1 --distill.decoder_granularities []",
+    ),
     "granularity of a stack": Mistake(
         "distill.decoder_granularities has 7, but the teacher has 6+6 layers", "--distill.decoder_granularities [7]"
     ),
@@ -204,11 +208,6 @@ BEFORE_ANY_WORK = {
     "begun with another teacher": Mistake(
         "is half finished with other settings (teacher.optim.weight_decay: 0.5 -> 0.0)",
         break_it=lambda: begun("teacher", "--teacher.optim.weight_decay", "0.5"),
-    ),
-    "begun with another search": Mistake(
-        "stage search in run/search is half finished with other settings (search.rounds: 5 -> 2)",
-        "--assemble.presets [searched]",
-        break_it=lambda: begun("search", "--search.rounds", "5", "--assemble.presets", "[searched]"),
     ),
     "begun with another schedule": Mistake(
         "give --extend to continue", break_it=lambda: begun("teacher", "--teacher.optim.num_steps", "7")

@@ -152,3 +152,17 @@ def test_a_curriculum_admits_one_granularity_after_the_other(name, in_turn):
             length for step in steps for i in range(3) for length in map(int, draws.draw(step, i).encoder.lengths)
         }
         assert lengths == {1, *admitted}
+
+
+@pytest.mark.parametrize("name", ["coarse-to-fine", "fine-to-coarse"])
+def test_a_curriculum_passes_over_granularities_that_make_no_span(name):
+    """The encoder's one layer has none; 6 and 3 are its own alone, and a draw of them would be the teacher's for ever."""
+    spans = modular_spans(1, (3, 6)), modular_spans(12, (2,))
+    config = DistillConfig(
+        sampler=name, encoder_granularities=(3, 6), decoder_granularities=(2,), local_steps=0,
+        optim=OptimConfig(num_steps=100),
+    )  # fmt: skip
+    draws = Sampler(config, seed=0, num_layers=(1, 12), spans=spans)
+    assert {length for step in (0, 99) for length in map(int, draws.draw(step, 0).decoder.lengths)} <= {1, 2}
+    with pytest.raises(ValueError, match=r"leave all of 1\+1 layers as they are"):
+        Sampler(config, seed=0, num_layers=(1, 1), spans=((), ()))
