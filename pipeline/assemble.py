@@ -33,6 +33,7 @@ from pipeline.spans import (
     modular_spans,
     preset_assembly,
     pure_tiling,
+    refuse_misfit,
     teacher_assembly,
 )
 from pipeline.switching import ModuleLibrary
@@ -69,11 +70,12 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
     if stage.stamp() is not None:
         print("assemble is up to date")
         return
+    check_granularities(recipe, run)
+    requests = requested_assemblies(recipe, num_teacher_layers(run), read_json(run.choices))
     stage.begin()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # T5 v1.1 and mT5 warn that they are untied, at every loading
     parts = Parts.of(run)
-    requests = requested_assemblies(recipe, num_teacher_layers(run), read_json(run.choices))
     systems = []
     for assembly, asked in tqdm(requests.items(), desc="assemble", unit="model", disable=None):
         is_teacher = assembly.num_layers == assembly.num_teacher_layers
@@ -103,6 +105,22 @@ def spans_of(recipe: Recipe, num_layers: tuple[int, int]) -> tuple[tuple[Span, .
         modular_spans(n, recipe.distill.granularities_of(stack)) for stack, n in zip(STACKS, num_layers, strict=True)
     )
     return encoder, decoder
+
+
+def check_granularities(recipe: Recipe, run: RunDir) -> None:
+    """Hold a recipe against the module library that it is used with.
+
+    Raises:
+        ValueError: the library was trained with other granularities.
+    """
+    library = read_json(run.library / "library.json") or {}
+    for stack, spans in zip(STACKS, spans_of(recipe, num_teacher_layers(run)), strict=True):
+        if sorted(library["spans"][stack]) != sorted(map(str, spans)):
+            raise ValueError(
+                f"{run.library} has modular layers for {stack} {', '.join(library['spans'][stack]) or 'layers: none'}, "
+                f"not those of granularities {list(recipe.distill.granularities_of(stack))}: set the recipe's back, or "
+                "run stage distill"
+            )
 
 
 def coarsest_of(recipe: Recipe, num_layers: tuple[int, int]) -> Assembly:
@@ -135,14 +153,7 @@ def requested_assemblies(
     within_budgets = choices["budgets"].values() if choices and SEARCHED in recipe.assemble.presets else ()
     for text in (*recipe.assemble.assemblies, *within_budgets):
         assembly = Assembly.parse(text)
-        for stack, spans, total in zip(STACKS, (encoder, decoder), num_layers, strict=True):
-            tiling = assembly.tiling(stack)
-            unknown = [span for span in tiling.spans if span.num_layers > 1 and span not in spans]
-            if tiling.num_teacher_layers != total or unknown:
-                raise ValueError(
-                    f"assembly {text} does not fit: the {stack} has {total} layers and modular layers for "
-                    f"{', '.join(map(str, spans)) or 'none of them'}"
-                )
+        refuse_misfit(assembly, num_layers, (encoder, decoder))
         requests.setdefault(assembly, [])
     return requests
 

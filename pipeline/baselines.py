@@ -41,9 +41,9 @@ from pipeline.world import World
 def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/baseline/<method>-<assembly>/model for every baseline of the recipe, one after the other. Collective."""
     started_s, run = time.time(), stage.run
+    wanted = baselines_of(recipe, num_teacher_layers(run))
     if begin_stage(stage, world, extend=extend):
         return
-    wanted = baselines_of(recipe, num_teacher_layers(run))
     for each in wanted:
         try:
             _train_one(each, recipe, replace(stage, name=f"baseline/{each.name}"), world, watchdog, extend=extend)

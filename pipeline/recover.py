@@ -1,8 +1,8 @@
 """The recover stage: a short fine-tuning of one assembly, published only where it does not make it worse.
 
-It starts from the assembly's own checkpoint and trains all of that model on the references. What decides is the task
-metric on the validation part: losses of compressed models were seen to fall while their scores fell too. Only where the
-metric is the same does the loss decide.
+It starts from the assembly's own checkpoint and trains all of that model on the references. What decides are the task
+metric and the loss on the validation part, and neither may get worse: losses of compressed models were seen to fall
+while their scores fell too, and scores near zero move by chance.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.assemble import Parts, write_checkpoint
+from pipeline.assemble import Parts, check_granularities, num_teacher_layers, spans_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
 from pipeline.decoding.plain import generate, load, losses_of
 from pipeline.loop import Trainer, begin_stage
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.scoring import References
-from pipeline.spans import Assembly
+from pipeline.spans import Assembly, refuse_misfit
 from pipeline.teacher import full_model_task, load_model, save_trained
 from pipeline.watchdog import Watchdog
 from pipeline.world import World
@@ -37,14 +37,15 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
         raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
     if settings.optim.num_steps == 0:
         raise ValueError("recover.optim.num_steps is 0: there would be nothing to compare")
+    assembly, num_layers = Assembly.parse(settings.assembly), num_teacher_layers(run)
+    check_granularities(recipe, run)
+    refuse_misfit(assembly, num_layers, spans_of(recipe, num_layers))
     if begin_stage(stage, world, extend=extend):
         return
     start, tuned = stage.folder / "start", stage.folder / "tuned"
     if world.is_main:
         shutil.rmtree(run.recovered_model, ignore_errors=True)
-        parts = Parts.of(run)
-        parts.models.assembly(settings.assembly)  # refuses what does not fit
-        write_checkpoint(parts, Assembly.parse(settings.assembly), start)
+        write_checkpoint(Parts.of(run), assembly, start)
     world.barrier()
     trainer = Trainer(
         full_model_task(load_model(start)),

@@ -12,18 +12,19 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from pipeline.assemble import num_teacher_layers
+from pipeline.assemble import check_granularities, num_teacher_layers
 from pipeline.assembly_losses import assembly_losses
 from pipeline.config import DistillConfig, Recipe
 from pipeline.data import evaluation_batches
 from pipeline.families import family_of
+from pipeline.library import check_library
 from pipeline.modular import ModularModel
 from pipeline.report_front import Point, front_picture
 from pipeline.rundir import RunDir, Stage, write_atomic
@@ -42,14 +43,19 @@ def search(recipe: Recipe, run: RunDir) -> None:
     """Make RUN/search: candidates.csv, front.png, and choices.json, which stage assemble reads.
 
     Raises:
-        ValueError: a budget or a ratio that not even the coarsest assembly meets.
+        ValueError: a budget or a ratio that not even the coarsest assembly meets; a library that is damaged or of other
+            granularities.
     """
     started_s = time.time()
     stage = Stage.of(recipe, run, "search")
     if stage.stamp() is not None:
         print("search is up to date")
         return
-    stage.begin()
+    check_granularities(recipe, run)
+    check_library(run.teacher_model, run.library)
+    # Not stage.begin(): what is measured carries its own key, so that it stays good whatever else has changed.
+    (stage.folder / "stage.json").unlink(missing_ok=True)
+    write_atomic(stage.folder / "inputs.json", json.dumps(stage.inputs, indent=1))
     world = World.from_environment()
     found = find(recipe, run, stage, world)
     outputs: dict[str, str | bytes] = {
@@ -106,7 +112,7 @@ def find(recipe: Recipe, run: RunDir, stage: Stage, world: World) -> Found:
         if round_:
             scores = fitted_scores(first, losses, losses[teacher])
         by_shape = best_assemblies(num_layers, (scores["encoder"], scores["decoder"]), settings.candidates_per_size)
-        sizes = [{shape for shape in by_shape if sum(shape) == size} for size in range(2, sum(num_layers))]
+        sizes = shapes_by_size(by_shape, num_layers)
         sizes += [{shape for shape in by_shape if costs[b.cost].of(shape) <= b.limit} for b in budgets]
         wanted = [each for allowed in sizes for _, each in best_of(by_shape, allowed, settings.candidates_per_size)]
         new = list(dict.fromkeys(each for each in wanted if each not in losses))
@@ -123,6 +129,12 @@ def find(recipe: Recipe, run: RunDir, stage: Stage, world: World) -> Found:
         by_ratio={f"{ratio:g}": str(best_of_ratio(losses, ratio)) for ratio in recipe.assemble.ratios},
         by_budget={budget.text: str(best_of_budget(losses, budget, costs, timer)) for budget in budgets},
     )
+
+
+def shapes_by_size(shapes: Iterable[Shape], num_layers: tuple[int, int]) -> list[set[Shape]]:
+    """The shapes of 2 layers, of 3, and so on up to one less than the teacher has."""
+    shapes = list(shapes)
+    return [{shape for shape in shapes if sum(shape) == size} for size in range(2, sum(num_layers))]
 
 
 def load_library(run: RunDir, settings: DistillConfig) -> ModularModel:
@@ -187,21 +199,23 @@ class LossMeter:
             run.data, "validation", batch.tokens_per_micro_batch, recipe.search.num_examples
         )
         self._num_tokens = sum(int((each.labels_BT != -100).sum()) for each in self._batches)
-        self._folder, self._inputs, self._model, self._world = stage.folder / "losses", stage.inputs, model, world
+        made_of = [run.output_hash(name) for name in ("data", "teacher", "distill")]
+        self._inputs = [made_of, batch.tokens_per_micro_batch, recipe.search.num_examples]
+        self._folder, self._model, self._world = stage.folder / "losses", model, world
         self._family = family_of(json.loads((run.teacher_model / "config.json").read_text())["model_type"])
 
     def measure(self, assemblies: Sequence[Assembly], name: str) -> dict[Assembly, float]:
-        """Nats per target token of each assembly; `name` is that of the records."""
+        """Nats per target token of each assembly; `name` is for the progress bar."""
         if not assemblies:
             return {}
         key = digest_of([self._inputs, [str(each) for each in assemblies]])
         sums = np.zeros(len(assemblies))
         for index, batch in enumerate(tqdm(self._batches, desc=f"search {name}", unit="batch", disable=None)):
-            path = self._folder / f"{name}-{index:05d}.json"
+            path = self._folder / f"{key[:12]}-{index:05d}.json"
             record = read_sealed(path)
-            if record is None or record["key"] != key:
+            if record is None:
                 losses_A = assembly_losses(self._model, self._family, on_device(batch, self._world), assemblies)
-                record = {"key": key, "losses": losses_A.double().cpu().tolist()}
+                record = {"losses": losses_A.double().cpu().tolist()}
                 publish_sealed(path, record)
             sums += np.array(record["losses"])
         return dict(zip(assemblies, (sums / self._num_tokens).tolist(), strict=True))

@@ -69,11 +69,17 @@ class ShapeTimer:
     def __init__(self, recipe: Recipe, run: RunDir, stage: Stage, device: torch.device) -> None:
         self._recipe, self._run, self._device = recipe, run, device
         self._folder = stage.folder / "shapes"
-        self._inputs = stage.inputs
+        settings = recipe.evaluate
+        made_of = [run.output_hash("data"), run.output_hash("teacher"), str(device)]
+        self._made_of = [made_of, recipe.search.latency_examples, settings.max_new_tokens, settings.num_beams]
 
     def milliseconds(self, shapes: Sequence[Shape]) -> dict[Shape, float]:
-        """Median latency of an example in ms, all in one go; a result published before is not taken again."""
-        key = digest_of([self._inputs, shapes, str(self._device)])
+        """Median latency of an example in ms, all in one go; a result published before is not taken again.
+
+        Raises:
+            ValueError: the device has no memory for a shape.
+        """
+        key = digest_of([*self._made_of, shapes])
         path = self._folder / f"times-{key[:12]}.json"
         record = read_sealed(path)
         if record is None:
@@ -94,6 +100,12 @@ class ShapeTimer:
         times = costs(folders, self._sample(), self._device)
         for folder in folders.values():
             shutil.rmtree(folder)
+        for shape in shapes:
+            if str(shape) not in times:
+                raise ValueError(
+                    f"{shape[0]}+{shape[1]} layers do not fit into the memory of {self._device} to be timed: set "
+                    "search.latency_examples to 0, or search on a larger device"
+                )
         return [times[str(shape)] for shape in shapes]
 
     def _sample(self) -> Sample:

@@ -259,6 +259,24 @@ def coarsest_assembly(num_layers: tuple[int, int], spans: tuple[Sequence[Span], 
     return Assembly(encoder, decoder)
 
 
+def refuse_misfit(
+    assembly: Assembly, num_layers: tuple[int, int], spans: tuple[Sequence[Span], Sequence[Span]]
+) -> None:
+    """Hold an assembly against a teacher and its modular layers; arguments as in `preset_assembly`.
+
+    Raises:
+        ValueError: it has another depth, or a span without a modular layer.
+    """
+    for stack, total, known in zip(STACKS, num_layers, spans, strict=True):
+        tiling = assembly.tiling(stack)
+        unknown = [span for span in tiling.spans if span.num_layers > 1 and span not in known]
+        if tiling.num_teacher_layers != total or unknown:
+            raise ValueError(
+                f"assembly {assembly} does not fit: the {stack} has {total} layers and modular layers for "
+                f"{', '.join(map(str, known)) or 'none of them'}"
+            )
+
+
 def kept_layers(tiling: Tiling) -> tuple[int, ...]:
     """Layers that layer dropping keeps to reach the size of this tiling: evenly spaced, the first and last among them.
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.families import family_of
 from pipeline.library import check_library
-from pipeline.spans import STACKS, Assembly, Span, teacher_assembly
+from pipeline.spans import STACKS, Assembly, Span, refuse_misfit
 
 
 class ModuleLibrary:
@@ -102,15 +102,7 @@ class ModuleLibrary:
             ValueError: not an assembly, or one of other depths or of spans that have no modular layer.
         """
         wanted = Assembly.parse(assembly) if isinstance(assembly, str) else assembly
-        whole = teacher_assembly(*self.num_layers)
-        for stack in STACKS:
-            total = whole.tiling(stack).num_layers
-            tiling = wanted.tiling(stack)
-            if tiling.num_teacher_layers != total or any(span not in self.layers[stack] for span in tiling.spans):
-                known = ", ".join(map(str, self.spans(stack))) or "none of them"
-                raise ValueError(
-                    f"assembly {wanted} does not fit: the {stack} has {total} layers and modular layers for {known}"
-                )
+        refuse_misfit(wanted, self.num_layers, (self.spans("encoder"), self.spans("decoder")))
         return self.model_of({stack: wanted.tiling(stack).spans for stack in STACKS})
 
     def model_of(self, spans: Mapping[str, Sequence[Span]]) -> PreTrainedModel:

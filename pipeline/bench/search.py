@@ -22,7 +22,7 @@ from pipeline.families.t5 import new_t5
 from pipeline.modular import ModularModel
 from pipeline.prefixes import count_layers, count_prefixes
 from pipeline.sampler import Sampler
-from pipeline.search import single
+from pipeline.search import shapes_by_size, single
 from pipeline.solve import best_assemblies, best_of
 from pipeline.spans import PRESETS, STACKS, Assembly, preset_assembly, teacher_assembly
 
@@ -72,7 +72,7 @@ def sets_of(model: ModularModel, batch: MicroBatch) -> dict[str, list[Assembly]]
     )
     scores = {s: {span: losses[singles[s, span]] - losses[teacher] for span in model.spans[s]} for s in STACKS}
     by_shape = best_assemblies(DEPTH, (scores["encoder"], scores["decoder"]), CANDIDATES_PER_SIZE)
-    sizes = [[shape for shape in by_shape if sum(shape) == size] for size in range(2, sum(DEPTH))]
+    sizes = shapes_by_size(by_shape, DEPTH)
     candidates = [each for allowed in sizes for _, each in best_of(by_shape, allowed, CANDIDATES_PER_SIZE)]
     return {
         "presets": sorted(presets, key=str),

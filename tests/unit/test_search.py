@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import search_costs
 from pipeline.assemble import requested_assemblies
 from pipeline.assembly_losses import assembly_losses
 from pipeline.config import AssembleConfig, DistillConfig, EvaluateConfig, Recipe, SearchConfig
 from pipeline.data import evaluation_batches
 from pipeline.families import family_of
-from pipeline.rundir import RunDir
-from pipeline.search import fitted_scores, load_library, search, single
-from pipeline.solve import pareto_front
+from pipeline.rundir import RunDir, Stage
+from pipeline.search import best_of_budget, fitted_scores, load_library, search, single
+from pipeline.search_costs import ShapeTimer
+from pipeline.solve import Budget, Cost, pareto_front
 from pipeline.spans import STACKS, Assembly, modular_spans, teacher_assembly, tilings
 from tests.evaluated import train_tokenizer
 from tests.unit.test_assemble import make_run
@@ -146,6 +148,50 @@ def test_a_budget_beyond_the_coarsest_is_refused_before_anything_is_measured(fin
     with pytest.raises(ValueError, match=r"layers=1 is beyond the coarsest assembly, which takes 2"):
         search(dataclasses.replace(RECIPE, search=settings), run)
     assert not (run.stage("search") / "losses").exists()
+
+
+def test_other_settings_use_what_was_measured(finished, tmp_path):
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(finished.root, run.root)
+    measured = {path: path.stat().st_mtime_ns for path in run.stage("search").glob("*/*.json")}
+    fewer = dataclasses.replace(RECIPE, search=dataclasses.replace(RECIPE.search, rounds=1, budgets=("layers=7",)))
+    search(fewer, run)
+    assert list(json.loads(run.choices.read_text())["budgets"]) == ["layers=7"]
+    now = {path: path.stat().st_mtime_ns for path in run.stage("search").glob("*/*.json")}
+    assert now.items() >= measured.items(), "nothing is measured twice, nothing is lost"
+    search(RECIPE, run)
+    assert {path: path.stat().st_mtime_ns for path in run.stage("search").glob("*/*.json")} == now
+
+
+def test_a_library_of_other_granularities_is_refused(finished):
+    other = dataclasses.replace(RECIPE, distill=DistillConfig(granularities=(2, 3)))
+    with pytest.raises(ValueError, match=r"modular layers for encoder 0-1, .* not those of granularities \[2, 3\]"):
+        search(other, finished)
+    assert finished.choices.is_file()
+
+
+class Clock:
+    """Times shapes without running them."""
+
+    def milliseconds(self, shapes):
+        return {shape: 10.0 * sum(shape) for shape in shapes}
+
+
+def test_a_budget_of_time_takes_the_best_that_keeps_it_when_timed():
+    losses = {Assembly.parse(text): loss for text, loss in (("e1x6-d1x6", 1.0), ("e2x3-d2x3", 2.0), ("e6-d6", 3.0))}
+    costs = {"ms": Cost(0, 9.5, 9.5)}  # fitted; a little too low
+    for limit, best in (("ms=120", "e1x6-d1x6"), ("ms=115", "e2x3-d2x3"), ("ms=59", "e6-d6")):
+        assert str(best_of_budget(losses, Budget.parse(limit), costs, Clock())) == best
+    with pytest.raises(ValueError, match=r"no assembly keeps within ms=19\.5 when it is timed"):
+        best_of_budget(losses, Budget.parse("ms=19.5"), costs, Clock())
+
+
+def test_shapes_that_do_not_fit_into_memory_are_named(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_costs, "costs", lambda folders, *_: {})
+    stage = dataclasses.replace(Stage.of(RECIPE, finished, "search"), run=RunDir(tmp_path))
+    timer = ShapeTimer(RECIPE, finished, stage, torch.device("cpu"))
+    with pytest.raises(ValueError, match="6\\+1 layers do not fit into the memory of cpu"):
+        timer.milliseconds([(6, 1)])
 
 
 def test_fitted_scores_find_what_additive_losses_were_made_of():
