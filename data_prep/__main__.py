@@ -130,6 +130,7 @@ def _is_first_rank() -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run one command; users' mistakes become one line on stderr and exit code 2."""
+    arguments = arguments or ["--help"]
     verbose = "--verbose" in arguments
     try:
         parser = make_parser()
