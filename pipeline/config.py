@@ -214,7 +214,7 @@ class DistillConfig:
     """The encoder's own granularities, instead of those above; [] leaves the encoder whole."""
     decoder_granularities: tuple[int, ...] | None = identity(None)
     """The decoder's own granularities, instead of those above; [] leaves the decoder whole."""
-    init: str = identity("last")
+    init: str = identity("first")
     """What a modular layer starts from: the first, middle or last teacher layer of its span (of two middle layers the
     earlier one), or the average of all of them."""
     local_steps: int = identity(400)

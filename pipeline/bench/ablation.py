@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ DEFAULT_OUT = "runs/ablation"
 # configuration -> what it changes of the recipe; "{steps}" is distill.optim.num_steps
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     AS_IT_IS: (),
-    "init-first": ("--distill.init", "first"),
+    "init-last": ("--distill.init", "last"),
     "init-average": ("--distill.init", "average"),
     "sampler-uniform": ("--distill.sampler", "uniform"),
     "sampler-sandwich": ("--distill.sampler", "sandwich"),
@@ -65,7 +66,11 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="recipe: a path or a name in pipeline/recipes/")
-    parser.add_argument("--base", type=Path, help="run directory whose data and teacher are shared (default: DIR/base)")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="run directory whose data and teacher are taken as they are (default: DIR/base)",
+    )
     parser.add_argument("--out", type=Path, default=Path(DEFAULT_OUT), metavar="DIR", help="where the runs go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of every configuration")
     parser.add_argument(
@@ -79,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     base = RunDir(arguments.base or arguments.out / "base")
     recipe = recipe_with(arguments.config, base, ())
-    prepare_base(recipe, base)
+    if arguments.base is None or not (base.stage("teacher") / "stage.json").is_file():
+        make_base(recipe, base)
     found: dict[str, dict[int, Outcome]] = {}
     # seed by seed, so that a table of all configurations is there as early as can be
     for seed in arguments.seeds:
@@ -109,13 +115,12 @@ def changes_of(name: str, recipe: Recipe, seed: int, bleu_examples: int) -> list
     return [*changes, f"{loop}validation_bleu_examples", str(bleu_examples)]
 
 
-def prepare_base(recipe: Recipe, base: RunDir) -> None:
-    """Make data and teacher where they are not there yet."""
+def make_base(recipe: Recipe, base: RunDir) -> None:
+    """Make data and teacher, as far as they are not there yet."""
     base.root.mkdir(parents=True, exist_ok=True)
-    if not (base.stage("teacher") / "stage.json").is_file():
-        write_recipe(recipe, base)
-        for name in ("data", "teacher"):
-            run_stage(name, recipe, base, [])
+    write_recipe(recipe, base)
+    for name in ("data", "teacher"):
+        run_stage(name, recipe, base, [])
 
 
 def run_one(recipe: Recipe, run: RunDir, base: RunDir) -> Outcome:
@@ -165,6 +170,8 @@ def table(found: Mapping[str, Mapping[int, Outcome]]) -> str:
 
 def cell(runs: Mapping[int, Outcome], measure: str, reference: Mapping[int, Outcome] | None) -> str:
     mean, half = spread(runs, measure)
+    if math.isnan(mean):
+        return ""
     digits = 2 if measure.startswith("bleu/") else 4
     text = f"{mean:.{digits}f} +- {half:.{digits}f}"
     if reference is not None and min(len(runs), len(reference)) > 1:  # one run has no spread to compare with
@@ -174,8 +181,10 @@ def cell(runs: Mapping[int, Outcome], measure: str, reference: Mapping[int, Outc
 
 
 def spread(runs: Mapping[int, Outcome], measure: str) -> tuple[float, float]:
-    """(mean, half the range) over the seeds."""
-    values = [each.measures[measure] for each in runs.values()]
+    """(mean, half the range) over the seeds that measured it; not a number where none did."""
+    values = [each.measures[measure] for each in runs.values() if measure in each.measures]
+    if not values:
+        return math.nan, math.nan
     return statistics.mean(values), (max(values) - min(values)) / 2
 
 
@@ -186,6 +195,6 @@ def json_lines(found: Mapping[str, Mapping[int, Outcome]]) -> list[str]:
         for measure in next(iter(runs.values())).measures:
             mean, half = spread(runs, measure)
             record = {"bench": "ablation", "measure": measure, "configuration": name, "mean": mean, "half_range": half}
-            record |= {"values": {str(seed): each.measures[measure] for seed, each in runs.items()}}
+            record |= {"values": {str(seed): each.measures.get(measure) for seed, each in runs.items()}}
             lines.append(json.dumps(record))
     return lines

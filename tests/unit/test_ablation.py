@@ -59,6 +59,9 @@ def test_means_spreads_and_marks():
     alone = {0: FOUND["far"][0]}
     assert cell(alone, "validation/e6-d6", FOUND[AS_IT_IS]) == "1.4000 +- 0.0000", "one seed says nothing"
     assert table(FOUND).splitlines()[2] == "| as-it-is | 1.1000 +- 0.1000 | 15 |"
+    unmeasured = {**FOUND, "later": {0: Outcome({"bleu/e6-d6": 20.0}, 10.0)}}
+    assert table(unmeasured).splitlines()[2] == "| as-it-is | 1.1000 +- 0.1000 |  | 15 |"
+    assert table(unmeasured).splitlines()[5] == "| later |  | 20.00 +- 0.00 | 10 |"
     records = [json.loads(line) for line in json_lines(FOUND)]
     assert [record["configuration"] for record in records] == list(FOUND)
     assert records[2]["values"] == {"0": 1.4, "1": 1.5}
