@@ -156,7 +156,7 @@ def test_a_curriculum_admits_one_granularity_after_the_other(name, in_turn):
 
 @pytest.mark.parametrize("name", ["coarse-to-fine", "fine-to-coarse"])
 def test_a_curriculum_passes_over_granularities_that_make_no_span(name):
-    """The encoder's one layer has none; 6 and 3 are its own alone, and a draw of them would be the teacher's for ever."""
+    """The one layer of the encoder has none: a draw of 6 or 3 alone would be the teacher for ever."""
     spans = modular_spans(1, (3, 6)), modular_spans(12, (2,))
     config = DistillConfig(
         sampler=name, encoder_granularities=(3, 6), decoder_granularities=(2,), local_steps=0,
