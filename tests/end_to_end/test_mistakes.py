@@ -152,7 +152,8 @@ BEFORE_ANY_WORK = {
     "granularity": Mistake("has 8, but the teacher has 6+6 layers", "--distill.granularities [2,8]"),
     "nothing to train": Mistake(
         "leave all of 1+6 layers as they are",
-        "--teacher.architecture.num_layers 1 --distill.decoder_granularities []",
+        "--teacher.folder= --teacher.optim.num_steps 1 --teacher.architecture.num_layers 1 "
+        "--distill.decoder_granularities []",
     ),
     "granularity of a stack": Mistake(
         "distill.decoder_granularities has 7, but the teacher has 6+6 layers", "--distill.decoder_granularities [7]"
