@@ -111,9 +111,12 @@ def check_granularities(recipe: Recipe, run: RunDir) -> None:
     """Hold a recipe against the module library that it is used with.
 
     Raises:
-        ValueError: the library was trained with other granularities.
+        FileNotFoundError: no library.
+        ValueError: it was trained with other granularities.
     """
-    library = read_json(run.library / "library.json") or {}
+    library = read_json(run.library / "library.json")
+    if library is None:
+        raise FileNotFoundError(f"{run.library / 'library.json'} is missing: run stage distill first")
     for stack, spans in zip(STACKS, spans_of(recipe, num_teacher_layers(run)), strict=True):
         if sorted(library["spans"][stack]) != sorted(map(str, spans)):
             raise ValueError(
