@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from data_prep.config import DataConfig
-from data_prep.parent import die_with_mpiexec
+from data_prep.processes import die_with_mpiexec
 
 COMMANDS = {
     "plan": "Fix inputs, tokenizer and units, and make nothing else.",

@@ -27,16 +27,7 @@ from data_prep.hub import names_data
 from data_prep.partition import Unit, share_of_rank
 from data_prep.plan import PLAN, SPLITS, Plan, RecordReader, make_plan, read_plan, refuse_difference, unit_name
 from data_prep.publish import make_folder, publish_bytes, temporary_name
-from data_prep.shards import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Ledger,
-    Manifest,
-    ShardEntry,
-    Split,
-    publish_index,
-    read_manifest,
-)
+from data_prep.shards import FORMAT_VERSION, MANIFEST, Ledger, Manifest, ShardEntry, Split, publish_index, read_manifest
 from data_prep.units import UnitMaker, published, sidecar_path
 
 TEST_TEXT = "test.jsonl"

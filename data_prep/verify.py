@@ -11,15 +11,7 @@ from tqdm import tqdm
 
 from data_prep.plan import Plan, make_tokenizer_folder, read_plan, unit_name
 from data_prep.publish import publish_bytes, publish_json, sha256_of
-from data_prep.shards import (
-    Manifest,
-    ShardEntry,
-    Split,
-    blocks_of_shard,
-    publish_index,
-    read_index,
-    read_manifest,
-)
+from data_prep.shards import Manifest, ShardEntry, Split, blocks_of_shard, publish_index, read_index, read_manifest
 from data_prep.units import UnitMaker, published, sidecar_path
 
 

@@ -30,13 +30,18 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from data_prep.parent import die_with_parent
-from pipeline.cli import EXIT_MISTAKE, parse_recipe, recipe_parser, run_program
-from pipeline.config import Recipe
+from data_prep.processes import die_with_parent
+from pipeline.config import Recipe, parse_recipe, recipe_parser, run_program
+from pipeline.exits import EXIT_MISTAKE
 from pipeline.rundir import RunDir, Stage
 
 TRAINING = ("teacher", "distill", "baseline", "recover")
-TOOLS = ("compare", "choose", "trim")
+TOOLS = {  # commands with options of their own: the package that has <command>_command
+    "compare": "pipeline.report",
+    "choose": "pipeline.report",
+    "checkpoint": "pipeline.library",
+    "trim": "pipeline.trim",
+}
 STAGES = ("run", "estimate", "fetch", *TRAINING, "label", "search", "assemble", "evaluate", "report", "doctor")
 
 
@@ -50,13 +55,8 @@ def main(arguments: Sequence[str]) -> None:
 
         bench_main(rest)
         return
-    if name == "checkpoint":
-        from pipeline.checkpoints import main as checkpoint_main
-
-        run_program(lambda: checkpoint_main(rest), verbose="--verbose" in rest)
-        return
     if name in TOOLS:
-        tool = import_module(f"pipeline.{name}").main
+        tool = getattr(import_module(TOOLS[name]), f"{name}_command")
         run_program(lambda: tool(rest), verbose="--verbose" in rest)
         return
     if name not in STAGES:
@@ -89,7 +89,7 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
 
         run_all(recipe, run, extend=options["extend"], dry_run=options["dry_run"], verbose=options["verbose"])
     elif name == "estimate":
-        from pipeline.forecast import estimate
+        from pipeline.planning import estimate
 
         machine = {"num_nodes": options["nodes"], "gpus_per_node": options["gpus"] or recipe.launch.num_ranks}
         print(estimate(recipe, **machine, gib=options["gib"], peak_tflops=options["tflops"], share=options["share"]))
@@ -107,7 +107,7 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
 
 
 def _add_machine(parser: ArgumentParser) -> None:
-    from pipeline.forecast import PEAK_TFLOPS, SHARE
+    from pipeline.planning import PEAK_TFLOPS, SHARE
 
     parser.add_argument("--nodes", type=int, default=1, help="Nodes.")
     parser.add_argument("--gpus", type=int, default=0, help="Ranks of a node; 0 takes launch.num_ranks.")
@@ -132,8 +132,7 @@ def _fetch(recipe: Recipe) -> None:
 
 def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
     stage = Stage.of(recipe, run, name)
-    from pipeline.engine import join_world
-    from pipeline.watchdog import Watchdog
+    from pipeline.training import Watchdog, join_world
     from pipeline.world import World
 
     if name == "teacher":
@@ -164,7 +163,7 @@ def _program(name: str) -> Callable[[Recipe, RunDir], None]:
 
         return assemble
     if name == "evaluate":
-        from pipeline.evaluate import evaluate
+        from pipeline.evaluation import evaluate
         from pipeline.world import World
 
         return lambda recipe, run: evaluate(recipe, run, World.from_environment())

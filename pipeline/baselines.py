@@ -13,28 +13,26 @@ Shapes: B examples, T target tokens, N valid target tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from pipeline.assemble import Baseline, Parts, baselines_of, granularity_of, num_teacher_layers, write_checkpoint
-from pipeline.checkpoint_format import checkpoints
-from pipeline.config import DistillConfig, LossConfig, Recipe
-from pipeline.data import MicroBatch
+from pipeline.assemble import (
+    Baseline,
+    Parts,
+    baselines_of,
+    granularity_of,
+    num_teacher_layers,
+    theseus_settings,
+    write_checkpoint,
+)
+from pipeline.checkpoints import checkpoints
+from pipeline.config import Recipe
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
 from pipeline.library import export_library, product_of
-from pipeline.loop import Task, Trainer, begin_stage
-from pipeline.losses import GlobalCounts, LossTerms, Objectives
-from pipeline.modular import ModularModel
+from pipeline.model import ModularModel, load_model
 from pipeline.rundir import RunDir, Stage
 from pipeline.spans import STACKS
-from pipeline.teacher import full_model_task, load_model, save_trained
-from pipeline.watchdog import Watchdog
+from pipeline.training import Task, Trainer, Watchdog, begin_stage, distilled_task, full_model_task, save_trained
 from pipeline.world import World
 
 
@@ -82,84 +80,6 @@ def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, watchd
             save_trained(load_model(part.folder / "start"), part, each.model(run), run.teacher_model)
         part.publish([each.model(run)], started_s=started_s)
     world.barrier()
-
-
-@dataclass(frozen=True)
-class DistilledOutputs:
-    """What a student says beside its teacher."""
-
-    head: HeadLoss
-    """Sums over the tokens of `labels_N`."""
-    labels_N: torch.Tensor
-
-    @property
-    def task_sum(self) -> torch.Tensor:
-        """Cross entropy summed over tokens."""
-        return self.head.task
-
-
-class DistilledModel(nn.Module):
-    """A student whose parameters all train, beside its whole frozen teacher."""
-
-    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.teacher: Any = teacher.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> DistilledModel:
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(self, batch: MicroBatch, objective: HeadObjective) -> DistilledOutputs:
-        mask_BT = batch.labels_BT != -100
-        inputs = {
-            "input_ids": batch.source_BS,
-            "attention_mask": batch.source_mask_BS,
-            "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
-            "use_cache": False,
-        }
-        with torch.no_grad():
-            teacher_NV = self.teacher(**inputs).logits[mask_BT]
-        student_NV, labels_N = self.model(**inputs).logits[mask_BT], batch.labels_BT[mask_BT]
-        return DistilledOutputs(distribution_loss(student_NV, teacher_NV, labels_N, objective), labels_N)
-
-
-def distilled_task(task: Task, teacher: PreTrainedModel, losses: LossConfig) -> Task:
-    """The task of fine-tuning a whole model, with logit distillation added; weights as in the replacing phase."""
-    model: Any = task.module
-    objectives = Objectives(losses)
-
-    def forward_args(step: int, batch: MicroBatch, counts: GlobalCounts) -> tuple[HeadObjective]:
-        return (objectives.wanted(step, counts).head,)
-
-    def loss_terms(step: int, outputs: DistilledOutputs, counts: GlobalCounts) -> LossTerms:
-        num_tokens = max(1, counts.num_target_tokens)
-        parts = {"task": outputs.head.task / num_tokens, "logit": outputs.head.logit / num_tokens}
-        return LossTerms(outputs.head.share, {name: part.detach() for name, part in parts.items()})
-
-    return replace(
-        task,
-        module=DistilledModel(model.model, teacher),
-        forward_args=forward_args,
-        loss_terms=loss_terms,
-        validations={"task": (HeadObjective(task=1.0),)},
-    )
-
-
-def theseus_settings(recipe: Recipe, granularity: int) -> DistillConfig:
-    """BERT-of-Theseus as settings of a distillation: the task loss alone; the rate and the ramp are the recipe's."""
-    return replace(
-        recipe.distill,
-        granularities=(granularity,),
-        encoder_granularities=None,
-        decoder_granularities=None,
-        init="first",
-        local_steps=0,
-        sampler="theseus-constant",
-        losses=LossConfig(hidden=0.0, logit=0.0, task=1.0, fused=recipe.distill.losses.fused),
-        optim=recipe.baseline.optim,
-    )
 
 
 def theseus_task(recipe: Recipe, run: RunDir, granularity: int) -> Task:

@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from data_prep.batching import cut_by_tokens, sort_by_lengths
 from data_prep.partition import Mixture, permutation
 from data_prep.reader import Examples, SplitReader
 from data_prep.shards import read_manifest
+from pipeline.world import World
 
 IGNORED_LABEL = -100  # what cross entropy leaves out
 _ORDER_OF_EXAMPLES, _ORDER_OF_MICRO_BATCHES, _ORDER_OF_BLOCKS = 1, 2, 3  # streams of the keyed permutation
@@ -337,3 +339,9 @@ def padded(ids: np.ndarray, offsets: np.ndarray, fill: int) -> tuple[np.ndarray,
     rows = np.full(mask.shape, fill, dtype=np.int64)
     rows[mask] = ids[offsets[0] : offsets[-1]]
     return rows, mask
+
+
+def on_device(batch: MicroBatch, world: World) -> MicroBatch:
+    tensors = {key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    moved: dict[str, Any] = {key: tensor.to(world.device, non_blocking=True) for key, tensor in tensors.items()}
+    return replace(batch, **moved)

@@ -8,24 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint_format import checkpoints
+from pipeline.checkpoints import checkpoints
 from pipeline.config import DistillConfig, Recipe
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadObjective
-from pipeline.leaves import ModularLeaf, TeacherLeaf
 from pipeline.library import export_library, product_of
-from pipeline.loop import Task, Trainer, begin_stage
-from pipeline.losses import GlobalCounts, LossTerms, Objectives, granularity_label
-from pipeline.modular import ModularModel, ModularOutputs, Wanted, granularity_of
+from pipeline.model import (
+    GlobalCounts,
+    LossTerms,
+    ModularLeaf,
+    ModularModel,
+    ModularOutputs,
+    Objectives,
+    Sampler,
+    TeacherLeaf,
+    Wanted,
+    granularity_label,
+    granularity_of,
+    load_model,
+)
 from pipeline.rundir import Stage
-from pipeline.sampler import Sampler
 from pipeline.scoring import bleu
 from pipeline.spans import STACKS, Assembly, coarsest_assembly, preset_assembly, pure_tiling, teacher_assembly
-from pipeline.teacher import load_model
 from pipeline.tokenizer import load_tokenizer
-from pipeline.validation import Translation
-from pipeline.watchdog import Watchdog
+from pipeline.training import Task, Trainer, Translation, Watchdog, begin_stage
 from pipeline.world import World
 
 

@@ -120,7 +120,7 @@ def _kernels(run_dir: Path) -> str:
 
 
 def _mpi(run_dir: Path) -> str:
-    from pipeline.run import mpiexec
+    from data_prep.processes import mpiexec
 
     # one rank prints: lines of several may come out mixed
     count = "from mpi4py import MPI; world = MPI.COMM_WORLD; n = world.allreduce(1); world.rank or print(n)"
@@ -198,7 +198,7 @@ def train_a_little(world: World, num_steps: int = 6) -> str:
     import torch.distributed as dist
 
     from pipeline.config import OptimConfig
-    from pipeline.engine import Engine
+    from pipeline.training import Engine
 
     device, size = world.device, world.size
     mine = torch.full((4,), float(world.rank), device=device)
@@ -243,7 +243,7 @@ def train_a_little(world: World, num_steps: int = 6) -> str:
 
 
 def main() -> None:
-    from pipeline.engine import join_world
+    from pipeline.training import join_world
 
     world = join_world()
     told = train_a_little(world)

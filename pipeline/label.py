@@ -32,16 +32,11 @@ from data_prep.publish import publish_bytes, sha256_of
 from data_prep.reader import Examples, SplitReader
 from data_prep.shards import read_manifest
 from pipeline.config import Recipe
-from pipeline.decoding.plain import batches_of
-from pipeline.decoding.rules import Rules, rules_of
-from pipeline.decoding.together import Member
-from pipeline.decoding.views import Pool, load_pool
-from pipeline.evaluation import folder_hashes
-from pipeline.rundir import RunDir
+from pipeline.decoding import Member, Pool, Rules, batches_of, load_pool, rules_of
+from pipeline.evaluation import decode_in_memory, folder_hashes
+from pipeline.rundir import RunDir, digest_of, publish_sealed, read_sealed, work_off
 from pipeline.scoring import chrf
-from pipeline.slices import decode_in_memory
 from pipeline.spans import STACKS
-from pipeline.units import digest_of, publish_sealed, read_sealed, work_off
 from pipeline.world import World
 
 UNIT_EXAMPLES = 1024

@@ -15,13 +15,12 @@ from pathlib import Path
 from pipeline.assemble import Parts, check_granularities, num_teacher_layers, spans_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
-from pipeline.decoding.plain import generate, load, losses_of
-from pipeline.loop import Trainer, begin_stage
+from pipeline.decoding import generate, load, losses_of
+from pipeline.model import load_model
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.scoring import References
 from pipeline.spans import Assembly, refuse_misfit
-from pipeline.teacher import full_model_task, load_model, save_trained
-from pipeline.watchdog import Watchdog
+from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
 from pipeline.world import World
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import yaml
-
-from data_prep.parent import die_with_parent
-from pipeline.config import SEARCHED, Recipe
+from data_prep.processes import die_with_parent, mpiexec
+from pipeline.config import SEARCHED, Recipe, recipe_yaml
 from pipeline.rundir import RunDir, Stage, write_atomic
 
 TRAINING = ("teacher", "distill", "baseline")
@@ -33,7 +28,7 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
     order = [name for name in ORDER if name != "search" or SEARCHED in recipe.assemble.presets]
     is_done = not dry_run and all(_is_done(recipe, run, name) for name in order[1:-1])
     if not is_done:
-        from pipeline.preflight import check_micro_batches, preflight  # late: with everything done nothing needs torch
+        from pipeline.planning import check_micro_batches, preflight  # late: with everything done nothing needs torch
 
         preflight(recipe, run, extend=extend)
     if dry_run:
@@ -71,11 +66,6 @@ def _is_done(recipe: Recipe, run: RunDir, name: str) -> bool:
         return Stage.of(recipe, run, name).stamp() is not None
     except FileNotFoundError:  # of a stage before it
         return False
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """A recipe with every field, as a file that `--config` takes."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
 
 
 def stage_command(name: str, recipe: Recipe, run: RunDir) -> list[str]:
@@ -116,15 +106,6 @@ def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> Non
         raise SystemExit(result.returncode if result.returncode > 0 else 1)
 
 
-def mpiexec() -> str:
-    """The mpiexec beside this Python (pip's MPI), else the one on the path."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = str(beside) if beside.is_file() else shutil.which("mpiexec")
-    if not found:
-        raise ValueError("no mpiexec found: pip install mpich, or set launch.num_mpi_ranks to 1")
-    return found
-
-
 def _lock(run: RunDir) -> IO[str]:
     """Hold the run directory against a second `run`; the lock goes with this process, and its children do too."""
     file = open(run.root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 held while the run lasts
@@ -133,10 +114,3 @@ def _lock(run: RunDir) -> IO[str]:
     except BlockingIOError:
         raise ValueError(f"another process works in {run.root}: wait for it or choose another run_dir") from None
     return file
-
-
-def _plain(value: Any) -> Any:
-    """Settings as YAML knows them."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value

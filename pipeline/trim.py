@@ -226,7 +226,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def main(arguments: Sequence[str]) -> None:
+def trim_command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline trim", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a T5 or mT5 with its tokenizer")
     parser.add_argument("--texts", type=Path, required=True, nargs="+", help="JSONL or plain files, .gz or not")

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from pipeline.cli import parse_recipe, recipe_parser, run_program
+from pipeline.config import parse_recipe, recipe_parser, run_program
 from slurm.cluster import CLUSTERS, find_cluster, load_cluster
 from slurm.controller import jobs_of_run
 from slurm.discover import discover

@@ -24,7 +24,7 @@ _TORCH = re.compile(r"^\[rank\d+\]: ?")  # what torch puts before every line of 
 _EXIT_CODE = re.compile(r"exit code (\d+)")
 _MESSAGE = re.compile(
     r"^(?:error: .+|data_prep: .+"  # mistakes in recipe or data
-    r"|\[\d+/\d+\] (?:rank|no progress) .+"  # pipeline/watchdog.py
+    r"|\[\d+/\d+\] (?:rank|no progress) .+"  # pipeline/training/watchdog.py
     r"|(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b.*)$"
 )
 

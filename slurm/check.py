@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.cli import run_program
+from pipeline.config import run_program
 from pipeline.doctor import doctor, train_a_little
 from pipeline.world import World
 
@@ -154,7 +154,7 @@ CHECKS: dict[str, Callable[[Ranks, Path], str]] = {
 
 def check_ranks(folder: Path) -> None:
     """Collective."""
-    from pipeline.engine import join_world  # late: the check of a node does not wait for DeepSpeed
+    from pipeline.training import join_world  # late: the check of a node does not wait for DeepSpeed
 
     world = join_world()
     ranks = Ranks(world, world.side_group())

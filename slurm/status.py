@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.config import Recipe
+from pipeline.config import Recipe, parse_recipe, recipe_parser
 from pipeline.rundir import RunDir, read_json
 from slurm.controller import Job, jobs_of_run
 from slurm.starts import TRAINING, Start, progress, read_starts, stage_folder

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.hub import PREFIX, local_folder
-from pipeline.config import SEARCHED, BatchConfig, Recipe
-from pipeline.run import recipe_yaml
+from pipeline.config import SEARCHED, BatchConfig, Recipe, recipe_yaml
 from pipeline.rundir import STAGES, RunDir, Stage, read_json, write_atomic
 from slurm.cluster import STAGE_JOBS, Cluster, find_cluster, load_cluster
 from slurm.controller import Job, jobs_of_run, sbatch, sbatch_words, scancel, test_only
@@ -220,7 +219,7 @@ def check_ranks(stage: str, recipe: Recipe, cluster: Cluster, nodes: Nodes | Non
 
 def _preflight(plan: Plan) -> None:
     """Find mistakes in the recipe here, not hours later in the queue."""
-    from pipeline.preflight import preflight  # late: it needs torch
+    from pipeline.planning import preflight  # late: it needs torch
 
     # how many ranks there are is the cluster's matter here (check_ranks)
     launch = dataclasses.replace(plan.recipe.launch, num_ranks=1)

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.config import Recipe
-from pipeline.run import recipe_yaml
+from pipeline.config import Recipe, parse_recipe, recipe_parser, recipe_yaml
 from pipeline.rundir import write_atomic
 from slurm.controller import jobs_of_run, sbatch, test_only
 from slurm.render import Script, render

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from data_prep.publish import sha256_of
-from pipeline.assemble import Parts, System, describe, write_checkpoint
-from pipeline.config import EvaluateConfig, Recipe
-from pipeline.evaluate import evaluate
-from pipeline.evaluation import folder_hashes
-from pipeline.rundir import RunDir
-from pipeline.spans import Assembly
+from pipeline.assemble.systems import System, describe
+from pipeline.assemble.write import Parts, write_checkpoint
+from pipeline.config.recipe import EvaluateConfig, Recipe
+from pipeline.evaluation.stage import evaluate
+from pipeline.evaluation.subject import folder_hashes
+from pipeline.rundir.run_dir import RunDir
+from pipeline.spans.spans import Assembly
 from pipeline.world import World
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from pipeline.bench import hardware
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.config import Recipe
-from pipeline.report_data import read_jsonl
+from pipeline.config.cli import parse_recipe, recipe_parser
+from pipeline.config.recipe import Recipe
+from pipeline.report.data import read_jsonl
 from pipeline.run import run_stage, write_recipe
-from pipeline.rundir import RunDir, Stage
+from pipeline.rundir.run_dir import RunDir
+from pipeline.rundir.stage import Stage
 
 AS_IT_IS = "as-it-is"
 DEFAULT_OUT = "runs/ablation"

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from pipeline.bench import Measure, report
-from pipeline.checkpoint import Checkpointer, Keep, TrainState
-from pipeline.config import DistillConfig, OptimConfig
+from pipeline.checkpoints.checkpointer import Checkpointer, Keep, TrainState
+from pipeline.config.recipe import DistillConfig, OptimConfig
 from pipeline.data import Cursor, MicroBatch
 from pipeline.distill import modular_task
-from pipeline.engine import Engine, join_world
 from pipeline.families import family_of
 from pipeline.families.t5 import new_t5
-from pipeline.losses import GlobalCounts
-from pipeline.modular import ModularModel
+from pipeline.model.losses import GlobalCounts
+from pipeline.model.modular import ModularModel
+from pipeline.training.engine import Engine, join_world
 from pipeline.world import World
 
 VOCABULARY = 4096

@@ -18,18 +18,18 @@ import torch
 import transformers
 
 from pipeline.bench import Measure, report
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.config import SEARCHED
+from pipeline.config.cli import parse_recipe, recipe_parser
+from pipeline.config.recipe import SEARCHED
 from pipeline.decoding.plain import batches_of, generate, load, losses_of
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.decoding.views import load_pool
-from pipeline.evaluation import VIEWS, Evaluation
-from pipeline.library import check_library
-from pipeline.prefixes import count_layers, count_prefixes
-from pipeline.rundir import RunDir
-from pipeline.slices import tokenize
-from pipeline.spans import PRESETS, STACKS, Assembly, Span, Tiling, tilings
+from pipeline.evaluation.slices import tokenize
+from pipeline.evaluation.subject import VIEWS, Evaluation
+from pipeline.library.export import check_library
+from pipeline.rundir.run_dir import RunDir
+from pipeline.spans.prefixes import count_layers, count_prefixes
+from pipeline.spans.spans import PRESETS, STACKS, Assembly, Span, Tiling, tilings
 from pipeline.tokenizer import load_tokenizer
 
 NUM_UNIFORM = 50

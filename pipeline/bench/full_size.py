@@ -27,14 +27,14 @@ from data_prep.demo import make_corpus
 from data_prep.encode import SPIECE, train_sentencepiece
 from pipeline.bench import Measure, report
 from pipeline.bench.speeds import copied_bytes_per_s, matmul_flops, written_bytes_per_s
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.config import Recipe
-from pipeline.disk import bytes_of_stages
-from pipeline.estimate import GIB, Machine
-from pipeline.forecast import Cost, costs_of
-from pipeline.modes import read_ds_config
-from pipeline.planned import Planned
-from pipeline.public_models import public_config
+from pipeline.config.cli import parse_recipe, recipe_parser
+from pipeline.config.recipe import Recipe
+from pipeline.footprint.estimate import GIB, Machine
+from pipeline.footprint.sharding import read_ds_config
+from pipeline.planning.disk import bytes_of_stages
+from pipeline.planning.forecast import Cost, costs_of
+from pipeline.planning.planned import Planned
+from pipeline.planning.public_models import public_config
 
 LEAST_FREE_GIB = 0.8
 """What must stay free on the machine; below it the run is ended, so that no other process is."""

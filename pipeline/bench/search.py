@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.assembly_losses import LayerCalls, assembly_losses, path_of
 from pipeline.bench import Measure, report
-from pipeline.config import DistillConfig
+from pipeline.config.recipe import DistillConfig
 from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.families.t5 import new_t5
-from pipeline.modular import ModularModel
-from pipeline.prefixes import count_layers, count_prefixes
-from pipeline.sampler import Sampler
-from pipeline.search import shapes_by_size, single
-from pipeline.solve import best_assemblies, best_of
-from pipeline.spans import PRESETS, STACKS, Assembly, preset_assembly, teacher_assembly
+from pipeline.model.draws import Sampler
+from pipeline.model.modular import ModularModel
+from pipeline.search.losses import LayerCalls, assembly_losses, path_of
+from pipeline.search.stage import shapes_by_size, single
+from pipeline.spans.prefixes import count_layers, count_prefixes
+from pipeline.spans.solve import best_assemblies, best_of
+from pipeline.spans.spans import PRESETS, STACKS, Assembly, preset_assembly, teacher_assembly
 
 DEPTH = (24, 24)
 RATIOS = (1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data_prep.publish import sha256_of
-from pipeline.rundir import write_atomic
+from pipeline.rundir.files import write_atomic
 
 
 def matmul_flops() -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.bench import Measure, report
-from pipeline.estimate import GIB
+from pipeline.footprint.estimate import GIB
 from pipeline.world import free_port
 
 PARTS = ("traffic", "memory", "overhead", "gpu")

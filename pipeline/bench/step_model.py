@@ -22,17 +22,17 @@ import torch.distributed as dist
 from torch import nn
 from transformers import T5Config
 
-from pipeline.config import DistillConfig, OptimConfig
+from pipeline.config.recipe import DistillConfig, OptimConfig
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
-from pipeline.engine import Engine
-from pipeline.estimate import Sizes, drawn_layers, training_flops, useful_flops
 from pipeline.families import family_of
-from pipeline.loop import Task
-from pipeline.losses import GlobalCounts
-from pipeline.modes import read_ds_config
-from pipeline.modular import ModularModel
-from pipeline.spans import STACKS, Assembly
+from pipeline.footprint.estimate import Sizes, drawn_layers, training_flops, useful_flops
+from pipeline.footprint.sharding import read_ds_config
+from pipeline.model.losses import GlobalCounts
+from pipeline.model.modular import ModularModel
+from pipeline.spans.spans import STACKS, Assembly
+from pipeline.training.engine import Engine
+from pipeline.training.loop import Task
 from pipeline.world import World
 
 SETTINGS = DistillConfig(local_steps=0, optim=OptimConfig(num_steps=1000, learning_rate=1e-4))

@@ -45,12 +45,12 @@ from pipeline.bench.step_model import (
     timed_step,
 )
 from pipeline.bench.step_trainer import trainer
-from pipeline.config import BatchConfig, LoopConfig, LossConfig
-from pipeline.engine import join_world
-from pipeline.estimate import Machine, memory, plan, sizes_of
-from pipeline.losses import LossTerms
-from pipeline.modes import Mode
-from pipeline.teacher import load_model
+from pipeline.config.recipe import BatchConfig, LoopConfig, LossConfig
+from pipeline.footprint.estimate import Machine, memory, plan, sizes_of
+from pipeline.footprint.sharding import Mode
+from pipeline.model.huggingface import load_model
+from pipeline.model.losses import LossTerms
+from pipeline.training.engine import join_world
 
 BUCKET = 20_000_000
 """Elements of the reduction buffer and of layers gathered ahead in the memory part, so that it fits 16 GiB."""

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from transformers import T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.bench.step_model import random_batch, t5
-from pipeline.engine import join_world
-from pipeline.modes import read_ds_config
+from pipeline.footprint.sharding import read_ds_config
+from pipeline.training.engine import join_world
 
 NUM_WARM_UP = 3
 

@@ -16,8 +16,8 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from pipeline.bench import Measure, report
-from pipeline.spans import STACKS, Assembly, modular_spans, preset_assembly
-from pipeline.switching import ModuleLibrary
+from pipeline.library.switching import ModuleLibrary
+from pipeline.spans.spans import STACKS, Assembly, modular_spans, preset_assembly
 
 GRANULARITIES = (2, 3, 6)
 REQUESTS = tuple((preset, ratio) for ratio in (1.2, 1.5, 2.0, 3.0) for preset in ("size-first", "speed-first"))

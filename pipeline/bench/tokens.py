@@ -22,16 +22,16 @@ import transformers
 from safetensors.torch import save_file
 
 from data_prep.publish import sha256_of
-from pipeline.assemble import Parts, write_checkpoint
+from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.bench.evaluate import load_work
-from pipeline.cost import padded
 from pipeline.decoding.plain import batches_of, up_to_end
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import Member, decode_together
 from pipeline.decoding.views import load_pool
-from pipeline.rundir import RunDir
-from pipeline.slices import tokenize
-from pipeline.spans import STACKS, Assembly, Span
+from pipeline.evaluation.cost import padded
+from pipeline.evaluation.slices import tokenize
+from pipeline.rundir.run_dir import RunDir
+from pipeline.spans.spans import STACKS, Assembly, Span
 from pipeline.tokenizer import load_tokenizer
 
 NUM_ASSEMBLIES = 5

@@ -4,3 +4,25 @@ plain.py: transformers' own generate, and batches of like length; views.py: asse
 layers; rules.py: the settings of generate; decoder.py: one step of the decoder; greedy.py, beams.py: the two searches;
 pending.py: rows of several assemblies that go through one decoder together; together.py: all of it over one batch.
 """
+
+from __future__ import annotations
+
+from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of, generate, load, losses_of
+from pipeline.decoding.rules import Rules, rules_of
+from pipeline.decoding.together import Member, Outputs, decode_together
+from pipeline.decoding.views import Pool, load_pool
+
+__all__ = [
+    "MAX_EXAMPLES_PER_BATCH",
+    "Member",
+    "Outputs",
+    "Pool",
+    "Rules",
+    "batches_of",
+    "decode_together",
+    "generate",
+    "load",
+    "load_pool",
+    "losses_of",
+    "rules_of",
+]

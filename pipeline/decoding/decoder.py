@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.families import StackInputs
-from pipeline.families.base import Family, KeysValues
+from pipeline.families import Family, KeysValues, StackInputs
 
 # elements of logits held at once: on a CPU so few that they stay in its cache
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}

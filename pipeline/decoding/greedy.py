@@ -18,7 +18,7 @@ import torch
 
 from pipeline.decoding.decoder import Decoder, GrowingCache, Memory, best_tokens, step
 from pipeline.decoding.rules import Rules
-from pipeline.families.base import KeysValues
+from pipeline.families import KeysValues
 
 NOTHING = -1  # in drafts: no token
 LONGEST_DRAFT = 12

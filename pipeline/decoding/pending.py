@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from pipeline.decoding.decoder import Memory
 from pipeline.decoding.greedy import NOTHING, Prefix
-from pipeline.families.base import KeysValues
+from pipeline.families import KeysValues
 
 
 @dataclass(frozen=True)

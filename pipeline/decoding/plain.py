@@ -81,7 +81,3 @@ def batches_of(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]
         batches[-1].append(i)
         room -= 1
     return batches
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -24,10 +24,8 @@ from pipeline.decoding.pending import Pending, join
 from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of
 from pipeline.decoding.rules import Rules
 from pipeline.decoding.views import Pool
-from pipeline.families import StackInputs
-from pipeline.families.base import KeysValues
-from pipeline.prefixes import walk
-from pipeline.spans import Span
+from pipeline.families import KeysValues, StackInputs
+from pipeline.spans import Span, walk
 
 IGNORED_LABEL = -100
 # padded source tokens that encoders and references are computed on together; on a GPU as many as the batch has

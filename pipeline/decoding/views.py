@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 
 from pipeline.families import Family
+from pipeline.library import ModuleLibrary
 from pipeline.spans import Span
-from pipeline.switching import ModuleLibrary
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pipeline.families.bart import BartFamily
-from pipeline.families.base import Family, StackInputs, sizes_of
-from pipeline.families.t5 import T5Family
+from pipeline.families.base import Family, KeysValues, StackInputs, sizes_of
+from pipeline.families.capture import QueriesKeys, captured
+from pipeline.families.t5 import T5Family, new_t5, t5_config
 
 FAMILIES: dict[str, Family] = {"t5": T5Family(), "mt5": T5Family(), "bart": BartFamily()}
 
@@ -20,4 +21,15 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "StackInputs", "family_of", "sizes_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "KeysValues",
+    "QueriesKeys",
+    "StackInputs",
+    "captured",
+    "family_of",
+    "new_t5",
+    "sizes_of",
+    "t5_config",
+]

@@ -15,8 +15,7 @@ from torch import nn
 
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
-from pipeline.sizes import ModelSizes
-from pipeline.spans import STACKS
+from pipeline.spans import STACKS, ModelSizes
 
 
 @dataclass(frozen=True)

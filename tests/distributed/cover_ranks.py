@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from pipeline.engine import join_world
+from pipeline.training.engine import join_world
 from tests.distributed.engine_ranks import Run, counts_of, global_batch, in_fp32, new_task, reference, settings_of, sgd
 
 NUM_STEPS, NUM_LOCAL = 30, 5

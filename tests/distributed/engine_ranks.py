@@ -12,19 +12,19 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pipeline.checkpoint import Checkpointer, Keep, TrainState
-from pipeline.checkpoint_format import full_weights
-from pipeline.config import DistillConfig, LossConfig, OptimConfig
+from pipeline.checkpoints.checkpointer import Checkpointer, Keep, TrainState
+from pipeline.checkpoints.format import full_weights
+from pipeline.config.recipe import DistillConfig, LossConfig, OptimConfig
 from pipeline.data import Cursor
 from pipeline.distill import modular_task
-from pipeline.engine import Engine, join_world
 from pipeline.families import family_of
-from pipeline.loop import recompute_in_backward
-from pipeline.losses import GlobalCounts
-from pipeline.metrics import PhaseClock
-from pipeline.modes import read_ds_config
-from pipeline.modular import ModularModel
-from pipeline.validation import Translation, Validator
+from pipeline.footprint.sharding import read_ds_config
+from pipeline.model.losses import GlobalCounts
+from pipeline.model.modular import ModularModel
+from pipeline.training.clock import PhaseClock
+from pipeline.training.engine import Engine, join_world
+from pipeline.training.loop import recompute_in_backward
+from pipeline.training.validation import Translation, Validator
 from pipeline.world import World
 from tests.tiny import on_device, random_batch, tiny_t5
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.engine import join_world
+from pipeline.training.engine import join_world
 
 
 def grown(file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import Checkpointer, Keep, TrainState
+from pipeline.checkpoints.checkpointer import Checkpointer, Keep, TrainState
 from pipeline.data import Cursor
 from pipeline.world import World
 from tests.faults.disk import FailingDisk

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.metrics import PhaseClock
-from pipeline.preempt import StepFlags, StopSignal
-from pipeline.watchdog import Watchdog
+from pipeline.training.clock import PhaseClock
+from pipeline.training.preempt import StepFlags, StopSignal
+from pipeline.training.watchdog import Watchdog
 from pipeline.world import World
 
 STEP_S = 0.02

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import Checkpointer, Keep
-from pipeline.checkpoint_format import (
+from pipeline.checkpoints.checkpointer import Checkpointer, Keep
+from pipeline.checkpoints.format import (
     StoredSlice,
     checkpoints,
     damage,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint_format import checkpoints, damage, full_weights
-from pipeline.modes import Mode
+from pipeline.checkpoints.format import checkpoints, damage, full_weights
+from pipeline.footprint.sharding import Mode
 from tests import forks
 from tests.distributed import engine_ranks, freed
 from tests.ranks import run_ranks

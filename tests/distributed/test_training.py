@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from pipeline.checkpoint_format import checkpoints
+from pipeline.checkpoints.format import checkpoints
 from tests.distributed import training
 from tests.forks import run_ranks, wait_for
 

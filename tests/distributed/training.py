@@ -16,7 +16,7 @@ import pipeline.distill
 import pipeline.teacher  # noqa: F401 for the fork server
 from pipeline.__main__ import main
 from pipeline.data import StepBatch
-from pipeline.loop import Trainer
+from pipeline.training.loop import Trainer
 from tests.forks import run_ranks, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

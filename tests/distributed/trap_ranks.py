@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-import pipeline.engine
-from pipeline.config import LossConfig
-from pipeline.engine import join_world
-from pipeline.leaves import ModularLeaf
+import pipeline.training.engine
+from pipeline.config.recipe import LossConfig
+from pipeline.model.leaves import ModularLeaf
+from pipeline.training.engine import join_world
 from tests.distributed.engine_ranks import Run, in_fp32, reference, settings_of, sgd
 
 # gradients far above 1, which nothing clips
@@ -27,17 +27,17 @@ SETTINGS = dataclasses.replace(
 
 
 def _leaves_are_no_leaves() -> Any:
-    return mock.patch("pipeline.engine.set_z3_leaf_modules")
+    return mock.patch("pipeline.training.engine.set_z3_leaf_modules")
 
 
 def _initialize_without(key: str) -> Any:
     """DeepSpeed's default instead of what the engine sets."""
-    initialize = pipeline.engine.deepspeed.initialize
+    initialize = pipeline.training.engine.deepspeed.initialize
 
     def without(config: dict[str, Any], **others: Any) -> Any:
         return initialize(config={k: v for k, v in config.items() if k != key}, **others)
 
-    return mock.patch("pipeline.engine.deepspeed.initialize", without)
+    return mock.patch("pipeline.training.engine.deepspeed.initialize", without)
 
 
 @contextlib.contextmanager
@@ -65,12 +65,12 @@ def _states_require_no_grad() -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return (lambda: False) if name == "is_grad_enabled" else getattr(torch, name)
 
-    with mock.patch("pipeline.modular.torch", Torch()):
+    with mock.patch("pipeline.model.modular.torch", Torch()):
         yield
 
 
 def _gradients_come_in_any_order() -> Any:
-    return mock.patch("pipeline.partitions._reduce_leaf_by_leaf")
+    return mock.patch("pipeline.training.partitions._reduce_leaf_by_leaf")
 
 
 def _ranks_are_averaged() -> Any:
@@ -78,7 +78,7 @@ def _ranks_are_averaged() -> Any:
         self._engine.backward(loss, scale_wrt_gas=False)
         self._last_of_step = True
 
-    return mock.patch("pipeline.engine.Engine.backward", backward)
+    return mock.patch("pipeline.training.engine.Engine.backward", backward)
 
 
 TRAPS: dict[str, Callable[[], Any]] = {

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer
 
 from data_prep.publish import sha256_of
-from pipeline import library
-from pipeline.rundir import RunDir
+from pipeline.library import export as library
+from pipeline.rundir.run_dir import RunDir
 from tests.evaluated import (
     NUM_EXAMPLES,
     NUM_NEW_TOKENS,

@@ -21,8 +21,9 @@ import yaml
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pipeline.__main__ import main
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.rundir import STAGES, RunDir, Stage
+from pipeline.config.cli import parse_recipe, recipe_parser
+from pipeline.rundir.run_dir import STAGES, RunDir
+from pipeline.rundir.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [{"source": f"word {i} and word {i + 1}", "target": f"Wort {i} und Wort {i + 1}"} for i in range(60)]

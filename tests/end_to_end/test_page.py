@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Recipe
-from pipeline.report_data import load_report
-from pipeline.report_page import render_page
-from pipeline.rundir import RunDir
+from pipeline.config.recipe import Recipe
+from pipeline.report.data import load_report
+from pipeline.report.page import render_page
+from pipeline.rundir.run_dir import RunDir
 from tests.browser import Browser, browser_or_skip
 from tests.unit.test_report import SYSTEMS, run  # noqa: F401 a fixture
 

@@ -37,7 +37,7 @@ def test_a_taken_port_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        code = "from pipeline.cli import run_program; from pipeline.engine import join_world\n"
+        code = "from pipeline.config import run_program; from pipeline.training import join_world\n"
         result = python(code + "run_program(join_world, verbose=False)", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert result.returncode == 2, result.stderr
     assert f"error: port {port} of 127.0.0.1 cannot be used" in result.stderr

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from pipeline.checkpoint_format import checkpoints
-from pipeline.checkpoints import main as checkpoint_command
+from pipeline.checkpoints.format import checkpoints
+from pipeline.library.command import main as checkpoint_command
 from pipeline.recover import Score
-from pipeline.report_data import read_jsonl
+from pipeline.report.data import read_jsonl
 from tests.faults.harness import ROOT, STAGES, Road, kill_group, scores, seconds_of_stages
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from pipeline.checkpoint_format import checkpoints, damage
+from pipeline.checkpoints.format import checkpoints, damage
 from tests.distributed import training
 from tests.forks import wait_for
 

@@ -22,9 +22,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from pipeline.config import EvaluateConfig, Recipe
-from pipeline.evaluate import evaluate
-from pipeline.rundir import RunDir
+from pipeline.config.recipe import EvaluateConfig, Recipe
+from pipeline.evaluation.stage import evaluate
+from pipeline.rundir.run_dir import RunDir
 from pipeline.world import World
 from tests.evaluated import SETTINGS, inputs, outputs, table  # noqa: F401 a fixture
 from tests.faults.trials import SEED, count_trials, folder_of

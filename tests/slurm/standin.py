@@ -1,5 +1,5 @@
 """A stand-in for the programs of the stages, so that what batch scripts do can be tried in seconds: it counts steps,
-saves, stops, crashes and hangs as RUN/behave.json says, and keeps the promises of pipeline/preempt.py, without
+saves, stops, crashes and hangs as RUN/behave.json says, and keeps the promises of pipeline/training/preempt.py, without
 torch."""
 
 from __future__ import annotations

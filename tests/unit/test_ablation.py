@@ -19,7 +19,7 @@ from pipeline.bench.ablation import (
     spread,
     table,
 )
-from pipeline.rundir import RunDir, fields_of_kind
+from pipeline.rundir.run_dir import RunDir, fields_of_kind
 
 RUN = RunDir(Path("somewhere"))
 

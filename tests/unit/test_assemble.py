@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from pipeline import assemble
-from pipeline.assemble import Parts, coarsest_of, describe, requested_assemblies, write_checkpoint
-from pipeline.config import AssembleConfig, DistillConfig, Recipe
-from pipeline.rundir import RunDir
-from pipeline.spans import Assembly, modular_spans, tilings
+from pipeline.assemble import write as assemble
+from pipeline.assemble.requests import coarsest_of, requested_assemblies
+from pipeline.assemble.systems import describe
+from pipeline.assemble.write import Parts, write_checkpoint
+from pipeline.config.recipe import AssembleConfig, DistillConfig, Recipe
+from pipeline.rundir.run_dir import RunDir
+from pipeline.spans.spans import Assembly, modular_spans, tilings
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
 from tests.unit.test_modular import modular_of, perturb
 from tests.unit.test_switching import generated, save_library

@@ -7,12 +7,12 @@ from itertools import product
 import pytest
 import torch
 
-from pipeline.assembly_losses import LayerCalls, assembly_losses, path_of
 from pipeline.families import family_of
-from pipeline.losses import task_loss
-from pipeline.modular import ModularModel
-from pipeline.prefixes import count_layers, count_prefixes
-from pipeline.spans import Assembly, modular_spans, tilings
+from pipeline.model.losses import task_loss
+from pipeline.model.modular import ModularModel
+from pipeline.search.losses import LayerCalls, assembly_losses, path_of
+from pipeline.spans.prefixes import count_layers, count_prefixes
+from pipeline.spans.spans import Assembly, modular_spans, tilings
 from tests.tiny import random_batch, tiny_t5
 
 SPANS = modular_spans(6, (2, 3, 6))

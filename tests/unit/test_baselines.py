@@ -8,15 +8,14 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.assemble import baselines_of, granularity_of
-from pipeline.baselines import distilled_task, theseus_settings
-from pipeline.config import BaselineConfig, DistillConfig, LossConfig, OptimConfig, Recipe
+from pipeline.assemble.requests import baselines_of, granularity_of, theseus_settings
+from pipeline.config.recipe import BaselineConfig, DistillConfig, LossConfig, OptimConfig, Recipe
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.losses import GlobalCounts
-from pipeline.modular import ModularModel
-from pipeline.spans import Assembly
-from pipeline.teacher import full_model_task
+from pipeline.model.losses import GlobalCounts
+from pipeline.model.modular import ModularModel
+from pipeline.spans.spans import Assembly
+from pipeline.training.whole_model import distilled_task, full_model_task
 from tests.tiny import random_batch, tiny_t5
 from tests.unit.test_modular import hf_logits
 

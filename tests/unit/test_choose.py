@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForSeq2SeqLM
 
-from pipeline import choose, compare
-from pipeline.report_data import read_rows
-from pipeline.rundir import RunDir, write_atomic
+from pipeline.report import choose, compare
+from pipeline.report.data import read_rows
+from pipeline.rundir.files import write_atomic
+from pipeline.rundir.run_dir import RunDir
 from tests.unit.test_assemble import make_run
 from tests.unit.test_report import run  # noqa: F401 a fixture
 
@@ -61,7 +62,7 @@ def test_the_choice(run: RunDir, budget, name):  # noqa: F811
 )
 def test_what_does_not_fit_is_told(scored: RunDir, arguments, message):
     with pytest.raises(ValueError, match=message):
-        choose.main(["--run", str(scored.root), *arguments])
+        choose.choose_command(["--run", str(scored.root), *arguments])
 
 
 @pytest.mark.parametrize("stage", ["teacher", "distill", "assemble"])
@@ -71,13 +72,13 @@ def test_scores_of_what_the_run_no_longer_makes_are_refused(scored: RunDir, stag
     for now in ({**stamp, "outputs_hash": "of another training"}, None):  # None: begun again
         path.unlink() if now is None else path.write_text(json.dumps(now))
         with pytest.raises(ValueError, match=f"not of what stage {stage} holds now: run stages assemble and evaluate"):
-            choose.main(["--run", str(scored.root), "--keep", "0.9"])
+            choose.choose_command(["--run", str(scored.root), "--keep", "0.9"])
 
 
 def test_scores_that_are_being_made_again_are_refused(scored: RunDir):
     (scored.stage("evaluate") / "stage.json").unlink()
     with pytest.raises(ValueError, match="run stages assemble and evaluate again"):
-        choose.main(["--run", str(scored.root), "--keep", "0.9"])
+        choose.choose_command(["--run", str(scored.root), "--keep", "0.9"])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_the_choice_is_exported_as_a_checkpoint(scored: RunDir, tmp_path, capsys
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.num_layers == 1
     with pytest.raises(ValueError, match="is not empty"):
         choose.export(made, replace(row, assembly="e1x6-d1x6"), tmp_path / "out")
-    choose.main(["--run", str(scored.root), "--keep", "0.9"])
+    choose.choose_command(["--run", str(scored.root), "--keep", "0.9"])
     assert capsys.readouterr().out.startswith("e6-d6: 90.0 BLEU (91.8 % of the teacher), 1+1 layers (6.00x fewer)")
 
 
@@ -126,7 +127,7 @@ def give_references(run: RunDir) -> None:  # noqa: F811
 
 def test_two_systems_are_compared(run: RunDir, capsys):  # noqa: F811
     give_references(run)
-    compare.main(["e1x6-d1x6", f"{run.root}:e6-d6", "--run", str(run.root)])
+    compare.compare_command(["e1x6-d1x6", f"{run.root}:e6-d6", "--run", str(run.root)])
     out = capsys.readouterr().out
     assert "A e1x6-d1x6, B e6-d6, 8 test examples" in out
     assert "1 of 8 outputs changed" in out
@@ -136,7 +137,7 @@ def test_two_systems_are_compared(run: RunDir, capsys):  # noqa: F811
 
 def test_two_runs_are_compared(run: RunDir, capsys):  # noqa: F811
     give_references(run)
-    compare.main([str(run.root), str(run.root)])
+    compare.compare_command([str(run.root), str(run.root)])
     out = capsys.readouterr().out
     assert out.count("+0.0") == out.count("1.000") == 9
 
@@ -150,11 +151,11 @@ def test_two_runs_are_compared(run: RunDir, capsys):  # noqa: F811
 )
 def test_what_cannot_be_compared_is_told(run: RunDir, arguments, message):  # noqa: F811
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        compare.main([*arguments, "--run", str(run.root)])
+        compare.compare_command([*arguments, "--run", str(run.root)])
 
 
 def test_other_examples_are_refused(run: RunDir):  # noqa: F811
     path = run.stage("evaluate") / "outputs/e6-d6.jsonl"
     path.write_text(path.read_text().replace('"id": "3"', '"id": "9"'))
     with pytest.raises(ValueError, match="not scored on the same examples"):
-        compare.main(["e1x6-d1x6", "e6-d6", "--run", str(run.root)])
+        compare.compare_command(["e1x6-d1x6", "e6-d6", "--run", str(run.root)])

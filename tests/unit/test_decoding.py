@@ -6,18 +6,18 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
-from pipeline.assemble import Parts, write_checkpoint
+from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.bench import tokens
 from pipeline.bench.__main__ import main as bench
-from pipeline.cost import padded
 from pipeline.decoding import decoder, together
 from pipeline.decoding.greedy import NOTHING, lay_out_drafts
 from pipeline.decoding.plain import up_to_end
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import LayerCalls, Member, decode_together
 from pipeline.decoding.views import load_pool
-from pipeline.prefixes import count_layers, count_prefixes
-from pipeline.spans import Assembly
+from pipeline.evaluation.cost import padded
+from pipeline.spans.prefixes import count_layers, count_prefixes
+from pipeline.spans.spans import Assembly
 from tests.tiny import KINDS
 from tests.unit.test_assemble import make_run
 

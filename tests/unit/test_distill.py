@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.config import DistillConfig, OptimConfig
+from pipeline.config.recipe import DistillConfig, OptimConfig
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.loop import recompute_in_backward
-from pipeline.losses import GlobalCounts
-from pipeline.modular import ModularModel
+from pipeline.model.losses import GlobalCounts
+from pipeline.model.modular import ModularModel
+from pipeline.training.loop import recompute_in_backward
 from tests.tiny import random_batch, tiny_t5
 
 NUM_STEPS = 6

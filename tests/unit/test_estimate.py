@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from pipeline.config import BatchConfig, LoopConfig
-from pipeline.estimate import (
+from pipeline.config.recipe import BatchConfig, LoopConfig
+from pipeline.families import family_of
+from pipeline.footprint.estimate import (
     GIB,
     Machine,
     choose,
@@ -23,11 +24,10 @@ from pipeline.estimate import (
     traffic,
     useful_flops,
 )
-from pipeline.families import family_of
-from pipeline.leaves import ModularLeaf, TeacherLeaf
-from pipeline.modes import Mode, read_ds_config
-from pipeline.modular import ModularModel
-from pipeline.spans import Assembly
+from pipeline.footprint.sharding import Mode, read_ds_config
+from pipeline.model.leaves import ModularLeaf, TeacherLeaf
+from pipeline.model.modular import ModularModel
+from pipeline.spans.spans import Assembly
 from tests.tiny import tiny_t5
 
 BATCH = BatchConfig(tokens_per_micro_batch=16384, micro_batches_per_step=64)

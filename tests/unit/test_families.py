@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM
 
 from pipeline.families import StackInputs, family_of
-from pipeline.teacher import load_model
+from pipeline.model.huggingface import load_model
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model, tiny_t5
 
 

@@ -9,18 +9,18 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.__main__ import main
-from pipeline.config import AssembleConfig, DistillConfig, LoopConfig, OptimConfig, Recipe, TeacherConfig
+from pipeline.config.recipe import AssembleConfig, DistillConfig, LoopConfig, OptimConfig, Recipe, TeacherConfig
 from pipeline.data import MicroBatch
-from pipeline.disk import bytes_of_stages, checkpoints
 from pipeline.distill import modular_task
-from pipeline.estimate import drawn_layers, local_flops, sizes_of, training_flops, useful_flops
 from pipeline.families import family_of
-from pipeline.leaves import ModularLeaf, TeacherLeaf
-from pipeline.losses import GlobalCounts
-from pipeline.modular import ModularModel
-from pipeline.planned import Planned
-from pipeline.public_models import PUBLIC
-from pipeline.teacher import full_model_task
+from pipeline.footprint.estimate import drawn_layers, local_flops, sizes_of, training_flops, useful_flops
+from pipeline.model.leaves import ModularLeaf, TeacherLeaf
+from pipeline.model.losses import GlobalCounts
+from pipeline.model.modular import ModularModel
+from pipeline.planning.disk import bytes_of_stages, checkpoints
+from pipeline.planning.planned import Planned
+from pipeline.planning.public_models import PUBLIC
+from pipeline.training.whole_model import full_model_task
 from tests.tiny import random_batch, tiny_t5
 
 PUBLISHED = {"t5-small": 60.5, "t5-base": 222.9, "t5-large": 737.7, "t5-11b": 11307, "flan-t5-base": 247.6}

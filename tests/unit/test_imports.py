@@ -1,4 +1,8 @@
-"""The house rules that the source itself shows: imports go one way, and some packages have one importer each."""
+"""The house rules that the source itself shows: rooms in one order, one door each, one importer for a heavy library.
+
+A room is a package of pipeline/, or a single file of pipeline/, data_prep/ or slurm/. As a program, this file counts
+them: python -m tests.unit.test_imports [ROOT].
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,151 +18,166 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("data_prep", "pipeline", "slurm")
 
-LADDER: list[set[str]] = [
-    # arithmetic: the standard library (and numpy in batching and partition)
-    {
-        "data_prep.batching", "data_prep.config", "data_prep.parent", "data_prep.partition",
-        "pipeline.config", "pipeline.limits", "pipeline.modes", "pipeline.prefixes", "pipeline.spans",
-        "pipeline.public_models", "pipeline.schedule", "pipeline.sizes", "pipeline.search_config", "pipeline.solve",
-    },
-    # formats
-    {
-        "data_prep.hub", "data_prep.publish", "data_prep.reader", "data_prep.shards",
-        "pipeline.rundir", "pipeline.world", "pipeline.kernels.reference", "pipeline.checkpoint_format",
-    },
-    # pieces
-    {
-        "data_prep.corruption", "data_prep.demo", "data_prep.encode", "data_prep.plan", "data_prep.sources",
-        "data_prep.units", "pipeline.data",
-        "pipeline.estimate", "pipeline.families", "pipeline.kernels", "pipeline.losses", "pipeline.metrics",
-        "pipeline.leaves", "pipeline.modular",
-        "pipeline.preempt", "pipeline.sampler", "pipeline.tokenizer", "pipeline.units", "pipeline.report_data",
-        "pipeline.library", "pipeline.records", "pipeline.watchdog",
-        "pipeline.decoding", "pipeline.scoring", "pipeline.switching",
-        "pipeline.assembly_losses", "pipeline.report_front",
-    },
-    # machinery
-    {
-        "pipeline.engine", "pipeline.partitions", "pipeline.checkpoint", "pipeline.validation", "pipeline.loop",
-        "pipeline.cli",
-    },
-    # programs
-    {
-        "data_prep.stats",
-        "data_prep.build", "data_prep.verify", "data_prep.__main__", "pipeline.teacher", "pipeline.distill",
-        "pipeline.search", "pipeline.search_costs",
-        "pipeline.assemble", "pipeline.baselines", "pipeline.evaluate", "pipeline.evaluation",
-        "pipeline.slices", "pipeline.label", "pipeline.cost", "pipeline.compare", "pipeline.choose", "pipeline.report",
-        "pipeline.report_page",
-        "pipeline.disk", "pipeline.forecast", "pipeline.planned",
-        "pipeline.launch", "pipeline.preflight", "pipeline.run", "pipeline.doctor", "pipeline.bench",
-        "pipeline.checkpoints", "pipeline.recover", "pipeline.trim",
-        "pipeline.__main__", "slurm",
-    },
-]  # fmt: skip
+ORDER = (  # a room imports only rooms that stand before it
+    # text -> shards
+    "data_prep.processes", "data_prep.config", "data_prep.batching", "data_prep.partition", "data_prep.hub",
+    "data_prep.publish", "data_prep.shards", "data_prep.reader", "data_prep.corruption", "data_prep.encode",
+    "data_prep.sources", "data_prep.demo", "data_prep.plan", "data_prep.units", "data_prep.build", "data_prep.verify",
+    "data_prep.stats", "data_prep.__main__",
+    # what is told, counted and kept, without a model
+    "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
+    "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scoring", "pipeline.curves", "pipeline.pictures",
+    # teacher and modular layers, trained
+    "pipeline.kernels", "pipeline.families", "pipeline.model", "pipeline.checkpoints", "pipeline.footprint",
+    "pipeline.training",
+    # the product and what is made of it
+    "pipeline.library", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation", "pipeline.search",
+    "pipeline.report",
+    # commands
+    "pipeline.teacher", "pipeline.distill", "pipeline.baselines", "pipeline.recover", "pipeline.label", "pipeline.trim",
+    "pipeline.planning", "pipeline.launch", "pipeline.run", "pipeline.doctor", "pipeline.bench", "pipeline.__main__",
+    # the same on a cluster
+    "slurm.cluster", "slurm.controller", "slurm.render", "slurm.discover", "slurm.cause", "slurm.starts", "slurm.check",
+    "slurm.doctor", "slurm.submit", "slurm.status", "slurm.sweep", "slurm.__main__",
+)  # fmt: skip
 
-ONE_IMPORTER = {
-    "deepspeed": "pipeline.engine",
+ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one idea in several files)
+    "deepspeed": "pipeline.training.engine",
     "triton": "pipeline.kernels",
     "huggingface_hub": "data_prep.hub",
     "mpi4py": "data_prep.build",
     "webdataset": "data_prep.shards",
-    "tensorboard": "pipeline.metrics",
-    "torch.utils.tensorboard": "pipeline.metrics",
+    "torch.utils.tensorboard": "pipeline.curves",
     "sacrebleu": "pipeline.scoring",
     "sentencepiece": "data_prep.encode",
-    "matplotlib": "pipeline.report",
+    "matplotlib": "pipeline.pictures",
 }
 
-PIPELINE_MAY_IMPORT = {
-    "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.parent", "data_prep.partition",
+PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic
+    "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.processes",
     "data_prep.publish", "data_prep.reader", "data_prep.shards",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours
 DATA_PREP_MAY_NOT_IMPORT = ("pipeline", "torch", "transformers", "deepspeed")
+ARITHMETIC = (  # needs the standard library alone (and numpy in batching and partition)
+    "data_prep.batching", "data_prep.config", "data_prep.partition", "data_prep.processes", "pipeline.exits",
+    "pipeline.schedule", "pipeline.spans", "pipeline.weights",
+)  # fmt: skip
 
 
-def modules() -> dict[str, Path]:
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Every module of the product by its dotted name."""
     found = {}
     for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (root / package).rglob("*.py"):
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
             found[name.removesuffix(".__init__")] = path
     return found
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, at any depth of its code."""
-    names: set[str] = set()
+@cache
+def imports_of(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything a file imports, at any depth of its code; the name is "" for a whole module."""
+    found: set[tuple[str, str]] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            found |= {(node.module or "", alias.name) for alias in node.names}
+    return found
 
 
-def level_of(module: str) -> int | None:
-    """Step of the ladder of the longest listed prefix of a dotted name."""
-    while module:
-        for level, members in enumerate(LADDER):
-            if module in members:
-                return level
-        module = module.rpartition(".")[0]
-    return None
+def own_imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the product that a file imports."""
+    found = set()
+    for module, name in imports_of(path):
+        whole = f"{module}.{name}" if name and f"{module}.{name}" in known else module
+        if whole in known and whole not in PACKAGES:
+            found.add(whole)
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room that a module stands in."""
+    return ".".join(module.split(".")[:2])
 
 
 MODULES = modules()
+IN_ROOMS = sorted(set(MODULES) - set(PACKAGES))
 
 
-def test_every_module_stands_on_the_ladder():
-    lost = [name for name in MODULES if name not in PACKAGES and level_of(name) is None]
-    assert not lost, f"give these a place in LADDER: {lost}"
+def test_every_room_has_its_place():
+    assert {room_of(name) for name in IN_ROOMS} == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - set(PACKAGES)))
-def test_imports_go_one_way(name):
-    own = level_of(name)
-    for imported in imports_of(MODULES[name]):
-        if imported.split(".")[0] not in PACKAGES or imported in PACKAGES:
-            continue
-        level = level_of(imported)
-        assert level is None or level <= own, f"{name} imports {imported}, which stands above it"
+@pytest.mark.parametrize("name", IN_ROOMS)
+def test_rooms_are_in_order(name):
+    for imported in own_imports(MODULES[name], MODULES):
+        own, other = ORDER.index(room_of(name)), ORDER.index(room_of(imported))
+        assert other <= own, f"{name} imports {imported}, whose room stands behind its own"
 
 
-@pytest.mark.parametrize("package", sorted(ONE_IMPORTER))
-def test_one_importer_each(package):
+@pytest.mark.parametrize("name", IN_ROOMS)
+def test_nobody_reaches_past_a_door(name):
+    """Other rooms take what a package's __init__ hands out; a package's own files import each other."""
+    if room_of(name) == BENCHES:
+        return
+    for imported in own_imports(MODULES[name], MODULES):
+        inside = room_of(imported) == room_of(name)
+        is_door = imported == room_of(imported) or imported.endswith(".__main__")
+        assert inside or is_door, f"{name} imports {imported}: take it from {room_of(imported)}"
+
+
+@pytest.mark.parametrize("package", sorted({room_of(name) for name in IN_ROOMS if name.count(".") > 1} - {BENCHES}))
+def test_a_door_hands_out_what_others_use(package):
+    """Nothing more: a name that only the package itself uses stays inside."""
+    assigned = [node for node in ast.parse(MODULES[package].read_text()).body if isinstance(node, ast.Assign)]
+    handed_out = next(ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "__all__")
+    used = {
+        name
+        for other, path in MODULES.items()
+        if room_of(other) != package
+        for module, name in imports_of(path)
+        if module == package
+    }
+    by_name = {f"{command}_command" for command in ("compare", "choose", "checkpoint")}  # __main__ looks these up
+    assert set(handed_out) - used <= by_name
+
+
+@pytest.mark.parametrize("library", sorted(ONE_IMPORTER))
+def test_one_importer_each(library):
+    importers = set()
     for name, path in MODULES.items():
-        if any(each == package or each.startswith(package + ".") for each in imports_of(path)):
-            assert name.startswith((ONE_IMPORTER[package], BENCHES)), f"{name} imports {package}"
+        if room_of(name) != BENCHES and any(
+            module == library or module.startswith(library + ".") for module, _ in imports_of(path)
+        ):
+            importers.add(room_of(name) if library == "triton" else name)
+    assert importers == {ONE_IMPORTER[library]}
 
 
 def test_the_packages_keep_apart():
     for name, path in MODULES.items():
-        for imported in imports_of(path):
+        for imported, _ in imports_of(path):
             if name.startswith("data_prep"):
                 assert imported.split(".")[0] not in DATA_PREP_MAY_NOT_IMPORT, f"{name} imports {imported}"
             elif name.startswith("pipeline") and imported.startswith("data_prep.") and not name.startswith(BENCHES):
-                module = ".".join(imported.split(".")[:2])
-                assert module in PIPELINE_MAY_IMPORT, f"{name} imports {imported}"
+                assert room_of(imported) in PIPELINE_MAY_IMPORT, f"{name} imports {imported}"
 
 
-def test_arithmetic_needs_only_the_standard_library():
-    import sys
-
-    for name in LADDER[0]:
-        for imported in imports_of(MODULES[name]):
-            top = imported.split(".")[0]
-            allowed = top in sys.stdlib_module_names or top in PACKAGES or top == "__future__"
-            assert allowed or (top == "numpy" and name in ("data_prep.batching", "data_prep.partition")), (
-                f"{name} imports {imported}"
-            )
+@pytest.mark.parametrize("name", [name for name in IN_ROOMS if room_of(name) in ARITHMETIC])
+def test_arithmetic_needs_only_the_standard_library(name):
+    for imported, _ in imports_of(MODULES[name]):
+        top = imported.split(".")[0]
+        allowed = top in sys.stdlib_module_names or top in PACKAGES
+        assert allowed or (top == "numpy" and name in ("data_prep.batching", "data_prep.partition")), (
+            f"{name} imports {imported}"
+        )
 
 
 def test_files_stay_short():
-    long = {name: count for name, path in MODULES.items() if (count := path.read_text().count("\n")) > 400}
-    assert not long
+    assert not {name: count for name, path in MODULES.items() if (count := path.read_text().count("\n")) > 400}
 
 
 def test_torch_finds_huge_pages_allowed():
@@ -166,3 +186,35 @@ def test_torch_finds_huge_pages_allowed():
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.stdout.split() == ["1", "False"], found.stderr
+
+
+COMMANDS = tuple(f"pipeline.{each}" for each in (
+    "teacher", "distill", "baselines", "recover", "label", "trim", "run", "doctor", "launch"
+))  # fmt: skip
+
+
+def house(root: Path) -> str:
+    """The size of a house: files by folder, rooms of pipeline/, and the arrows between them (benchmarks left out)."""
+    known = modules(root)
+    packages = {room_of(name) for name in known if name.count(".") > 1}
+    files = {name: path for name, path in known.items() if name.startswith("pipeline.") and room_of(name) != BENCHES}
+    arrows = {
+        (name, other)
+        for name, path in files.items()
+        for other in own_imports(path, known)
+        if other.startswith("pipeline.") and room_of(other) not in (room_of(name), BENCHES)
+    }
+    pairs = {(room_of(name), room_of(other)) for name, other in arrows}
+    into_commands = {(name, other) for name, other in arrows if other in COMMANDS and not name.endswith(".__main__")}
+    folders = [path.parent.relative_to(root) for path in known.values()]
+    lines = sum(path.read_text(encoding="utf-8").count("\n") for path in known.values())
+    return "\n".join([
+        *(f"{folder}: {folders.count(folder)} files" for folder in sorted(set(folders))),
+        f"{len({room_of(name) for name in files})} rooms of pipeline/, {len(packages)} of them packages",
+        f"{len(arrows)} arrows between rooms, {len(pairs)} pairs of rooms, {len(into_commands)} arrows into commands",
+        f"{len(known)} files, {lines} lines",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(house(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT))

@@ -16,9 +16,9 @@ from transformers import T5ForConditionalGeneration
 from data_prep.config import DataConfig
 from data_prep.shards import read_manifest
 from pipeline import label as label_module
-from pipeline.config import EvaluateConfig, Recipe
+from pipeline.config.recipe import EvaluateConfig, Recipe
 from pipeline.label import Rule, label
-from pipeline.rundir import RunDir
+from pipeline.rundir.run_dir import RunDir
 from pipeline.scoring import chrf
 from pipeline.world import World
 from tests.builds import build, write_recipe

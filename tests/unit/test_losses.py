@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from pipeline.config import LossConfig, fields_of_kind
+from pipeline.config.recipe import LossConfig, fields_of_kind
 from pipeline.families import family_of
 from pipeline.kernels import HeadLoss, HiddenPair
-from pipeline.losses import GlobalCounts, Objectives, task_loss
-from pipeline.modular import ModularModel, ModularOutputs
-from pipeline.spans import Assembly
+from pipeline.model.losses import GlobalCounts, Objectives, task_loss
+from pipeline.model.modular import ModularModel, ModularOutputs
+from pipeline.spans.spans import Assembly
 from tests.tiny import random_batch, tiny_model
 
 COUNTS = GlobalCounts(num_target_tokens=13, num_micro_batches=2, upstream=2.0)

@@ -10,8 +10,8 @@ import torch
 from pipeline.families import family_of
 from pipeline.kernels import HeadObjective
 from pipeline.kernels.attention_reference import distances, position_bias
-from pipeline.modular import ModularModel, Wanted
-from pipeline.spans import Assembly, Span, teacher_assembly
+from pipeline.model.modular import ModularModel, Wanted
+from pipeline.spans.spans import Assembly, Span, teacher_assembly
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model, tiny_t5
 
 
@@ -163,8 +163,8 @@ def test_the_teacher_assembly_costs_nothing_and_equals_the_teacher():
 
 
 def test_a_micro_batch_without_targets_weighs_nothing():
-    from pipeline.config import LossConfig
-    from pipeline.losses import GlobalCounts, Objectives
+    from pipeline.config.recipe import LossConfig
+    from pipeline.model.losses import GlobalCounts, Objectives
 
     batch = random_batch(0, num_examples=1)
     batch.labels_BT[:] = -100  # as pipeline.data fills a step up: a source, but no target

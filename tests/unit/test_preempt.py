@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from pipeline.preempt import StopSignal
+from pipeline.training.preempt import StopSignal
 from pipeline.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -7,8 +7,8 @@ import weakref
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.prefixes import count_layers, count_prefixes, walk
-from pipeline.spans import modular_spans, pure_tiling, tilings
+from pipeline.spans.prefixes import count_layers, count_prefixes, walk
+from pipeline.spans.spans import modular_spans, pure_tiling, tilings
 
 PATHS = st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=12)
 

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.cli import RECIPES
+from pipeline.config.cli import RECIPES
 
 COSTLY = ["t5_base", "t5_large", "mt5_large"]
 

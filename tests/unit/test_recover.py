@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from pipeline.config import OptimConfig, Recipe, RecoverConfig
+from pipeline.config.recipe import OptimConfig, Recipe, RecoverConfig
 from pipeline.recover import Score, recover
-from pipeline.rundir import Stage
-from pipeline.watchdog import Watchdog
+from pipeline.rundir.stage import Stage
+from pipeline.training.watchdog import Watchdog
 from pipeline.world import World
 from tests.unit.test_assemble import make_run
 

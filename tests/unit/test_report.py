@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.config import Recipe
-from pipeline.evaluate import csv_text
-from pipeline.report import cells, markdown, print_table, report
-from pipeline.report_data import (
+from pipeline.config.recipe import Recipe
+from pipeline.evaluation.stage import csv_text
+from pipeline.report.data import (
     METRICS,
     Row,
     count_text,
@@ -26,8 +25,9 @@ from pipeline.report_data import (
     series,
     table_lines,
 )
-from pipeline.report_page import SHAPES, Axis, bleu_axis, nice_ticks, render_page
-from pipeline.rundir import RunDir
+from pipeline.report.page import SHAPES, Axis, bleu_axis, nice_ticks, render_page
+from pipeline.report.stage import cells, markdown, print_table, report
+from pipeline.rundir.run_dir import RunDir
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "line", "rect", "polyline"}

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.config import EvaluateConfig, Recipe, fields_of_kind
-from pipeline.rundir import RunDir, Stage, StageConflict, publish_folder, write_atomic
+from pipeline.config.recipe import EvaluateConfig, Recipe, fields_of_kind
+from pipeline.rundir.files import publish_folder, write_atomic
+from pipeline.rundir.run_dir import RunDir
+from pipeline.rundir.stage import Stage, StageConflict
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import SAMPLERS, DistillConfig, OptimConfig
-from pipeline.sampler import Sampler
-from pipeline.spans import modular_spans, tilings
+from pipeline.config.recipe import SAMPLERS, DistillConfig, OptimConfig
+from pipeline.model.draws import Sampler
+from pipeline.spans.spans import modular_spans, tilings
 
 LOCAL_STEPS, NUM_STEPS = 100, 1100
 

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import search_costs
-from pipeline.assemble import requested_assemblies
-from pipeline.assembly_losses import assembly_losses
-from pipeline.config import AssembleConfig, DistillConfig, EvaluateConfig, Recipe, SearchConfig
+from pipeline.assemble.requests import requested_assemblies
+from pipeline.config.recipe import AssembleConfig, DistillConfig, EvaluateConfig, Recipe, SearchConfig
 from pipeline.data import evaluation_batches
 from pipeline.families import family_of
-from pipeline.rundir import RunDir, Stage
-from pipeline.search import best_of_budget, fitted_scores, load_library, search, single
-from pipeline.search_costs import ShapeTimer
-from pipeline.solve import Budget, Cost, pareto_front
-from pipeline.spans import STACKS, Assembly, modular_spans, teacher_assembly, tilings
+from pipeline.rundir.run_dir import RunDir
+from pipeline.rundir.stage import Stage
+from pipeline.search import costs as search_costs
+from pipeline.search.costs import ShapeTimer
+from pipeline.search.losses import assembly_losses
+from pipeline.search.stage import best_of_budget, fitted_scores, load_library, search, single
+from pipeline.spans.solve import Budget, Cost, pareto_front
+from pipeline.spans.spans import STACKS, Assembly, modular_spans, teacher_assembly, tilings
 from tests.evaluated import train_tokenizer
 from tests.unit.test_assemble import make_run
 from tests.unit.test_data import publish_data

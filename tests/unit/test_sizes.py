@@ -10,8 +10,8 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 
 import pipeline
 from pipeline.families import family_of, sizes_of
-from pipeline.sizes import ModelSizes, preset_table, t5_sizes
-from pipeline.spans import Assembly, teacher_assembly
+from pipeline.spans.sizes import ModelSizes, preset_table, t5_sizes
+from pipeline.spans.spans import Assembly, teacher_assembly
 from tests.tiny import KINDS, tiny_model
 
 RATIOS = (1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)

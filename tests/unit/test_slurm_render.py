@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import BatchConfig, DistillConfig, Recipe
+from pipeline.config.recipe import BatchConfig, DistillConfig, Recipe
 from slurm.__main__ import main
 from slurm.cluster import STAGE_JOBS, Cluster, find_cluster, load_cluster, seconds_of
 from slurm.render import TEMPLATES, Nodes, Script, render

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import parse_recipe, recipe_parser
-from pipeline.config import Recipe
+from pipeline.config.cli import parse_recipe, recipe_parser
+from pipeline.config.recipe import Recipe
 from slurm.cluster import STAGE_JOBS, load_cluster
 from slurm.controller import Job
 from slurm.discover import choose_mpi, cluster_file, parse_partitions

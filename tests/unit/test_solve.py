@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.solve import Budget, Cost, best_assemblies, best_of, best_tilings, pareto_front, shape_of
-from pipeline.spans import Assembly, modular_spans, tilings
+from pipeline.spans.solve import Budget, Cost, best_assemblies, best_of, best_tilings, pareto_front, shape_of
+from pipeline.spans.spans import Assembly, modular_spans, tilings
 
 SPANS = modular_spans(6, (2, 3, 6))
 EVERYTHING = [Assembly(*pair) for pair in product(tilings(6, SPANS), repeat=2)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.spans import (
+from pipeline.spans.spans import (
     PRESETS,
     Assembly,
     Span,

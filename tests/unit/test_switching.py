@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from data_prep.publish import sha256_of
 from pipeline.bench.__main__ import main as bench
-from pipeline.modular import ModularModel
-from pipeline.rundir import RunDir
-from pipeline.spans import Assembly, Span
-from pipeline.switching import ModuleLibrary
+from pipeline.library.switching import ModuleLibrary
+from pipeline.model.modular import ModularModel
+from pipeline.rundir.run_dir import RunDir
+from pipeline.spans.spans import Assembly, Span
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
 from tests.unit.test_modular import modular_of, perturb
 

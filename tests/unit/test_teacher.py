@@ -10,9 +10,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from data_prep.config import DataConfig
 from data_prep.encode import train_sentencepiece
-from pipeline import teacher
-from pipeline.config import EvaluateConfig, Recipe, TeacherConfig
-from pipeline.rundir import RunDir, Stage
+from pipeline import teacher as teacher_stage
+from pipeline.config.recipe import EvaluateConfig, Recipe, TeacherConfig
+from pipeline.model.huggingface import load_model
+from pipeline.rundir.run_dir import RunDir
+from pipeline.rundir.stage import Stage
+from pipeline.training import whole_model as teacher
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model
 
 
@@ -29,7 +32,7 @@ def test_trained_weights_are_written_and_an_untied_head_stays_untied(tmp_path, m
     monkeypatch.setattr(teacher, "full_weights", lambda checkpoint: weights)
     stage = Stage(RunDir(tmp_path), "teacher", {}, {})
     start.save_pretrained(tmp_path / "start")
-    teacher.save_trained(teacher.load_model(tmp_path / "start"), stage, tmp_path / "out", tokenizer)
+    teacher.save_trained(load_model(tmp_path / "start"), stage, tmp_path / "out", tokenizer)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     batch = random_batch(0)
     torch.testing.assert_close(hf_logits(loaded, batch), hf_logits(trained, batch), atol=1e-6, rtol=1e-6)
@@ -42,6 +45,6 @@ def test_texts_longer_than_learned_positions_are_refused(tmp_path):
         data=data, teacher=TeacherConfig(folder=str(tmp_path / "model")), evaluate=EvaluateConfig(max_new_tokens=40)
     )
     with pytest.raises(ValueError, match=r"max_source_tokens is 41, but .* has 40 positions"):
-        teacher._starting_model(recipe, RunDir(tmp_path))
+        teacher_stage._starting_model(recipe, RunDir(tmp_path))
     short = dataclasses.replace(recipe, data=dataclasses.replace(data, max_source_tokens=40))
-    assert teacher._starting_model(short, RunDir(tmp_path)).config.encoder_layers == 6
+    assert teacher_stage._starting_model(short, RunDir(tmp_path)).config.encoder_layers == 6

@@ -210,7 +210,7 @@ def test_what_is_there_already_is_never_replaced(tmp_path):
     (model / "config.json").write_text("{}")
     for out in (model, model.parent, model / "config.json"):
         with pytest.raises(ValueError, match=f"{out} is not empty: choose another folder for --out"):
-            trimming.main(["--model", str(model), "--texts", str(tmp_path / "none.txt"), "--out", str(out)])
+            trimming.trim_command(["--model", str(model), "--texts", str(tmp_path / "none.txt"), "--out", str(out)])
         with pytest.raises(ValueError, match="is not empty"):
             trim(model, [], out)
     assert [path.name for path in model.iterdir()] == ["config.json"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import units
 from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of
+from pipeline.rundir import claims as units
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,7 @@ def test_batches_hold_every_example_once_and_no_more_tokens_than_allowed() -> No
 
 def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        f"from pathlib import Path; from pipeline.units import take_claim\n"
+        f"from pathlib import Path; from pipeline.rundir.claims import take_claim\n"
         f"print(take_claim(Path({str(tmp_path)!r}), 'unit'), flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout is not None

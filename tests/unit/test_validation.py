@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from pipeline.config import DistillConfig
+from pipeline.config.recipe import DistillConfig
 from pipeline.distill import followed, modular_task
 from pipeline.families import family_of
-from pipeline.metrics import PhaseClock
-from pipeline.modular import ModularModel
-from pipeline.validation import LONGEST_OUTPUT, Translation, Validator
+from pipeline.model.modular import ModularModel
+from pipeline.training.clock import PhaseClock
+from pipeline.training.validation import LONGEST_OUTPUT, Translation, Validator
 from pipeline.world import World
 from tests.tiny import random_batch, tiny_t5
 

@@ -1,0 +1,34 @@
+"""From the module library to plain Hugging Face folders: which are asked for, and how each is written."""
+
+from __future__ import annotations
+
+from pipeline.assemble.requests import (
+    Baseline,
+    baselines_of,
+    check_granularities,
+    coarsest_of,
+    granularity_of,
+    num_teacher_layers,
+    requested_assemblies,
+    spans_of,
+    theseus_settings,
+)
+from pipeline.assemble.stage import assemble
+from pipeline.assemble.systems import System
+from pipeline.assemble.write import Parts, write_checkpoint
+
+__all__ = [
+    "Baseline",
+    "Parts",
+    "System",
+    "assemble",
+    "baselines_of",
+    "check_granularities",
+    "coarsest_of",
+    "granularity_of",
+    "num_teacher_layers",
+    "requested_assemblies",
+    "spans_of",
+    "theseus_settings",
+    "write_checkpoint",
+]

@@ -1,0 +1,159 @@
+"""What a recipe asks for: assemblies, and the baselines that stand beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import SEARCHED, DistillConfig, LossConfig, Recipe
+from pipeline.families import family_of
+from pipeline.rundir import RunDir, read_json
+from pipeline.spans import (
+    STACKS,
+    Assembly,
+    Span,
+    coarsest_assembly,
+    modular_spans,
+    preset_assembly,
+    pure_tiling,
+    refuse_misfit,
+    teacher_assembly,
+)
+
+
+def num_teacher_layers(run: RunDir) -> tuple[int, int]:
+    """Layers of (encoder, decoder)."""
+    config = json.loads((run.teacher_model / "config.json").read_text(encoding="utf-8"))
+    keys = family_of(config["model_type"]).depth_keys
+    return config[keys["encoder"]], config[keys["decoder"]]
+
+
+def spans_of(recipe: Recipe, num_layers: tuple[int, int]) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Modular spans of (encoder, decoder)."""
+    encoder, decoder = (
+        modular_spans(n, recipe.distill.granularities_of(stack)) for stack, n in zip(STACKS, num_layers, strict=True)
+    )
+    return encoder, decoder
+
+
+def check_granularities(recipe: Recipe, run: RunDir) -> None:
+    """Hold a recipe against the module library that it is used with.
+
+    Raises:
+        FileNotFoundError: no library.
+        ValueError: it was trained with other granularities.
+    """
+    library = read_json(run.library / "library.json")
+    if library is None:
+        raise FileNotFoundError(f"{run.library / 'library.json'} is missing: run stage distill first")
+    for stack, spans in zip(STACKS, spans_of(recipe, num_teacher_layers(run)), strict=True):
+        if sorted(library["spans"][stack]) != sorted(map(str, spans)):
+            raise ValueError(
+                f"{run.library} has modular layers for {stack} {', '.join(library['spans'][stack]) or 'layers: none'}, "
+                f"not those of granularities {list(recipe.distill.granularities_of(stack))}: set the recipe's back, or "
+                "run stage distill"
+            )
+
+
+def coarsest_of(recipe: Recipe, num_layers: tuple[int, int]) -> Assembly:
+    return coarsest_assembly(num_layers, spans_of(recipe, num_layers))
+
+
+def requested_assemblies(
+    recipe: Recipe, num_layers: tuple[int, int], choices: dict[str, Any] | None = None
+) -> dict[Assembly, list[tuple[str, float]]]:
+    """Each assembly that the recipe asks for, the teacher first, with the (preset, ratio) pairs that ask for it.
+
+    Args:
+        choices: what stage search has chosen; None: it has not yet, and what it will choose is left out.
+
+    Raises:
+        ValueError: a ratio beyond the coarsest assembly, or an assembly that the granularities do not allow.
+    """
+    encoder, decoder = spans_of(recipe, num_layers)
+    requests: dict[Assembly, list[tuple[str, float]]] = {teacher_assembly(*num_layers): []}
+    for preset in recipe.assemble.presets:
+        for ratio in recipe.assemble.ratios:
+            assembly = preset_assembly(
+                "size-first" if preset == SEARCHED else preset, ratio, num_layers, (encoder, decoder)
+            )
+            if preset == SEARCHED:
+                if choices is None:
+                    continue
+                assembly = Assembly.parse(choices["ratios"][f"{ratio:g}"])
+            requests.setdefault(assembly, []).append((preset, ratio))
+    within_budgets = choices["budgets"].values() if choices and SEARCHED in recipe.assemble.presets else ()
+    for text in (*recipe.assemble.assemblies, *within_budgets):
+        assembly = Assembly.parse(text)
+        refuse_misfit(assembly, num_layers, (encoder, decoder))
+        requests.setdefault(assembly, [])
+    return requests
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One model that is trained to stand beside an assembly."""
+
+    method: str
+    assembly: Assembly
+    """The assembly whose depth it has."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.assembly}"
+
+    def model(self, run: RunDir) -> Path:
+        """Its checkpoint folder."""
+        return run.stage("baseline") / self.name / "model"
+
+
+def baselines_of(recipe: Recipe, num_layers: tuple[int, int]) -> list[Baseline]:
+    """What the recipe asks for.
+
+    Raises:
+        ValueError: a ratio beyond the coarsest assembly, or for theseus one that no single granularity makes.
+    """
+    settings = recipe.baseline
+    if settings.optim.num_steps == 0:
+        return []
+    spans = spans_of(recipe, num_layers)
+    assemblies = [preset_assembly("size-first", ratio, num_layers, spans) for ratio in settings.ratios]
+    assemblies = list(dict.fromkeys(assemblies)) or [coarsest_of(recipe, num_layers)]
+    found = [Baseline(method, assembly) for method in settings.methods for assembly in assemblies]
+    for each in found:
+        if each.method == "theseus":
+            granularity_of(each.assembly)
+    return found
+
+
+def granularity_of(assembly: Assembly) -> int:
+    """The one granularity of an assembly that BERT-of-Theseus can make.
+
+    Raises:
+        ValueError: it mixes several.
+    """
+    granularity = max(assembly.encoder.lengths + assembly.decoder.lengths)
+    for tiling in (assembly.encoder, assembly.decoder):
+        if tiling != pure_tiling(tiling.num_teacher_layers, granularity):
+            raise ValueError(
+                f"baseline theseus has one granularity, which does not make {assembly}: give it baseline.ratios that "
+                "one granularity makes, such as 2, 3 or 6"
+            )
+    return granularity
+
+
+def theseus_settings(recipe: Recipe, granularity: int) -> DistillConfig:
+    """BERT-of-Theseus as settings of a distillation: the task loss alone; the rate and the ramp are the recipe's."""
+    return replace(
+        recipe.distill,
+        granularities=(granularity,),
+        encoder_granularities=None,
+        decoder_granularities=None,
+        init="first",
+        local_steps=0,
+        sampler="theseus-constant",
+        losses=LossConfig(hidden=0.0, logit=0.0, task=1.0, fused=recipe.distill.losses.fused),
+        optim=recipe.baseline.optim,
+    )

@@ -1,0 +1,149 @@
+"""One assembly as an ordinary Hugging Face folder.
+
+A checkpoint is made of files alone: weights are renamed, the depth in config.json is changed, nothing else. So an
+assembly differs from its teacher in nothing that transformers would need our code for. Before it is published, plain
+transformers reads it back, and its logits must be those of the same layers put together in memory, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
+
+from pipeline.families import Family, family_of
+from pipeline.library import ModuleLibrary
+from pipeline.rundir import RunDir, publish_folder
+from pipeline.spans import STACKS, Assembly, Span, Tiling, kept_layers
+from pipeline.tokenizer import copy_tokenizer
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What checkpoints are put together from: the teacher's folder and the module library."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    teacher: Weights
+    library: Weights
+    models: ModuleLibrary
+    """The same in memory: what a checkpoint must compute."""
+
+    @staticmethod
+    def of(run: RunDir, *, library: bool = True) -> Parts:
+        """Read a run's teacher and, where asked for, its module library.
+
+        Raises:
+            FileNotFoundError: no library.
+            ValueError: a library that is damaged or of another teacher.
+        """
+        return Parts.load(run.teacher_model, run.library if library else None)
+
+    @staticmethod
+    def load(teacher: Path, library: Path | None) -> Parts:
+        """Read a teacher's folder and a module library that was trained over it; raises what `of` does."""
+        config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+        return Parts(
+            folder=teacher,
+            config=config,
+            family=family_of(config["model_type"]),
+            teacher=load_file(teacher / "model.safetensors"),
+            library=load_file(library / "modular.safetensors") if library else {},
+            models=ModuleLibrary.load(teacher, library),
+        )
+
+
+def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped: bool = False) -> None:
+    """Publish one assembly as a Hugging Face folder; with `dropped`, teacher layers alone at the same depth.
+
+    Raises:
+        ValueError: what was written does not compute what it was written from; nothing is published.
+    """
+    config, family, teacher = dict(parts.config), parts.family, parts.teacher
+    weights = dict(_outside_layers(teacher, family))
+    spans = {stack: _spans(assembly.tiling(stack), dropped) for stack in STACKS}
+    for stack in STACKS:
+        for index, span in enumerate(spans[stack]):
+            prefix = f"{family.layer_prefix(stack)}{index}."
+            weights |= {prefix + name: tensor for name, tensor in _layer(parts, stack, span).items()}
+        weights |= {name: teacher[name] for name in teacher if _is_shared(name, stack, family)}
+    config |= family.depth_entries((assembly.encoder.num_layers, assembly.decoder.num_layers))
+    config.pop("num_hidden_layers", None)  # an alias of the encoder's depth, which would win over it
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    generation = parts.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copy2(generation, temporary / generation.name)
+    copy_tokenizer(parts.folder, temporary)
+    try:
+        check_round_trip(temporary, parts.models.model_of(spans))
+    except ValueError:
+        shutil.rmtree(temporary)
+        raise
+    publish_folder(temporary, folder)
+
+
+def _spans(tiling: Tiling, dropped: bool) -> tuple[Span, ...]:
+    """What the layers of an assembled stack stand for."""
+    return tuple(Span(i, i) for i in kept_layers(tiling)) if dropped else tiling.spans
+
+
+@torch.no_grad()
+def check_round_trip(folder: Path, model: Any) -> None:
+    """Hold that plain transformers makes of a folder a model with exactly the logits of `model`.
+
+    Raises:
+        ValueError: weights missing or left over, or other logits.
+    """
+    loaded, info = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(f"{folder} does not read back ({what}: {', '.join(map(str, info[what]))}): not published")
+    generator = torch.Generator().manual_seed(0)
+    source_BS, target_BT = (
+        torch.randint(model.config.vocab_size, (2, length), generator=generator) for length in (16, 8)
+    )
+    mask_BS = torch.arange(16)[None, :] < torch.tensor([[16], [11]])
+    ours, theirs = (
+        each.eval()(input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=target_BT).logits
+        for each in (model, loaded)
+    )
+    if not torch.equal(ours, theirs):
+        apart = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("nan")
+        raise ValueError(
+            f"{folder} reads back as another model (its logits are up to {apart:.2g} apart): not published; run "
+            f"python -m pipeline doctor, and the same command again"
+        )
+
+
+def _outside_layers(weights: Weights, family: Family) -> Weights:
+    prefixes = tuple(family.layer_prefix(stack) for stack in STACKS)
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(prefixes)}
+
+
+def _is_shared(name: str, stack: str, family: Family) -> bool:
+    prefix = f"{family.layer_prefix(stack)}0."
+    return name.startswith(prefix) and family.is_shared_weight(name.removeprefix(prefix))
+
+
+def _layer(parts: Parts, stack: str, span: Span) -> Weights:
+    """Weights of the layer that stands for a span, by their names inside a layer."""
+    if span.num_layers == 1:
+        source, prefix = parts.teacher, f"{parts.family.layer_prefix(stack)}{span.first}."
+    else:
+        source, prefix = parts.library, f"{stack}.{span}."
+    layer = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
+    assert layer, f"no weights for {stack} {span}"
+    return layer

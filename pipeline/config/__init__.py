@@ -1,0 +1,32 @@
+"""What a run is told: one recipe of typed, frozen settings, and the command line that reads it."""
+
+from __future__ import annotations
+
+from pipeline.config.cli import parse_recipe, recipe_parser, recipe_yaml, run_program
+from pipeline.config.recipe import (
+    SAMPLERS,
+    SEARCHED,
+    BatchConfig,
+    DistillConfig,
+    LoopConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    fields_of_kind,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "SEARCHED",
+    "BatchConfig",
+    "DistillConfig",
+    "LoopConfig",
+    "LossConfig",
+    "OptimConfig",
+    "Recipe",
+    "fields_of_kind",
+    "parse_recipe",
+    "recipe_parser",
+    "recipe_yaml",
+    "run_program",
+]

@@ -1,0 +1,162 @@
+"""The command line of every program: a recipe, overrides, and mistakes in one line.
+
+`--config` takes a YAML file or the name of one in pipeline/recipes/; any field is overridden as `--a.b value`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from pipeline.config.ranges import check_ranges
+from pipeline.config.recipe import Recipe
+from pipeline.exits import EXIT_MISTAKE
+
+TYPES = {"tuple": "a list, such as [{value}]", "int": "a whole number", "float": "a number", "bool": "true or false"}
+"""What the parser's types are called to people."""
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(_one_line(str(ex or message)))
+
+    def dump(self, cfg: Namespace, **kwargs: Any) -> str:
+        """Settings as a recipe, which every other command takes, too: without the options of this command alone."""
+        own = vars(cfg).keys() - {field.name for field in dataclasses.fields(Recipe)}
+        recipe = cfg.clone()
+        for name in own:
+            del recipe[name]
+        return super().dump(recipe, **kwargs)
+
+
+def recipe_parser(program: str, description: str) -> ArgumentParser:
+    """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file or a name in pipeline/recipes/.")
+    parser.add_argument("--verbose", action="store_true", help="Show the traceback of an error.")
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def parse_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Namespace]:
+    """(recipe, all parsed arguments).
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or out of range, a missing file.
+    """
+    parsed = parser.parse_args(_with_recipe_paths(arguments))
+    values = parser.instantiate(parsed)
+    recipe = Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe)})
+    check_ranges(recipe)
+    return recipe, values
+
+
+def run_program(program: Callable[[], None], *, verbose: bool) -> None:
+    """Run a program; a user's mistake becomes one line on standard error and exit code 2."""
+    try:
+        program()
+    except (ValueError, OSError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_MISTAKE) from None
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by its name in pipeline/recipes/."""
+    for candidate in (Path(name), RECIPES / f"{name}.yaml"):
+        if candidate.is_file():
+            _check_yaml(candidate)
+            return candidate
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ValueError(f"no recipe {name!r}: give the path of a YAML file or one of {', '.join(known)}")
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a recipe: it must hold fields and their values, such as `name: summaries`")
+    sections = {name[: match.start()] for name in field_names(Recipe) for match in re.finditer(r"\.", name)}
+    for name in sorted(sections):
+        place: Any = content
+        for part in name.split("."):
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict):
+            raise ValueError(f"{path}: section {name} holds no fields but {place!r}: give it some, or leave it out")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{twice[0]!r} is there twice in the section that begins at line {line}: remove one")
+        return super().construct_mapping(node, deep)
+
+
+def field_names(config_class: type[Any], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a settings dataclass."""
+    names: list[str] = []
+    for name, value in vars(config_class()).items():
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        names += field_names(type(value), f"{prefix}{name}.") if nested else [prefix + name]
+    return names
+
+
+def _with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+    """Names of recipes after --config become paths."""
+    resolved = list(arguments)
+    for index, argument in enumerate(resolved):
+        if argument == "--config" and index + 1 < len(resolved):
+            resolved[index + 1] = str(recipe_path(resolved[index + 1]))
+        elif argument.startswith("--config="):
+            resolved[index] = f"--config={recipe_path(argument.removeprefix('--config='))}"
+    return resolved
+
+
+def _one_line(message: str) -> str:
+    """A parser's message in one line, with the nearest field where a key is unknown."""
+    line = " ".join(message.split())
+    wrong = re.fullmatch(
+        r"Parser key \"(?P<key>[\w.]+)\": Expected an? <class '(?P<type>\w+)'>. Got value: (?P<value>.*)", line
+    )
+    if wrong and wrong["type"] in TYPES:
+        value = wrong["value"]
+        return f"{wrong['key']} is {value}: it must be {TYPES[wrong['type']].format(value=value.strip('[]'))}"
+    unknown = re.search(r"(?:[Kk]ey|Option) [\"']?-*(?P<key>[\w.]+)[\"']? is not (?:expected|accepted)", line)
+    unknown = unknown or re.search(r"[Uu]nrecognized arguments: -*(?P<key>[\w.]+)", line)
+    unknown = unknown or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", line)
+    if unknown:
+        key = ".".join(filter(None, (unknown.groupdict().get("group"), unknown["key"])))
+        near = difflib.get_close_matches(key, [*field_names(Recipe), "config", "extend", "verbose"], n=1)
+        line = f"unknown field {key!r}" + (f": did you mean {near[0]}?" if near else ": see --help")
+    return line
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe with every field, as a file that `--config` takes."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML knows them."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value

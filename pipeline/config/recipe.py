@@ -1,0 +1,400 @@
+"""Typed, frozen settings of a run: one recipe, every field documented, every field marked by what changing it means.
+
+identity     part of what the result is; another value makes another stage output
+schedule     how long and how fast to train; another value continues a run only with --extend
+operational  how the work is done (ranks, cadence, paths); changes invalidate nothing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.config import DataConfig, identity, operational, schedule
+from pipeline.config.search import SearchConfig
+from pipeline.spans import PRESETS
+
+HIDDEN_MODES = ("span", "mse", "cosine")
+BASELINES = ("finetune", "logit", "theseus")
+DIRECTIONS = ("forward", "reverse")
+SEARCHED = "searched"
+INITS = ("first", "middle", "last", "average")
+SAMPLERS = (
+    "stratified",
+    "uniform",
+    "sandwich",
+    "theseus-constant",
+    "theseus-linear",
+    "coarse-to-fine",
+    "fine-to-coarse",
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    num_steps: int = schedule(1000)
+    """Optimizer steps."""
+    learning_rate: float = schedule(1e-3)
+    """Peak learning rate, before the factors that the model family gives to groups of parameters."""
+    warmup_steps: int = schedule(100)
+    """Steps of linear warm-up; linear decay to 2 % of the peak follows."""
+    weight_decay: float = identity(0.0)
+    """AdamW's decoupled weight decay."""
+    beta1: float = identity(0.9)
+    """Decay of AdamW's first moment."""
+    beta2: float = identity(0.98)
+    """Decay of AdamW's second moment."""
+    max_grad_norm: float = identity(1.0)
+    """Gradient norm above which gradients are scaled down, counted for each modular layer (the whole model for a
+    teacher) by itself."""
+    family_lr_factors: bool = identity(True)
+    """Multiply learning rates by the family's factors for groups of parameters. Needed to train a T5 from scratch or at
+    high rates; turn off to fine-tune a pretrained teacher at the field's usual rates."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 0, f"num_steps must be 0 or more, not {self.num_steps}")
+        _require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        _require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, not {self.max_grad_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The global batch. It does not depend on the number of ranks."""
+
+    tokens_per_micro_batch: int = identity(4096)
+    """Largest padded size of a micro-batch: examples x (longest source + longest target), in tokens."""
+    micro_batches_per_step: int = identity(8)
+    """Micro-batches of one optimizer step over all ranks; the number of ranks must divide it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tokens_per_micro_batch > 0,
+            f"tokens_per_micro_batch must be above 0, not {self.tokens_per_micro_batch}",
+        )
+        _require(
+            self.micro_batches_per_step > 0,
+            f"micro_batches_per_step must be above 0, not {self.micro_batches_per_step}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Cadence of a training loop."""
+
+    ds_config: str = operational("zero3")
+    """How DeepSpeed spreads the model: the name of a file in ds_configs/, a path, or auto, which takes what moves least
+    of those that fit into memory."""
+    recompute_activations: bool = operational(False)
+    """Activation checkpointing: keep the input of each layer only and compute the rest again in backward."""
+    log_every_steps: int = operational(10)
+    """Steps between two records in metrics.jsonl and TensorBoard."""
+    validate_every_steps: int = operational(200)
+    """Steps between two validation losses."""
+    validation_examples: int = operational(256)
+    """Examples of the validation part that a validation loss is computed on."""
+    validation_bleu_examples: int = operational(0)
+    """Examples of the validation part that are decoded greedily at every validation, for a small BLEU of the teacher,
+    the finest, a 2x and the coarsest assembly; 0 for none. Each token of an output costs a forward pass."""
+    save_every_steps: int = operational(200)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = operational(2)
+    """Newest checkpoints to keep."""
+    keep_every_steps: int = operational(0)
+    """Keep the checkpoints of every so many steps, too; 0 keeps none for that."""
+    keep_best: bool = operational(True)
+    """Keep the checkpoint with the lowest mean validation loss, too (of those saved at a step that was validated)."""
+    save_beside: bool = operational(True)
+    """Write checkpoints beside training, from a copy of a rank's share in host memory; false copies none, and waits."""
+    stop_before_end_s: float = operational(120.0)
+    """Seconds before the end of a SLURM job's time at which training saves and asks for another start; at most half of
+    the time that is left when it starts. Longer than two steps, a validation and a save."""
+    hang_timeout_s: float = operational(600.0)
+    """Seconds without progress, or of waiting for others at the start, after which a rank takes the run for hung, says
+    where every rank is, and leaves. Longer than any forward, backward or save. Ranks that died are found sooner."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every_steps", "validate_every_steps", "save_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureConfig:
+    """Sizes of a T5 v1.1 teacher that is trained from scratch; unused when teacher.folder is given."""
+
+    d_model: int = identity(96)
+    """Width of the residual stream."""
+    d_kv: int = identity(24)
+    """Width of one attention head."""
+    d_ff: int = identity(192)
+    """Width of the gated feed-forward layer."""
+    num_heads: int = identity(4)
+    """Attention heads of a layer."""
+    num_layers: int = identity(6)
+    """Encoder layers."""
+    num_decoder_layers: int = identity(6)
+    """Decoder layers."""
+    dropout: float = identity(0.0)
+    """Dropout while the teacher trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The large model: trained from scratch, fine-tuned from a folder, or taken as it is."""
+
+    folder: str = identity("")
+    """Folder of a T5, Flan-T5, mT5 or BART model to start from, or hub:owner/name[@revision], which
+    `python -m pipeline fetch` downloads; empty: train one of the sizes below from scratch."""
+    architecture: ArchitectureConfig = dataclasses.field(default_factory=ArchitectureConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """Training of the teacher; with a folder, num_steps = 0 takes the model as it is."""
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.folder) or self.optim.num_steps > 0,
+            "teacher.optim.num_steps is 0 and teacher.folder is empty: give one of the two",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objectives. A weight is a number, or points [[step, weight], ...] with straight lines between them. The local
+    phase has the hidden-state loss, with weight 1, and the attention losses."""
+
+    hidden: float | tuple[tuple[int, float], ...] = identity(1.0)
+    """Hidden-state loss at the ends of the drawn spans."""
+    hidden_mode: str = identity("span")
+    """How states are compared: span (squared error over what the teacher's span changes), mse (squared error) or
+    cosine (1 - cosine of student and teacher, token by token)."""
+    logit: float | tuple[tuple[int, float], ...] = identity(1.0)
+    """Kullback-Leibler divergence from the teacher's output distribution."""
+    logit_direction: str = identity("forward")
+    """forward: KL(teacher || student); reverse: KL(student || teacher)."""
+    task: float | tuple[tuple[int, float], ...] = identity(1.0)
+    """Cross entropy with the references."""
+    attention_self: float | tuple[tuple[int, float], ...] = identity(0.0)
+    """Kullback-Leibler divergence of self-attention, in both stacks, from the last teacher layer of the span."""
+    attention_cross: float | tuple[tuple[int, float], ...] = identity(0.0)
+    """The same for cross-attention."""
+    temperature: float = identity(1.0)
+    """Temperature of the logit distillation; the loss is multiplied by its square."""
+    fused: bool = operational(True)
+    """Take the fused losses of pipeline/kernels; false takes their definitions in plain PyTorch, which equal them but
+    for rounding."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
+        for name, known in (("hidden_mode", HIDDEN_MODES), ("logit_direction", DIRECTIONS)):
+            _require(getattr(self, name) in known, f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("hidden", "logit", "task", "attention_self", "attention_cross"):
+            weight = getattr(self, name)
+            points = ((0, weight),) if isinstance(weight, (int, float)) else weight
+            _require(len(points) > 0, f"{name} has no points: give a number or [[step, weight], ...]")
+            _require(min(value for _, value in points) >= 0, f"{name} has a weight below 0: {weight}")
+            steps = [step for step, _ in points]
+            _require(steps == sorted(set(steps)), f"the steps of {name} must rise: {steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Training of the modular layers over the frozen teacher."""
+
+    granularities: tuple[int, ...] = identity((2, 3, 6))
+    """Teacher layers that a modular layer stands for; each granularity covers both stacks."""
+    encoder_granularities: tuple[int, ...] | None = identity(None)
+    """The encoder's own granularities, instead of those above; [] leaves the encoder whole."""
+    decoder_granularities: tuple[int, ...] | None = identity(None)
+    """The decoder's own granularities, instead of those above; [] leaves the decoder whole."""
+    init: str = identity("first")
+    """What a modular layer starts from: the first, middle or last teacher layer of its span (of two middle layers the
+    earlier one), or the average of all of them."""
+    local_steps: int = identity(400)
+    """Steps of the local phase, where each modular layer learns its span from the teacher's own states; the steps after
+    it are the replacing phase, where draws put modular layers into the teacher and the whole path is trained. 0
+    leaves the local phase out, optim.num_steps the replacing phase."""
+    sampler: str = identity("stratified")
+    """How the replacing phase draws an assembly for each micro-batch:
+    stratified (a stack takes one granularity throughout or any tiling, see coarse_weight),
+    uniform (any tiling is as likely as any other),
+    sandwich (the coarsest assembly in every other micro-batch, uniform in the rest; the teacher, which is the other
+    end of the sandwich, runs in every micro-batch and gives the targets),
+    theseus-constant, theseus-linear (where a span starts it is replaced with chance replace_rate, which jumps to 1 at
+    the end of the ramp or rises to 1 over it, as in BERT-of-Theseus),
+    coarse-to-fine, fine-to-coarse (stratified over some granularities: the coarsest or the finest at first, one more
+    in each equal part of the ramp, all of them after it)."""
+    coarse_weight: float = identity(0.5)
+    """For stratified draws and the curricula: share of the draws in which a stack takes one granularity throughout,
+    chosen in proportion to its size; the rest is uniform over all tilings."""
+    replace_rate: float = identity(0.5)
+    """For the theseus samplers: chance that a span is replaced at the start of the replacing phase."""
+    ramp: float = identity(0.5)
+    """For the theseus samplers and the curricula: share of the replacing phase after which every span is replaced, or
+    every granularity is admitted."""
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        _require(len(self.all_granularities) > 0, "granularities must name at least one granularity, such as [2, 3, 6]")
+        _require(min(self.all_granularities) >= 2, f"granularities start at 2, not {min(self.all_granularities)}")
+        _require(self.init in INITS, f"unknown init {self.init!r}: choose from {', '.join(INITS)}")
+        _require(self.sampler in SAMPLERS, f"unknown sampler {self.sampler!r}: choose from {', '.join(SAMPLERS)}")
+        _require(self.optim.num_steps > 0, "distill.optim.num_steps is 0: there would be no modular layers")
+        _require(
+            0 <= self.local_steps <= self.optim.num_steps,
+            f"local_steps must lie in 0..{self.optim.num_steps} (optim.num_steps), not {self.local_steps}",
+        )
+        _require(0 <= self.coarse_weight <= 1, f"coarse_weight must lie in 0..1, not {self.coarse_weight}")
+        _require(0 < self.replace_rate <= 1, f"replace_rate must lie above 0 and up to 1, not {self.replace_rate}")
+        _require(0 <= self.ramp <= 1, f"ramp must lie in 0..1, not {self.ramp}")
+
+    def granularities_of(self, stack: str) -> tuple[int, ...]:
+        """Granularities of "encoder" or "decoder"; none for a stack that is left whole."""
+        own = {"encoder": self.encoder_granularities, "decoder": self.decoder_granularities}[stack]
+        return self.granularities if own is None else own
+
+    @property
+    def all_granularities(self) -> tuple[int, ...]:
+        """Granularities of either stack, each once."""
+        return tuple(dict.fromkeys(self.granularities_of("encoder") + self.granularities_of("decoder")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """Small models trained one by one on the same data, each with the depth of an assembly to stand beside."""
+
+    methods: tuple[str, ...] = identity(("finetune",))
+    """finetune (shrink and fine-tune: kept teacher layers, task loss), logit (the same with logit distillation, weights
+    as in distill.losses), theseus (BERT-of-Theseus: one granularity, task loss only)."""
+    ratios: tuple[float, ...] = identity(())
+    """Ratios of layers at which each method makes a model, as size-first takes them; empty: that of the coarsest
+    assembly."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """Training of each small model; num_steps = 0 leaves the baselines out."""
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            _require(method in BASELINES, f"unknown baseline {method!r}: choose from {', '.join(BASELINES)}")
+        for ratio in self.ratios:
+            _require(ratio > 1, f"baseline.ratios start above 1, not {ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig:
+    """A short fine-tuning of one assembly (python -m pipeline recover), published only if it is not worse for it."""
+
+    assembly: str = identity("")
+    """The assembly to tune, in its text form, such as e2x3-d6."""
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig(num_steps=300, learning_rate=1e-4, warmup_steps=30)
+    )
+    """Training of all its layers on the references, with the batch of distill."""
+    validation_examples: int = identity(500)
+    """Validation examples whose BLEU and loss decide; they are decoded as evaluate says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleConfig:
+    """Which checkpoints to put together."""
+
+    ratios: tuple[float, ...] = identity((1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0))
+    """Ratios of layers; ratio r asks for round(layers / r) layers, encoder and decoder together."""
+    presets: tuple[str, ...] = identity(PRESETS)
+    """Ways to choose an assembly for a ratio: size-first, speed-first, searched (see the section search)."""
+    assemblies: tuple[str, ...] = identity(())
+    """Further assemblies by their text form, such as e2x3-d6."""
+
+    def __post_init__(self) -> None:
+        for preset in self.presets:
+            known = (*PRESETS, SEARCHED)
+            _require(preset in known, f"unknown preset {preset!r}: choose from {', '.join(known)}")
+        for ratio in self.ratios:
+            _require(ratio >= 1, f"ratio {ratio} would make a model larger than the teacher: ratios start at 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Scoring of all systems in one batch."""
+
+    max_examples: int = identity(1000)
+    """Test examples to score, from the start of the test part."""
+    max_new_tokens: int = identity(128)
+    """Longest output, in tokens."""
+    num_beams: int = identity(1)
+    """Beams; 1 is greedy."""
+    folders: tuple[str, ...] = identity(())
+    """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
+    tokens_per_batch: int = operational(8192)
+    """Largest padded size of a decoding batch, in tokens."""
+    latency_examples: int = operational(20)
+    """Examples decoded one at a time to measure latency."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How many processes `python -m pipeline run` starts on this machine."""
+
+    num_ranks: int = operational(1)
+    """Training processes (torchrun); on GPUs one for each."""
+    num_mpi_ranks: int = operational(2)
+    """MPI ranks that prepare data."""
+    threads_per_rank: int = operational(1)
+    """CPU threads of a process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that describes a run."""
+
+    name: str = operational("run")
+    """Name in reports and job names."""
+    run_dir: str = operational("")
+    """Folder of the run; empty: runs/<name>."""
+    seed: int = identity(0)
+    """Seed of every random choice."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    baseline: BaselineConfig = dataclasses.field(default_factory=BaselineConfig)
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    recover: RecoverConfig = dataclasses.field(default_factory=RecoverConfig)
+    assemble: AssembleConfig = dataclasses.field(default_factory=AssembleConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.teacher.folder or bool(self.data.tokenizer),
+            f"teacher.folder is {self.teacher.folder} but data.tokenizer is empty: give the teacher's folder there too",
+        )
+
+    @property
+    def resolved_run_dir(self) -> str:
+        return self.run_dir or f"runs/{self.name}"
+
+
+def fields_of_kind(config: Any, kind: str, prefix: str = "") -> dict[str, Any]:
+    """Values of all fields of a settings dataclass that are marked `kind`, by dotted name."""
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            values |= fields_of_kind(value, kind, f"{prefix}{each.name}.")
+        elif each.metadata.get("kind") == kind:
+            values[prefix + each.name] = _lists(value)
+    return values
+
+
+def _lists(value: Any) -> Any:
+    """Tuples, at any depth, as the lists that JSON makes of them."""
+    return [_lists(each) for each in value] if isinstance(value, tuple) else value

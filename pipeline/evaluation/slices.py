@@ -1,0 +1,286 @@
+"""Decoding as units of work, (group, slice), that any number of workers share and any kill only pauses.
+
+A group is systems that are decoded together: all assemblies of the run are one, every other folder is one by itself. A
+slice is one batch of test examples of like length. Workers agree on a plan by creating its file exclusively; a unit's
+result is published whole under the unit's own name, so it counts once, whoever made it and however often.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.assemble import System
+from pipeline.decoding import (
+    Member,
+    Outputs,
+    Pool,
+    Rules,
+    batches_of,
+    decode_together,
+    generate,
+    load,
+    load_pool,
+    losses_of,
+    rules_of,
+)
+from pipeline.evaluation.subject import VIEWS, Evaluation
+from pipeline.families import FAMILIES
+from pipeline.rundir import create_once, digest_of, publish_sealed, read_json, read_sealed
+from pipeline.spans import STACKS, Assembly
+from pipeline.tokenizer import load_tokenizer
+from pipeline.world import is_out_of_memory, release_memory
+
+ASSEMBLIES = "assemblies"
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which systems are decoded, in which groups and slices."""
+
+    folder: Path
+    """Where the units' results go."""
+    groups: dict[str, list[str]]
+    """Names of systems by group."""
+    slices: list[list[int]]
+    """Places of examples."""
+
+    @property
+    def systems(self) -> list[str]:
+        return [name for names in self.groups.values() for name in names]
+
+    @property
+    def units(self) -> list[tuple[str, int]]:
+        return [(group, i) for group in self.groups for i in range(len(self.slices))]
+
+    def path(self, group: str, index: int) -> Path:
+        return self.folder / f"{group}.{index:05d}.json"
+
+
+def agree_on_plan(work: Evaluation, missing: Sequence[System]) -> Plan:
+    """The newest plan for today's inputs that holds all systems whose scores are missing; made where there is none."""
+    inputs = {system.name: work.key(system) for system in work.systems}
+    key = digest_of([inputs, work.recipe.evaluate.tokens_per_batch])[:12]
+    number = 0
+    while True:
+        path = work.folder / "units" / f"plan-{key}.{number}.json"
+        content = read_json(path)
+        if content is None:
+            create_once(path, _new_plan(work, missing))
+            continue
+        plan = Plan(path.with_suffix(""), content["groups"], content["slices"])
+        if {system.name for system in missing} <= set(plan.systems):
+            return plan
+        number += 1
+
+
+def _new_plan(work: Evaluation, missing: Sequence[System]) -> dict[str, Any]:
+    groups: dict[str, list[str]] = {}
+    for system in missing:
+        groups.setdefault(ASSEMBLIES if system.kind in VIEWS else system.name, []).append(system.name)
+    lengths = [len(ids) for ids in tokenize(load_tokenizer(work.run.teacher_model), work, "source")]
+    return {"groups": groups, "slices": batches_of(lengths, work.recipe.evaluate.tokens_per_batch)}
+
+
+def tokenize(tokenizer: Any, work: Evaluation, side: str) -> list[list[int]]:
+    """Ids of all sources, or of all (first) references."""
+    if side == "source":
+        texts = [example["source"] for example in work.examples]
+        return tokenizer(texts, truncation=True, max_length=work.recipe.data.max_source_tokens).input_ids
+    texts = [each[0] for each in work.references.texts]
+    return tokenizer(text_target=texts, truncation=True, max_length=work.recipe.data.max_target_tokens).input_ids
+
+
+class Workshop:
+    """Decodes units; holds one group's weights at a time."""
+
+    def __init__(self, work: Evaluation, device: torch.device) -> None:
+        self.work, self.device = work, device
+        self._group = ""
+        self._decode: Callable[..., dict[str, Any]] | None = None
+
+    def do(self, plan: Plan, unit: tuple[str, int], beat: Callable[[], None]) -> None:
+        """Decode one unit and publish its result."""
+        started_s = time.perf_counter()
+        group, index = unit
+        names, places = plan.groups[group], plan.slices[index]
+        if self._group != group:
+            self._decode = None  # let go of the other group's weights first
+            gc.collect()
+            self._decode, self._group = self._decoder_of(group, names), group
+        assert self._decode is not None
+        record: dict[str, Any] = {"places": places, "outputs": {}, "losses": {}, "num_tokens": {}, "failed": {}}
+        for name in names:
+            record["failed"][name] = OUT_OF_MEMORY
+        for name, decoded in self._decode(names, places, beat).items():
+            del record["failed"][name]
+            record["outputs"][name], record["losses"][name], record["num_tokens"][name] = decoded
+        record["seconds"] = time.perf_counter() - started_s
+        publish_sealed(plan.path(group, index), record)
+
+    def _decoder_of(self, group: str, names: list[str]) -> Callable[..., dict[str, Any]]:
+        run, work = self.work.run, self.work
+        try:
+            if group == ASSEMBLIES:
+                # the plan that names this group carries the hashes: both files were held against the manifest for it
+                return _Views(work, load_pool(run.teacher_model, self.device, run.library))
+            folder = work.folder_of(work.system(group))
+            config = read_json(folder / "config.json") or {}
+            if config.get("model_type") in FAMILIES:
+                pool = load_pool(folder, self.device)
+                try:
+                    return _Views(work, pool)
+                except ValueError:  # its generation config asks for more than Rules carry
+                    del pool
+            return _Plain(work, *load(folder, self.device))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return lambda names, places, beat: {}
+
+
+class _Views:
+    """Decodes systems that are paths through one pool."""
+
+    def __init__(self, work: Evaluation, pool: Pool) -> None:
+        settings = work.recipe.evaluate
+        self.rules = rules_of(pool.model, settings.max_new_tokens, settings.num_beams)
+        self.work, self.pool = work, pool
+
+    @cached_property
+    def sources(self) -> list[list[int]]:
+        return tokenize(self.pool.tokenizer, self.work, "source")
+
+    @cached_property
+    def references(self) -> list[list[int]]:
+        return tokenize(self.pool.tokenizer, self.work, "target")
+
+    def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
+        members = [self._member(name) for name in names]
+        sources, references = ([side[i] for i in places] for side in (self.sources, self.references))
+        found = decode_in_memory(self.pool, members, sources, references, self.rules, beat)
+        counts = [len(self.references[i]) for i in places]
+        return {
+            name: (
+                self.pool.tokenizer.batch_decode(each.tokens, skip_special_tokens=True),
+                list(zip(each.losses, counts, strict=True)),
+                sum(map(len, each.tokens)),
+            )
+            for name, each in found.items()
+        }
+
+    def _check_fits(self, system: System) -> None:
+        assembly = Assembly.parse(system.assembly)
+        for stack in STACKS:
+            tiling, layers = assembly.tiling(stack), self.pool.layers[stack]
+            num_layers = sum(span.num_layers == 1 for span in layers)
+            if tiling.num_teacher_layers != num_layers or any(span not in layers for span in tiling.spans):
+                raise ValueError(
+                    f"system {system.name} does not fit: the {stack} has {num_layers} layers and modular layers for "
+                    f"{', '.join(str(span) for span in layers if span.num_layers > 1)}: run stage assemble again"
+                )
+
+    def _member(self, name: str) -> Member:
+        system = self.work.system(name)
+        if system.kind in VIEWS:
+            self._check_fits(system)
+            return self.work.member(system)
+        encoder, decoder = (tuple(self.pool.layers[stack]) for stack in STACKS)
+        return Member(name, encoder, decoder)
+
+
+def decode_in_memory(
+    pool: Pool,
+    members: Sequence[Member],
+    sources: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]] | None,
+    rules: Rules,
+    beat: Callable[[], None],
+) -> dict[str, Outputs]:
+    """decode_together of all members that fit into memory, if need be one by one and in smaller batches."""
+    try:
+        return decode_together(pool, members, sources, references, rules, beat=beat)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory(pool.device)
+    if len(members) > 1:
+        alone = [decode_in_memory(pool, [member], sources, references, rules, beat) for member in members]
+        return {name: outputs for each in alone for name, outputs in each.items()}
+    if len(sources) == 1:
+        return {}
+    (member,), half = members, len(sources) // 2
+    halves = [
+        decode_in_memory(pool, members, sources[part], references and references[part], rules, beat).get(member.name)
+        for part in (slice(half), slice(half, None))
+    ]
+    if None in halves:
+        return {}
+    tokens, losses = ([x for each in halves if each for x in getattr(each, side)] for side in ("tokens", "losses"))
+    return {member.name: Outputs(tokens, losses)}
+
+
+class _Plain:
+    """Decodes one folder with transformers' own generate."""
+
+    def __init__(self, work: Evaluation, model: Any, tokenizer: Any) -> None:
+        self.work, self.model, self.tokenizer = work, model, tokenizer
+
+    def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
+        sources, references = (
+            [ids[i] for i in places]
+            for ids in (tokenize(self.tokenizer, self.work, side) for side in ("source", "target"))
+        )
+        size = len(places)
+        while size:
+            parts = [slice(first, first + size) for first in range(0, len(places), size)]
+            try:
+                tokens, losses = [], []
+                for part in parts:
+                    tokens += generate(self.model, sources[part], self.work.recipe)
+                    losses += losses_of(self.model, sources[part], references[part])
+                    beat()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                release_memory(self.model.device)
+                size //= 2
+                continue
+            counts = [len(ids) for ids in references]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            return {names[0]: (texts, list(zip(losses, counts, strict=True)), sum(map(len, tokens)))}
+        return {}
+
+
+def read_unit(plan: Plan, group: str, index: int) -> dict[str, Any] | None:
+    """The published result of a unit when it is whole, else None."""
+    return read_sealed(plan.path(group, index))
+
+
+def merge(plan: Plan, system: str, num_examples: int) -> tuple[list[str], list[tuple[float, int]], int] | str:
+    """(outputs, losses, output tokens) of one system over all slices, each example once; or why it failed."""
+    group = next(group for group, names in plan.groups.items() if system in names)
+    outputs: list[str | None] = [None] * num_examples
+    losses: list[tuple[float, int]] = [(0.0, 0)] * num_examples
+    num_tokens = 0
+    for index in range(len(plan.slices)):
+        record = read_unit(plan, group, index)
+        assert record is not None
+        if system in record["failed"]:
+            return record["failed"][system]
+        num_tokens += record["num_tokens"][system]
+        for place, output, loss in zip(
+            record["places"], record["outputs"][system], record["losses"][system], strict=True
+        ):
+            assert outputs[place] is None, "an example is in one slice"
+            outputs[place], losses[place] = output, (loss[0], loss[1])
+    assert None not in outputs
+    return [output or "" for output in outputs], losses, num_tokens

@@ -1,0 +1,262 @@
+"""Decode and score every system of a run in one batch that any number of workers share and any kill only pauses.
+
+Work is claimed as units through files: first (group, slice) units decode (slices.py), then one unit a system
+scores it and publishes outputs/<name>.jsonl and scores/<name>.json with the key that the result was made from. A result
+counts only when key, checksum and outputs agree, so whatever a kill or a bad disk leaves behind is done again.
+When all scores are there, worker 0 alone measures costs, in one go for all systems, and writes scores.csv.
+
+Outputs are those of a plain `AutoModelForSeq2SeqLM.from_pretrained(folder).generate(...)` in the dtype of the
+checkpoint. Padding is masked exactly, so the company an example is decoded in changes logits only by the order of
+summation: about 1e-6 in float32, where another output needs a near-tie (tests/end_to_end/test_evaluate.py compares 200
+outputs with other batches); in bfloat16 the same noise is about 1e-2 and an output may change.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import shutil
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from data_prep.publish import sha256_of
+from pipeline.assemble import System
+from pipeline.config import Recipe
+from pipeline.evaluation.cost import Sample, costs, full_batch
+from pipeline.evaluation.slices import Plan, Workshop, agree_on_plan, merge, read_unit, tokenize
+from pipeline.evaluation.subject import Evaluation
+from pipeline.rundir import RunDir, Stage, publish_sealed, read_sealed, work_off, write_atomic
+from pipeline.scoring import p_values, quality_of
+from pipeline.tokenizer import load_tokenizer
+from pipeline.world import World, device_name
+
+METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "loss")
+TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "ms_per_token", "tokens_per_s", "tokens_per_s_low",
+         "tokens_per_s_high", "peak_memory_bytes")  # fmt: skip
+
+
+def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
+    """Score all systems of a run; worker 0 also measures what they cost and writes scores.csv.
+
+    Workers need no connection to each other, only the run directory: start as many as there are devices, on as many
+    machines, at any time. Workers other than 0 return when nothing is left to claim; worker 0 returns when all is done
+    and takes over what dead workers leave.
+
+    Raises:
+        FileNotFoundError: a stage before this one has not published.
+        ValueError: an empty test part, a damaged library, an example without a reference, two systems of one name.
+    """
+    started_s = time.time()
+    for library in ("sacrebleu", "transformers", "absl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    work = Evaluation.load(recipe, run)
+    stage = Stage.of(recipe, run, "evaluate")
+    if world.is_main:
+        # Not stage.begin(): results carry their own keys, so those of unchanged systems stay good, whatever has changed
+        # around them, and nothing needs to be refused or moved from under another worker.
+        (stage.folder / "stage.json").unlink(missing_ok=True)
+        write_atomic(stage.folder / "inputs.json", json.dumps(stage.inputs, indent=1))
+    scores = score_systems(work, world)
+    if not world.is_main:
+        return
+    _warn(scores)
+    measured = measure_costs(work, scores, world)
+    rows = table_of(work, scores, measured)
+    write_atomic(run.scores, csv_text(rows))
+    for leftover in ("claims", "units"):
+        shutil.rmtree(work.folder / leftover, ignore_errors=True)
+    results = [path for system in work.systems for path in work.result_paths(system) if path.is_file()]
+    stage.publish([run.scores, work.folder / "costs.json", *results], started_s=started_s)
+    teacher = next(row for row in rows if row["kind"] == "teacher")
+    print(
+        f"evaluate: {len(work.systems)} systems x {len(work.examples)} examples, "
+        f"teacher {float(teacher['bleu']):.1f} BLEU, {time.time() - started_s:.1f} s -> {run.scores}"
+    )
+
+
+def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
+    """Decode and score whatever no other worker has; on worker 0, return only when every system has a valid result."""
+    scores = {system.name: score for system in work.systems if (score := read_score(work, system))}
+    missing = [system for system in work.systems if system.name not in scores]
+    if not missing:
+        return scores
+    plan, workshop = agree_on_plan(work, missing), Workshop(work, world.device)
+    with tqdm(total=len(plan.units), desc="evaluate", unit="unit", disable=None if world.is_main else True) as bar:
+        work_off(
+            work.folder / "claims",
+            plan.units,
+            name=lambda unit: f"{plan.folder.name}.{unit[0]}.{unit[1]}",
+            is_done=lambda unit: read_unit(plan, *unit) is not None,
+            do=lambda unit, beat: workshop.do(plan, unit, beat),
+            wait=world.is_main,
+            progress=bar.update,
+        )
+    if not all(read_unit(plan, *unit) for unit in plan.units):
+        return scores  # others still decode, and will score
+    work_off(
+        work.folder / "claims",
+        missing,
+        name=lambda system: f"score.{system.name}",
+        is_done=lambda system: read_score(work, system) is not None,
+        do=lambda system, beat: score_system(work, system, plan, world.device),
+        wait=world.is_main,
+    )
+    return {system.name: score for system in work.systems if (score := read_score(work, system))}
+
+
+def read_score(work: Evaluation, system: System) -> dict[str, Any] | None:
+    """The published result of a system when it is whole and was made from today's inputs, else None."""
+    outputs_path, score_path = work.result_paths(system)
+    score = read_sealed(score_path)
+    if score is None or score["key"] != work.key(system):
+        return None
+    if "failed" in score:
+        return score
+    return score if outputs_path.is_file() and sha256_of(outputs_path) == score["outputs_sha256"] else None
+
+
+def score_system(work: Evaluation, system: System, plan: Plan, device: torch.device) -> None:
+    """Put a system's slices together, score it and publish the result, outputs first."""
+    merged = merge(plan, system.name, len(work.examples))
+    outputs_path, score_path = work.result_paths(system)
+    score: dict[str, Any] = {
+        "name": system.name,
+        "kind": system.kind,
+        "assembly": system.assembly,
+        "device": device_name(device),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "sacrebleu", "rouge-score")
+        },
+        "key": work.key(system),
+    }
+    if isinstance(merged, str):
+        publish_sealed(score_path, {**score, "failed": merged})
+        return
+    outputs, losses, num_tokens = merged
+    lines = [
+        {"id": example["id"], "source": example["source"], "reference": texts[0], "output": output, "loss": loss}
+        | ({"references": list(texts)} if len(texts) > 1 else {})
+        for example, texts, output, (loss, _) in zip(work.examples, work.references.texts, outputs, losses, strict=True)
+    ]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    score |= {
+        "quality": quality_of(work.references, outputs, losses),
+        "num_tokens": num_tokens,
+        "num_empty": sum(not output.strip() for output in outputs),
+        "outputs_sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }
+    write_atomic(outputs_path, content)
+    publish_sealed(score_path, score)
+
+
+def _warn(scores: dict[str, dict[str, Any]]) -> None:
+    """One line on standard error for each system whose scores mean nothing."""
+    for name, score in scores.items():
+        if "failed" in score:
+            print(f"warning: {name} is left out: {score['failed']}", file=sys.stderr)
+        elif score["num_empty"] == score["quality"]["num_examples"]:
+            print(f"warning: all outputs of {name} are empty: its scores say only that", file=sys.stderr)
+
+
+def measure_costs(work: Evaluation, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
+    """Costs of all systems that were scored, by name, published as one file: they compare only when measured in one
+    go."""
+    count = min(work.recipe.evaluate.latency_examples, len(work.examples))
+    picks = [i * len(work.examples) // count for i in range(count)]
+    systems = [system for system in work.systems if "failed" not in scores[system.name]]
+    key = {
+        "systems": {system.name: work.key(system) for system in systems},
+        "examples": [work.examples[i]["id"] for i in picks],
+        "device": device_name(world.device),
+    }
+    path = work.folder / "costs.json"
+    published = read_sealed(path)
+    if published is not None and published["key"] == key:
+        return published["costs"]
+    settings = work.recipe.evaluate
+    tokenizer = load_tokenizer(work.run.teacher_model)
+    sources, targets = (tokenize(tokenizer, work, side) for side in ("source", "target"))
+    middle = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))[len(sources) // 2]
+    sample = Sample(
+        pairs=[(sources[i], min(len(targets[i]), settings.max_new_tokens)) for i in picks],
+        batch=full_batch(sources, settings.tokens_per_batch),
+        typical=(sources[middle], targets[middle]),
+        num_beams=settings.num_beams,
+    )
+    found = costs({system.name: work.folder_of(system) for system in systems}, sample, world.device)
+    publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
+    return found
+
+
+def table_of(
+    work: Evaluation, scores: dict[str, dict[str, Any]], measured: dict[str, dict[str, float]]
+) -> list[dict[str, str]]:
+    """Rows of scores.csv in the order of systems.json; columns whose names start with time_ differ from run to run."""
+    teacher = work.teacher
+    if "failed" in scores[teacher.name]:
+        reason = scores[teacher.name]["failed"]
+        raise ValueError(f"the teacher could not be decoded ({reason}): there is nothing to compare with")
+    significance = _significance(work, scores)
+    teacher_bleu = scores[teacher.name]["quality"]["bleu"]
+    rows = []
+    for system in work.systems:
+        score, cost = scores[system.name], measured.get(system.name, {})
+        quality = score.get("quality", {})
+        latency = cost.get("latency_ms")
+        teacher_latency = measured.get(teacher.name, {}).get("latency_ms")
+        values: dict[str, Any] = {
+            "name": system.name,
+            "kind": system.kind,
+            "assembly": system.assembly,
+            "requests": "; ".join(f"{preset} {ratio:g}" for preset, ratio in system.requests),
+            "failed": score.get("failed", ""),
+            "encoder_layers": system.num_encoder_layers,
+            "decoder_layers": system.num_decoder_layers,
+            "ratio_layers": float(system.ratio_layers),
+            "ratio_non_embedding": teacher.num_non_embedding_parameters / max(1, system.num_non_embedding_parameters),
+            "ratio_bytes": teacher.bytes / system.bytes,
+            "parameters": system.num_parameters,
+            "non_embedding_parameters": system.num_non_embedding_parameters,
+            "bytes": system.bytes,
+            "layer_flops": int(cost["layer_flops"]) if cost else "",
+            **{f"{name}{end}": quality.get(name + end, "") for name in METRICS for end in ("", "_low", "_high")},
+            "percent_of_teacher": 100 * quality["bleu"] / teacher_bleu if quality and teacher_bleu else "",
+            "p_value": significance.get(system.name, ""),
+            "examples": quality.get("num_examples", 0),
+            **{f"time_{name}": cost.get(name, "") for name in TIMES},
+            "time_speedup": teacher_latency / latency if latency and teacher_latency else "",
+        }
+        rows.append({name: f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in values.items()})
+    return rows
+
+
+def _significance(work: Evaluation, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """p-values of the BLEU difference from the teacher."""
+    scored = [system for system in work.systems if "failed" not in scores[system.name]]
+    outputs = {system.name: read_outputs(work, system) for system in scored}
+    baseline = outputs.pop(work.teacher.name)
+    return p_values(work.references, baseline, outputs)
+
+
+def read_outputs(work: Evaluation, system: System) -> list[str]:
+    content = work.result_paths(system)[0].read_text(encoding="utf-8")
+    return [json.loads(line)["output"] for line in content.split("\n") if line]
+
+
+def csv_text(rows: list[dict[str, str]]) -> str:
+    """A table as CSV with a header and Unix line ends."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,45 @@
+"""What a training run holds, moves and computes, counted from sizes alone; which DeepSpeed configuration fits."""
+
+from __future__ import annotations
+
+from pipeline.footprint.estimate import (
+    BYTES_IN_CHECKPOINT,
+    GIB,
+    SHARE_OF_MEMORY,
+    Machine,
+    Memory,
+    Sizes,
+    Traffic,
+    drawn_layers,
+    local_flops,
+    memory,
+    plan,
+    readable,
+    sizes_of,
+    traffic,
+    training_flops,
+    useful_flops,
+)
+from pipeline.footprint.sharding import AUTO, Mode, read_ds_config
+
+__all__ = [
+    "AUTO",
+    "BYTES_IN_CHECKPOINT",
+    "GIB",
+    "SHARE_OF_MEMORY",
+    "Machine",
+    "Memory",
+    "Mode",
+    "Sizes",
+    "Traffic",
+    "drawn_layers",
+    "local_flops",
+    "memory",
+    "plan",
+    "read_ds_config",
+    "readable",
+    "sizes_of",
+    "traffic",
+    "training_flops",
+    "useful_flops",
+]

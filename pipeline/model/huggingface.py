@@ -1,0 +1,47 @@
+"""The teacher as transformers loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.config import Recipe
+from pipeline.families import family_of
+
+
+def check_lengths(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Refuse lengths beyond the positions that a model has.
+
+    Raises:
+        ValueError: names the field, its value and the limit.
+    """
+    longest = family_of(config.model_type).max_positions(config)
+    for name, length in (
+        ("data.max_source_tokens", recipe.data.max_source_tokens),
+        ("data.max_target_tokens", recipe.data.max_target_tokens),
+        ("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens),
+    ):
+        if longest is not None and length > longest:
+            raise ValueError(f"{name} is {length}, but {recipe.teacher.folder} has {longest} positions: lower it")
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A supported encoder-decoder from a local folder, in fp32.
+
+    Raises:
+        ValueError: not a model that a family knows, or weights are missing, which transformers would draw at random.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    disable_progress_bar()
+    family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+    model, found = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
+    family.disable_layer_drop(model)
+    return model

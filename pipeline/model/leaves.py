@@ -1,0 +1,126 @@
+"""The leaves of a modular model: one layer each, gathered by ZeRO-3 as a unit and called once a micro-batch.
+
+Shapes: B examples, S source tokens, L tokens of the stack that a leaf is in, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.families import Family, QueriesKeys, StackInputs, captured
+from pipeline.spans import Span
+
+
+class _Leaf(nn.Module):
+    """One layer, and the family that knows how to call it."""
+
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.layer = layer
+        self.family = family
+
+
+class TeacherLeaf(_Leaf):
+    """One frozen teacher layer, for both passes."""
+
+    def forward(
+        self,
+        teacher_BLD: torch.Tensor,
+        student_BLD: torch.Tensor,
+        teacher_encoded_BSD: torch.Tensor | None,
+        student_encoded_BSD: torch.Tensor | None,
+        use: bool,
+        inputs: StackInputs,
+        capture: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, QueriesKeys]]:
+        """(teacher state after the layer, student state after the layer or, without `use`, as it was, the teacher's
+        queries and keys if `capture`)."""
+        with torch.no_grad(), captured(self.family.attentions(self.layer), capture) as queries_keys:
+            teacher_out_BLD = self.family.call_layer(self.layer, teacher_BLD, teacher_encoded_BSD, inputs)
+        if use:
+            student_BLD = self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, inputs)
+        else:
+            student_BLD = student_BLD.view_as(student_BLD)
+        return teacher_out_BLD, student_BLD, queries_keys
+
+
+class ModularLeaf(_Leaf):
+    """One trainable layer of the teacher's own type that stands for a span of its layers."""
+
+    def forward(
+        self,
+        state_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        use: bool,
+        inputs: StackInputs,
+        capture: bool = False,
+    ) -> torch.Tensor:
+        """The state after the layer or, without `use`, as it was; with `capture` its queries and keys behind it (see
+        `run`). What requires grad is positional and a tensor, and there is one output: the engine hangs the reduction
+        of this leaf's gradients on the gradients of the inputs, and counts outputs, which must not depend on the
+        draw."""
+        if not use:
+            return state_BLD.view_as(state_BLD)
+        with captured(self.family.attentions(self.layer), capture) as queries_keys:
+            state_BLD = self.family.call_layer(self.layer, state_BLD, encoded_BSD, inputs)
+        if not capture:
+            return state_BLD
+        taken = [tensor for pair in queries_keys.values() for tensor in pair]
+        return torch.cat([tensor.flatten() for tensor in (state_BLD, *taken)])
+
+    def run(
+        self,
+        state_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        use: bool,
+        inputs: StackInputs,
+        capture: bool,
+    ) -> tuple[torch.Tensor, dict[str, QueriesKeys]]:
+        """(the state after the layer or, without `use`, as it was, its queries and keys if `use` and `capture`)."""
+        output = self(state_BLD, encoded_BSD, use, inputs, capture)
+        if not (use and capture):
+            return output, {}
+        shapes = [state_BLD.shape]
+        names = ["self", "cross"] if encoded_BSD is not None else ["self"]
+        for name in names:
+            projections = self.family.attentions(self.layer)[name]
+            looked_at = encoded_BSD if name == "cross" and encoded_BSD is not None else state_BLD
+            for each_BLD in (state_BLD, looked_at):
+                shapes.append(torch.Size([*each_BLD.shape[:2], projections.num_heads, projections.width]))
+        parts = [
+            part.view(shape) for part, shape in zip(output.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
+        found = {name: QueriesKeys(*parts[1 + 2 * i : 3 + 2 * i]) for i, name in enumerate(names)}
+        return parts[0], found
+
+
+class Splice(torch.autograd.Function):
+    """Value of the teacher, gradient of the student: where the student has been the teacher so far, it need not be
+    computed twice, and its path back through the leaves stays whole."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BLD: torch.Tensor, teacher_BLD: torch.Tensor) -> torch.Tensor:
+        return teacher_BLD.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def initial_layer(layers: nn.ModuleList, span: Span, init: str, *, share_memory: bool = False) -> nn.Module:
+    """What a modular layer starts from: a copy of the "first", "middle" or "last" layer of its span (of two middle
+    layers the earlier one), or their "average", parameter by parameter. With `share_memory` a copy of one layer has
+    parameters of its own over that layer's memory."""
+    middle = (span.first + span.last) // 2
+    source = layers[{"first": span.first, "middle": middle}.get(init, span.last)]
+    twins = {id(parameter): nn.Parameter(parameter.data) for parameter in source.parameters()}
+    layer = copy.deepcopy(source, twins if share_memory else None)
+    if init == "average":
+        for name, parameter in layer.named_parameters():
+            each = [layers[i].get_parameter(name).data.float() for i in range(span.first, span.last + 1)]
+            parameter.data = torch.stack(each).mean(0).to(parameter.dtype)
+    return layer

@@ -1,0 +1,209 @@
+"""What can be known to be wrong before any work starts: each mistake in one line, with the value and what to do.
+
+Mistakes in the data itself are found by the data stage, which comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from data_prep.hub import local_folder
+from data_prep.publish import sha256_of
+from data_prep.reader import SplitReader
+from data_prep.shards import read_manifest
+from pipeline.assemble import coarsest_of, requested_assemblies, spans_of
+from pipeline.config import Recipe
+from pipeline.evaluation import peer
+from pipeline.families import family_of
+from pipeline.footprint import AUTO, read_ds_config
+from pipeline.model import check_lengths
+from pipeline.planning.disk import check_disk
+from pipeline.planning.planned import Planned, check_fit
+from pipeline.rundir import RunDir, Stage
+from pipeline.search import check_budgets
+from pipeline.spans import STACKS, Budget, Cost, shape_of
+from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
+
+CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
+    """Check a recipe against itself, this machine, the teacher's folder and the run directory.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: the first mistake found.
+    """
+    _check_ranks(recipe)
+    _check_run_directory(run)
+    _check_parts(recipe)
+    for folder in recipe.evaluate.folders:
+        peer(folder)
+    num_layers = _num_layers(recipe)
+    _check_granularities(recipe, num_layers)
+    requested_assemblies(recipe, num_layers)
+    planned = Planned.of(recipe)
+    _check_budgets(planned)
+    _check_stages(recipe, run, extend)
+    check_disk(planned, run)
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    num_ranks = recipe.launch.num_ranks
+    teacher, distill = recipe.teacher, recipe.distill
+    for name, batch, loop in (("teacher", teacher.batch, teacher.loop), ("distill", distill.batch, distill.loop)):
+        if loop.ds_config != AUTO:
+            read_ds_config(loop.ds_config)
+        if batch.micro_batches_per_step % num_ranks:
+            raise ValueError(
+                f"{name}.batch.micro_batches_per_step is {batch.micro_batches_per_step}, which launch.num_ranks "
+                f"{num_ranks} does not divide: make it a multiple of {num_ranks}"
+            )
+    if not torch.cuda.is_available():
+        return
+    if num_ranks > torch.cuda.device_count():
+        raise ValueError(f"launch.num_ranks is {num_ranks}, but this machine has {torch.cuda.device_count()} GPUs")
+    if not dist.is_nccl_available():
+        raise ValueError("this torch has CUDA but not NCCL: install a build of torch with NCCL")
+
+
+def _check_run_directory(run: RunDir) -> None:
+    folder = run.root
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise ValueError(f"run_dir {folder}: ~ is not expanded here: write the whole path")
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"run_dir {run.root} cannot be made: {folder} is a file")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(f"cannot write to {folder} ({error.strerror}): choose another run_dir") from error
+
+
+def _check_parts(recipe: Recipe) -> None:
+    """Training is validated on one part of the data, and all systems are scored on another."""
+    for part in ("validation", "test"):
+        if not any(getattr(each, part) for each in recipe.data.all_sets):
+            raise ValueError(f"data.{part} is empty: name at least one file for it")
+
+
+def check_micro_batches(recipe: Recipe, run: RunDir) -> None:
+    """Hold the micro-batches of every training against the examples, once there are some.
+
+    Raises:
+        ValueError: the longest example does not fit into a micro-batch.
+    """
+    manifest = read_manifest(run.data)
+    longest = max(int(SplitReader(run.data, manifest, part).index["longest_pair"].max()) for part in manifest.splits)
+    for name, batch in (("teacher", recipe.teacher.batch), ("distill", recipe.distill.batch)):
+        if batch.tokens_per_micro_batch < longest and (name != "teacher" or recipe.teacher.optim.num_steps):
+            raise ValueError(
+                f"{name}.batch.tokens_per_micro_batch is {batch.tokens_per_micro_batch}, but the longest example has "
+                f"{longest} tokens (source and target): choose at least {longest}"
+            )
+
+
+def _num_layers(recipe: Recipe) -> tuple[int, int]:
+    """Teacher layers of (encoder, decoder)."""
+    if not recipe.teacher.folder:
+        sizes = recipe.teacher.architecture
+        return sizes.num_layers, sizes.num_decoder_layers
+    folder = local_folder(recipe.teacher.folder)
+    config = _read_model_config(folder)
+    _check_weights(folder)
+    _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
+    check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
+    planned = Planned.of(recipe)
+    check_fit(planned, folder)
+    return planned.num_layers
+
+
+def _read_model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the settings of a Hugging Face model ({type(error).__name__})") from error
+    if missing := [name for name in needed if name not in config]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"teacher.folder {folder} holds no weights: it needs {WEIGHTS[0]} or {WEIGHTS[2]}")
+    refuse_pointer(folder / found[0])
+    if found[0].endswith(".index.json"):
+        index = json.loads((folder / found[0]).read_text(encoding="utf-8"))
+        missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
+        if missing:
+            raise FileNotFoundError(f"teacher.folder {folder} lacks {', '.join(missing)}, which {found[0]} names")
+
+
+def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> None:
+    load_tokenizer(tokenizer)
+    if vocabulary_size(tokenizer) > config["vocab_size"]:
+        raise ValueError(
+            f"data.tokenizer {tokenizer} has {vocabulary_size(tokenizer)} tokens, the teacher's embedding only "
+            f"{config['vocab_size']}: give the teacher's own tokenizer"
+        )
+    for name in ("spiece.model", "tokenizer.json"):
+        ours, theirs = tokenizer / name, teacher / name
+        if ours.is_file() and theirs.is_file():
+            if sha256_of(ours) != sha256_of(theirs):
+                raise ValueError(f"{ours} is not the teacher's {theirs}: data.tokenizer must be the teacher's own")
+            return
+
+
+def _check_granularities(recipe: Recipe, num_layers: tuple[int, int]) -> None:
+    own = (recipe.distill.encoder_granularities, recipe.distill.decoder_granularities)
+    for stack, of_stack, total in zip(STACKS, own, num_layers, strict=True):
+        name, limit = (f"{stack}_granularities", total) if of_stack is not None else ("granularities", max(num_layers))
+        for granularity in recipe.distill.granularities_of(stack):
+            if granularity > limit:
+                raise ValueError(
+                    f"distill.{name} has {granularity}, but the teacher has {num_layers[0]}+{num_layers[1]} layers: "
+                    f"no span is that long"
+                )
+    if not any(spans_of(recipe, num_layers)):
+        raise ValueError(
+            f"the granularities leave all of {num_layers[0]}+{num_layers[1]} layers as they are: name one of 2 or more "
+            "for a stack of 2 or more layers"
+        )
+
+
+def _check_budgets(planned: Planned) -> None:
+    """Those of search.budgets that arithmetic can answer; milliseconds are measured."""
+    sizes, recipe = planned.checkpoint_sizes(), planned.recipe
+    parameters = Cost(sizes.embeddings + sizes.rest, sizes.encoder_layer, sizes.decoder_layer)
+    width = sizes.bytes_per_parameter
+    costs = {
+        "layers": Cost(0, 1, 1),
+        "parameters": parameters,
+        "bytes": Cost(*(width * each for each in dataclasses.astuple(parameters))),
+    }
+    budgets = [each for each in map(Budget.parse, recipe.search.budgets) if each.cost in costs]
+    check_budgets(budgets, costs, shape_of(coarsest_of(recipe, planned.num_layers)))
+
+
+def _check_stages(recipe: Recipe, run: RunDir, extend: bool) -> None:
+    """Refuse a stage that was begun with other settings, as far as the stages before it stand."""
+    for name in CHECKED_STAGES:
+        try:
+            stage = Stage.of(recipe, run, name)
+        except FileNotFoundError:
+            return
+        stage.check(extend=extend)

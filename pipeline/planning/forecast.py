@@ -1,0 +1,223 @@
+"""python -m pipeline estimate: what a run will cost, on one screen; nothing is read but settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean
+
+from pipeline.config import BatchConfig, DistillConfig, LoopConfig, OptimConfig, Recipe
+from pipeline.footprint import (
+    GIB,
+    SHARE_OF_MEMORY,
+    Machine,
+    Memory,
+    Mode,
+    Sizes,
+    Traffic,
+    drawn_layers,
+    local_flops,
+    memory,
+    plan,
+    readable,
+    traffic,
+    training_flops,
+    useful_flops,
+)
+from pipeline.model import Sampler
+from pipeline.planning.disk import bytes_of_stages
+from pipeline.planning.planned import Planned
+
+PEAK_TFLOPS = 312.0
+"""Matmul peak of a rank in bf16: an A100's."""
+SHARE = 0.3
+"""Of the peak that useful FLOPs reach: what encoder-decoders of this size commonly do; not measured on a GPU here."""
+NUM_DRAWS = 200
+"""Draws whose FLOPs are averaged, evenly over the replacing phase."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training costs."""
+
+    name: str
+    sizes: Sizes
+    mode: Mode
+    memory: Memory
+    traffic: Traffic
+    num_steps: int
+    flops: float
+    """Of the whole training, over all ranks: useful ones, without what activation checkpointing computes again."""
+
+
+def estimate(
+    recipe: Recipe, *, num_nodes: int, gpus_per_node: int, gib: float, peak_tflops: float, share: float
+) -> str:
+    """The screen.
+
+    Raises:
+        ValueError: a number out of range, nothing fits, or a teacher that is neither here nor a public model.
+    """
+    for name, value in (("nodes", num_nodes), ("gpus", gpus_per_node), ("gib", gib), ("tflops", peak_tflops)):
+        if value <= 0:
+            raise ValueError(f"--{name} must be above 0, not {value:g}")
+    if not 0 < share <= 1:
+        raise ValueError(f"--share must lie above 0 and up to 1, not {share:g}")
+    planned = Planned.of(recipe)
+    machine = Machine(num_nodes * gpus_per_node, gpus_per_node, gib * GIB, is_gpu=True)
+    costs = costs_of(planned, machine)
+    num_layers, stages = planned.num_layers, bytes_of_stages(planned)
+    lines = [
+        f"{recipe.name}: {num_nodes} node{'s' * (num_nodes > 1)} x {gpus_per_node} ranks with {gib:g} GiB each",
+        f"teacher: {planned.source}: {planned.teacher_sizes.num_trained / 1e6:,.1f} M parameters, "
+        f"{num_layers[0]}+{num_layers[1]} layers",
+        "",
+        *_table(costs, machine.num_ranks, peak_tflops, share),
+        "",
+        *_memory_lines(costs, gib),
+        f"disk     {readable(sum(stages.values()))} at most: {_parts(stages)}",
+        f"hours    at {share:.0%} of a matmul peak of {peak_tflops:g} TFLOP/s a rank, both assumed: give --share and "
+        "--tflops;",
+        "         full micro-batches of texts as long as they may be; data, search and evaluation not counted",
+    ]
+    return "\n".join(lines)
+
+
+def costs_of(planned: Planned, machine: Machine) -> list[Cost]:
+    """Every training of a run, in order.
+
+    Raises:
+        ValueError: the ranks do not divide a global batch, or `auto` finds nothing that fits.
+    """
+    recipe = planned.recipe
+    teacher, distill = recipe.teacher, recipe.distill
+    found: list[Cost] = []
+    if teacher.optim.num_steps:
+        sizes = planned.teacher_sizes
+        per_micro_batch = training_flops(sizes, *_tokens(recipe, teacher.batch))
+        found.append(_cost("teacher", sizes, machine, teacher.optim, teacher.batch, teacher.loop, per_micro_batch))
+    sizes = planned.distill_sizes
+    per_micro_batch = _modular_flops(recipe, planned, sizes, distill)
+    found.append(_cost("distill", sizes, machine, distill.optim, distill.batch, distill.loop, per_micro_batch))
+    for each in planned.baselines:
+        sizes = planned.baseline_sizes(each)
+        per_micro_batch = training_flops(sizes, *_tokens(recipe, distill.batch))
+        optim = recipe.baseline.optim
+        found.append(_cost(each.name, sizes, machine, optim, distill.batch, distill.loop, per_micro_batch))
+    return found
+
+
+def _cost(
+    name: str,
+    sizes: Sizes,
+    machine: Machine,
+    optim: OptimConfig,
+    batch: BatchConfig,
+    loop: LoopConfig,
+    flops_per_micro_batch: float,
+) -> Cost:
+    if batch.micro_batches_per_step % machine.num_ranks:
+        raise ValueError(
+            f"{name}: {batch.micro_batches_per_step} micro_batches_per_step, which {machine.num_ranks} ranks do not "
+            f"divide: make it a multiple of {machine.num_ranks}"
+        )
+    ds_config, _ = plan(sizes, machine, batch, loop)
+    mode = Mode.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+    return Cost(
+        name=name,
+        sizes=sizes,
+        mode=mode,
+        memory=memory(
+            sizes,
+            mode,
+            batch.tokens_per_micro_batch,
+            recompute=loop.recompute_activations,
+            save_beside=loop.save_beside,
+        ),
+        traffic=traffic(sizes, mode, batch.micro_batches_per_step // machine.num_ranks),
+        num_steps=optim.num_steps,
+        flops=flops_per_micro_batch * batch.micro_batches_per_step * optim.num_steps,
+    )
+
+
+def _tokens(recipe: Recipe, batch: BatchConfig) -> tuple[int, int]:
+    """(source, target) tokens of a full micro-batch whose texts are as long as they may be."""
+    source, target = recipe.data.max_source_tokens, recipe.data.max_target_tokens
+    num_source = batch.tokens_per_micro_batch * source // (source + target)
+    return num_source, batch.tokens_per_micro_batch - num_source
+
+
+def _modular_flops(recipe: Recipe, planned: Planned, sizes: Sizes, settings: DistillConfig) -> float:
+    """FLOPs of a micro-batch, averaged over both phases and over draws."""
+    tokens = _tokens(recipe, settings.batch)
+    local_steps, num_steps = settings.local_steps, settings.optim.num_steps
+    total = local_steps * local_flops(sizes, *tokens)
+    if num_steps > local_steps:
+        sampler = Sampler(settings, seed=recipe.seed, num_layers=planned.num_layers, spans=planned.spans)
+        steps = [local_steps + i * (num_steps - local_steps) // NUM_DRAWS for i in range(NUM_DRAWS)]
+        draws = [drawn_layers(sizes, sampler.draw(step, i)) for i, step in enumerate(steps)]
+        total += (num_steps - local_steps) * mean(useful_flops(sizes, *tokens, draw) for draw in draws)
+    return total / num_steps
+
+
+def _table(costs: list[Cost], num_ranks: int, peak_tflops: float, share: float) -> list[str]:
+    rows = [
+        [
+            "",
+            "trains",
+            "DeepSpeed",
+            "GiB a rank",
+            "GiB received a step",
+            "between nodes",
+            "TFLOP a step",
+            "steps",
+            "hours",
+        ]
+    ]
+    hours = [cost.flops / (num_ranks * peak_tflops * 1e12 * share) / 3600 for cost in costs]
+    for cost, taken in zip(costs, hours, strict=True):
+        moved = cost.traffic
+        rows.append(
+            [
+                cost.name,
+                f"{cost.sizes.num_trained / 1e6:,.1f} M",
+                cost.mode.name,
+                f"{cost.memory.device_total / GIB:.1f}",
+                f"{(moved.gathered + moved.reduced) / GIB:.1f}",
+                f"{moved.between_nodes / GIB:.1f}",
+                f"{cost.flops / max(1, cost.num_steps) / 1e12:,.2f}",
+                f"{cost.num_steps:,}",
+                f"{taken:.2f}",
+            ]
+        )
+    rows.append(["all", *[""] * 7, f"{sum(hours):.2f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if column in (0, 2) else cell.rjust(w)
+            for column, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _memory_lines(costs: list[Cost], gib: float) -> list[str]:
+    """What fills a rank, and what does not fit."""
+    lines = []
+    for cost in costs:
+        needs = cost.memory
+        lines.append(f"memory   {cost.name}: {_parts(needs.device)}")
+        if needs.host:
+            lines.append(f"         in host memory: {_parts(needs.host)}")
+        if needs.device_total > SHARE_OF_MEMORY * gib * GIB:
+            lines.append(
+                f"         more than {SHARE_OF_MEMORY:.0%} of {gib:g} GiB: take more ranks, loop.ds_config auto, "
+                "loop.recompute_activations or fewer tokens"
+            )
+    return lines
+
+
+def _parts(counts: Mapping[str, float]) -> str:
+    """The four largest."""
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{name} {readable(count)}" for name, count in largest)

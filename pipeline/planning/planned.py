@@ -1,0 +1,161 @@
+"""The models of a run before it runs: built on the meta device, from settings alone, to be counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from data_prep.hub import local_folder
+from pipeline.assemble import Baseline, baselines_of, granularity_of, spans_of, theseus_settings
+from pipeline.config import DistillConfig, Recipe
+from pipeline.families import family_of, t5_config
+from pipeline.families import sizes_of as model_sizes_of
+from pipeline.footprint import Sizes, sizes_of
+from pipeline.model import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.planning.public_models import public_config
+from pipeline.spans import STACKS, ModelSizes
+from pipeline.training import DistilledModel, full_model_task
+from pipeline.weights import shapes_of, weight_files
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a recipe's models will be."""
+
+    recipe: Recipe
+    settings: dict[str, Any]
+    """The teacher's, as in its config.json."""
+    has_own_head: bool
+    """The head is not tied to the embedding."""
+    source: str
+    """Where the settings come from, for people."""
+
+    @staticmethod
+    def of(recipe: Recipe) -> Planned:
+        """Read the teacher's settings, or take those of the public model of that name where it is not here.
+
+        Raises:
+            ValueError: not here, and no public model.
+        """
+        name = recipe.teacher.folder
+        if not name:
+            config = t5_config(recipe.data.vocab_size, dataclasses.asdict(recipe.teacher.architecture))
+            return Planned(recipe, config.to_dict(), False, "trained from scratch")
+        try:
+            folder = local_folder(name)
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            settings = public_config(name)
+            source = f"{name} (not here: sizes of the public model)"
+            return Planned(recipe, settings, settings.get("tie_word_embeddings") is False, source)
+        return Planned(recipe, settings, _has_own_head(folder, settings), name)
+
+    @property
+    def num_layers(self) -> tuple[int, int]:
+        """Teacher layers of (encoder, decoder)."""
+        keys = family_of(self.settings["model_type"]).depth_keys
+        encoder = self.settings[keys["encoder"]]
+        return encoder, self.settings.get(keys["decoder"], encoder)
+
+    @property
+    def baselines(self) -> list[Baseline]:
+        return baselines_of(self.recipe, self.num_layers)
+
+    def model(self, num_layers: tuple[int, int] | None = None) -> PreTrainedModel:
+        """The teacher, or a model of its kind with other numbers of layers, without memory for its weights."""
+        family = family_of(self.settings["model_type"])
+        entries = family.depth_entries(num_layers or self.num_layers)
+        settings = {key: value for key, value in {**self.settings, **entries}.items() if key != "model_type"}
+        with torch.device("meta"):
+            config = CONFIG_MAPPING[self.settings["model_type"]](**settings)
+            model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # as it is loaded
+        if self.has_own_head:  # transformers ties until weights are loaded
+            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+        return model
+
+    @cached_property
+    def teacher_sizes(self) -> Sizes:
+        """The teacher while it trains."""
+        task = full_model_task(self.model())
+        return sizes_of(task.module, task.leaf_classes)
+
+    @cached_property
+    def distill_sizes(self) -> Sizes:
+        """Teacher and modular layers of stage distill."""
+        return self.modular_sizes(self.recipe.distill)
+
+    def modular_sizes(self, settings: DistillConfig) -> Sizes:
+        """Teacher and modular layers as these settings have them."""
+        granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
+        model = self.model()
+        family = family_of(model.config.model_type)
+        modular = ModularModel(model, family, granularities, settings.init, share_memory=True)
+        return sizes_of(modular, [TeacherLeaf, ModularLeaf])
+
+    def baseline_sizes(self, baseline: Baseline) -> Sizes:
+        """What the training of a baseline holds."""
+        if baseline.method == "theseus":
+            return self.modular_sizes(theseus_settings(self.recipe, granularity_of(baseline.assembly)))
+        assembly = baseline.assembly
+        task = full_model_task(self.model((assembly.encoder.num_layers, assembly.decoder.num_layers)))
+        wrapped: Any = task.module
+        module = DistilledModel(wrapped.model, self.model()) if baseline.method == "logit" else task.module
+        return sizes_of(module, task.leaf_classes)
+
+    def checkpoint_sizes(self) -> ModelSizes:
+        """Of the teacher and of every assembly, as folders in fp32."""
+        model = self.model()
+        weights = dict(model.named_parameters()) | dict(model.named_buffers())
+        return model_sizes_of(weights, family_of(model.config.model_type))
+
+    @property
+    def spans(self) -> tuple[Any, Any]:
+        """Modular spans of (encoder, decoder)."""
+        return spans_of(self.recipe, self.num_layers)
+
+
+def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a model's head is not its embedding: by its weights, as settings that transformers saves do not say."""
+    files = weight_files(folder)
+    if not files:
+        return settings.get("tie_word_embeddings") is False
+    return {"shared.weight", "lm_head.weight"} <= {name for file in files for name in shapes_of(file)}
+
+
+def check_fit(planned: Planned, folder: Path) -> None:
+    """Hold the names and shapes that a teacher's safetensors files announce against its settings.
+
+    Raises:
+        ValueError: a layer is missing or left over, a weight has another shape, or a file is damaged.
+    """
+    found = {
+        name.removeprefix("model."): shape for file in weight_files(folder) for name, shape in shapes_of(file).items()
+    }
+    if not found:
+        return
+    model = planned.model()
+    wanted = {name.removeprefix("model."): list(weight.shape) for name, weight in model.state_dict().items()}
+    family = family_of(model.config.model_type)
+    prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
+
+    def layers(names: Iterable[str]) -> set[str]:
+        each = {prefix: {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+                for prefix in prefixes}  # fmt: skip
+        return {prefix + index for prefix, indices in each.items() for index in indices}
+
+    for name, shape in sorted(wanted.items()):
+        if found.get(name, shape) != shape:
+            raise ValueError(f"teacher.folder {folder}: {name} has shape {found[name]}, but config.json says {shape}")
+        if name.startswith(prefixes) and name not in found:
+            raise ValueError(f"teacher.folder {folder}: its weights lack {name}, which config.json asks for")
+    if left_over := sorted(layers(found) - layers(wanted)):
+        raise ValueError(f"teacher.folder {folder}: config.json says nothing of layer {left_over[0]} among its weights")

@@ -1,0 +1,143 @@
+"""python -m pipeline choose: name the assembly that fits a budget, and export it.
+
+With a budget of latency or size, the best BLEU within it; with only a share of the teacher's BLEU to keep, the smallest
+assembly that keeps it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.report.data import ASSEMBLIES, Row, count_text, read_rows
+from pipeline.rundir import RunDir, check_empty, read_json
+from pipeline.spans import Assembly
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def choose_command(arguments: Sequence[str]) -> None:
+    """Parse the command line, print the choice, export it when asked to.
+
+    Raises:
+        ValueError: no budget, nothing fits, the scores are not of this run's models, or the folder to export to is not
+            empty.
+        FileNotFoundError: the run has not been evaluated.
+    """
+    parser = argparse.ArgumentParser(prog="python -m pipeline choose", description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory that has been evaluated")
+    parser.add_argument("--latency-ms", type=float, help="at most so many milliseconds for one example at batch 1")
+    parser.add_argument("--bytes", type=str, help="at most so many bytes of weights: 300M, 1.5G, 200Mi")
+    parser.add_argument("--keep", type=float, help="at least this share of the teacher's BLEU: 0.98")
+    parser.add_argument("--export", type=Path, help="folder to put the checkpoint into")
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    run = RunDir(options.run)
+    if not run.scores.is_file():
+        raise FileNotFoundError(f"{run.scores} is missing: run stage evaluate first, or give another run with --run")
+    check_scores(run)
+    rows, _ = read_rows(run.scores)
+    num_bytes = None if options.bytes is None else bytes_of(options.bytes)
+    row = choose(rows, latency_ms=options.latency_ms, num_bytes=num_bytes, keep=options.keep)
+    print(describe(row))
+    if options.export is not None:
+        export(run, row, options.export)
+        print(f"exported to {options.export}")
+
+
+def check_scores(run: RunDir) -> None:
+    """Refuse scores of other models than the run makes now, as after another distillation.
+
+    Raises:
+        ValueError: a stage that the scores come from was done again after them, or is being done again.
+    """
+    for later, earlier in (("evaluate", "assemble"), ("assemble", "teacher"), ("assemble", "distill")):
+        stamp = read_json(run.stage(later) / "stage.json")
+        if stamp is None or stamp["inputs"]["identity"][f"output of {earlier}"] != run.output_hash(earlier):
+            raise ValueError(
+                f"{run.scores} is not of what stage {earlier} holds now: run stages assemble and evaluate again"
+            )
+
+
+def choose(
+    rows: Sequence[Row], *, latency_ms: float | None = None, num_bytes: float | None = None, keep: float | None = None
+) -> Row:
+    """The teacher or the assembly that fits.
+
+    Raises:
+        ValueError: no budget is given, or nothing fits; the message names what comes nearest.
+    """
+    if latency_ms is None and num_bytes is None and keep is None:
+        raise ValueError("give a budget: --latency-ms, --bytes or --keep")
+    if keep is not None and not 0 < keep <= 1.5:
+        raise ValueError(f"--keep {keep:g} is a share of the teacher's BLEU: write 0.98 for 98 %")
+    candidates = [row for row in rows if row.kind in ("teacher", *ASSEMBLIES)]
+    fitting = [row for row in candidates if _fits(row, latency_ms, num_bytes, keep)]
+    if not fitting:
+        raise ValueError(f"no assembly of this run fits; {_nearest(candidates, latency_ms, num_bytes, keep)}")
+    if latency_ms is None and num_bytes is None:
+        return min(fitting, key=lambda row: (row.non_embedding_parameters, -row.bleu))
+    return max(fitting, key=lambda row: (row.bleu, -row.non_embedding_parameters))
+
+
+def _fits(row: Row, latency_ms: float | None, num_bytes: float | None, keep: float | None) -> bool:
+    if latency_ms is not None and (row.latency_ms is None or row.latency_ms > latency_ms):
+        return False
+    if num_bytes is not None and row.bytes > num_bytes:
+        return False
+    return keep is None or (row.percent is not None and row.percent >= 100 * keep)
+
+
+def _nearest(rows: Sequence[Row], latency_ms: float | None, num_bytes: float | None, keep: float | None) -> str:
+    """What each budget comes up against."""
+    parts = []
+    if latency_ms is not None:
+        timed = [row for row in rows if row.latency_ms is not None]
+        fastest = min(timed, key=lambda row: row.latency_ms or 0.0, default=None)
+        text = (
+            "no latency was measured"
+            if fastest is None
+            else f"the fastest is {fastest.name} with {fastest.latency_ms:.1f} ms"
+        )
+        parts.append(text)
+    if num_bytes is not None:
+        smallest = min(rows, key=lambda row: row.bytes)
+        parts.append(f"the smallest is {smallest.name} with {smallest.bytes} bytes")
+    if keep is not None:
+        kept = [row for row in rows if row.percent is not None]
+        best = max(kept, key=lambda row: row.percent or 0.0, default=None)
+        text = "the teacher has no BLEU to keep" if best is None else f"{best.name} keeps most, {best.percent:.1f} %"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def bytes_of(text: str) -> float:
+    """300M -> 3e8; K, M, G are powers of 1000, Ki, Mi, Gi of 1024, with or without a B behind."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]?I?)B?", text.strip().upper())
+    if not match or match[2] not in UNITS:
+        raise ValueError(f"{text!r} is not a size: write 300M, 1.5G or 200Mi")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def describe(row: Row) -> str:
+    share = f" ({row.percent:.1f} % of the teacher)" if row.percent is not None else ""
+    speed = f", {row.latency_ms:.1f} ms" if row.latency_ms is not None else ""
+    faster = f" ({row.speedup:.2f}x faster)" if row.speedup is not None else ""
+    return (
+        f"{row.name}: {row.bleu:.1f} BLEU{share}, {row.layers} layers ({row.ratio_layers:.2f}x fewer), "
+        f"{count_text(row.parameters)} parameters, {row.bytes / 1e6:.1f} MB{speed}{faster}"
+    )
+
+
+def export(run: RunDir, row: Row, folder: Path) -> None:
+    """Put the checkpoint of a system into a folder, from the teacher and the library.
+
+    Raises:
+        ValueError: the folder is not empty.
+    """
+    from pipeline.assemble import Parts, write_checkpoint  # late: only an export needs torch
+
+    check_empty(folder, "--export")
+    write_checkpoint(Parts.of(run), Assembly.parse(row.assembly), folder)

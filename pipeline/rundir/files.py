@@ -1,0 +1,67 @@
+"""Files and folders that are whole or absent, and what differs between two of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.publish import fsync_folder, make_folder, publish_bytes
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Publish a file, and the folder that it lies in."""
+    make_folder(path.parent)
+    publish_bytes(path, content.encode() if isinstance(content, str) else content)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Make a finished folder visible under its final name, all at once; an older one of that name goes first."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+
+
+def check_empty(folder: Path, option: str) -> None:
+    """Refuse to publish over what a user may want to keep.
+
+    Raises:
+        ValueError: something is there already; the message names the option that says where to.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: choose another folder for {option}")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None when there is no such file.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or run the stage that wrote it again") from None
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between two settings, as `name: old -> new`; names inside of objects are joined by dots."""
+    old, new = _flat(old), _flat(new)
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, each in value.items():
+        flat |= _flat(each, f"{prefix}{key}.") if isinstance(each, dict) else {prefix + key: each}
+    return flat

@@ -1,0 +1,156 @@
+"""The stamps by which the stages after data preparation skip themselves.
+
+A stage that starts writes its inputs to <stage>/inputs.json; a stage that is done publishes <stage>/stage.json last:
+its inputs again, and the size and sha256 of every output. A stage is done when its stamp carries the inputs that the
+recipe and the stages before it now give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.hub import local_folder
+from data_prep.publish import sha256_of
+from pipeline.config import SEARCHED, Recipe, fields_of_kind
+from pipeline.rundir.files import difference, read_json, write_atomic
+from pipeline.rundir.run_dir import STAGES, RunDir
+
+FORMAT_VERSION = 1
+
+
+class StageConflict(ValueError):
+    """The recipe no longer fits a stage that is half done."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one run, with the inputs that its output must have been made from."""
+
+    run: RunDir
+    name: str
+    identity: dict[str, Any]
+    schedule: dict[str, Any]
+
+    @staticmethod
+    def of(recipe: Recipe, run: RunDir, name: str) -> Stage:
+        """The stage as the recipe describes it now; stages before it must be done.
+
+        Raises:
+            FileNotFoundError: a stage before this one has not published its output.
+        """
+        prefixes, upstream = STAGES[name]
+        upstream = tuple(other for other in upstream if other != "search" or SEARCHED in recipe.assemble.presets)
+        identity, schedule = (
+            {field: value for field, value in fields_of_kind(recipe, kind).items() if field.startswith(prefixes)}
+            for kind in ("identity", "schedule")
+        )
+        identity |= {"format": FORMAT_VERSION, "seed": recipe.seed}
+        if name == "teacher" and recipe.teacher.folder:
+            identity["teacher files"] = _files_of(local_folder(recipe.teacher.folder))
+        for other in upstream:
+            output_hash = run.output_hash(other)
+            if output_hash is None:
+                raise FileNotFoundError(f"stage {name} needs the output of stage {other}: run that first")
+            identity[f"output of {other}"] = output_hash
+        return Stage(run, name, identity, schedule)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.root / self.name
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return json.loads(json.dumps({"identity": self.identity, "schedule": self.schedule}))
+
+    def stamp(self) -> dict[str, Any] | None:
+        """The published stamp when it was made from these inputs and its outputs are all there, else None."""
+        stamp = read_json(self.folder / "stage.json")
+        if stamp is None or stamp["inputs"] != self.inputs:
+            return None
+        for name, entry in stamp["outputs"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                return None
+        return stamp
+
+    def check(self, *, extend: bool = False) -> None:
+        """Refuse what cannot go on from where the stage's folder stands.
+
+        Raises:
+            StageConflict: a half-finished stage was begun with other inputs; the difference is in the message.
+        """
+        begun = self._begun()
+        changed = difference(begun["identity"], self.inputs["identity"])
+        rescheduled = difference(begun["schedule"], self.inputs["schedule"])
+        if changed and not (self.folder / "stage.json").exists():
+            raise StageConflict(
+                f"stage {self.name} in {self.folder} is half finished with other settings ({changed}): set them "
+                f"back, choose another run_dir, or remove that folder to start it again"
+            )
+        if rescheduled and not changed and not extend:
+            raise StageConflict(
+                f"stage {self.name} in {self.folder} was begun with another schedule ({rescheduled}): set it back, "
+                f"or give --extend to continue with the new one"
+            )
+
+    def begin(self, *, extend: bool = False) -> None:
+        """Make the folder ready for work: keep what was begun with the same inputs, set a finished other one aside.
+
+        Raises:
+            StageConflict: as `check` says.
+        """
+        self.check(extend=extend)
+        if self._begun()["identity"] != self.inputs["identity"]:
+            self._set_aside()
+        (self.folder / "stage.json").unlink(missing_ok=True)
+        write_atomic(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
+
+    def _begun(self) -> dict[str, Any]:
+        """The inputs that the stage's folder was begun with; a new folder has been begun with today's."""
+        return read_json(self.folder / "inputs.json") or self.inputs
+
+    def _set_aside(self) -> None:
+        """Move a finished output that another recipe made out of the way."""
+        digest = hashlib.sha256((self.folder / "inputs.json").read_bytes()).hexdigest()[:8]
+        aside = self.folder.with_name(f"{self.name}~{digest}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        self.folder.rename(aside)
+
+    def publish(self, outputs: Iterable[Path], *, started_s: float, extra: dict[str, Any] | None = None) -> None:
+        """Stamp the stage as done. `outputs` are files or folders below the stage's folder."""
+        files: dict[str, dict[str, Any]] = {}
+        for output in outputs:
+            for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
+                if path.is_file():
+                    name = str(path.relative_to(self.folder))
+                    files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        stamp = {
+            "stage": self.name,
+            "inputs": self.inputs,
+            "outputs": files,
+            # of the inputs too: what a stage only refers to, as a list of models does, is not among its files
+            "outputs_hash": hashlib.sha256(json.dumps([self.inputs, files], sort_keys=True).encode()).hexdigest(),
+            "seconds": round(time.time() - started_s, 1),
+            **(extra or {}),
+        }
+        write_atomic(self.folder / "stage.json", json.dumps(stamp, indent=1))
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """What tells a model folder from another of the same name without reading gigabytes: sizes, small files' hashes.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: sha256_of(path) if path.stat().st_size < 2**20 else path.stat().st_size for path in files}
