@@ -20,7 +20,7 @@ from pipeline.assemble import (
     Parts,
     baselines_of,
     granularity_of,
-    num_teacher_layers,
+    stacks_of,
     theseus_settings,
     write_checkpoint,
 )
@@ -31,7 +31,6 @@ from pipeline.families import family_of
 from pipeline.library import export_library, product_of
 from pipeline.model import ModularModel, load_model
 from pipeline.rundir import RunDir, Stage
-from pipeline.spans import STACKS
 from pipeline.training import Task, Trainer, Watchdog, begin_stage, distilled_task, full_model_task, save_trained
 from pipeline.world import World
 
@@ -39,7 +38,7 @@ from pipeline.world import World
 def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/baseline/<method>-<assembly>/model for every baseline of the recipe, one after the other. Collective."""
     started_s, run = time.time(), stage.run
-    wanted = baselines_of(recipe, num_teacher_layers(run))
+    wanted = baselines_of(recipe, stacks_of(recipe, run))
     if begin_stage(stage, world, extend=extend):
         return
     for each in wanted:
@@ -86,7 +85,6 @@ def theseus_task(recipe: Recipe, run: RunDir, granularity: int) -> Task:
     settings = theseus_settings(recipe, granularity)
     teacher = load_model(run.teacher_model)
     family = family_of(teacher.config.model_type)
-    model = ModularModel(teacher, family, settings.granularities, settings.init)
+    model = ModularModel(teacher, family, settings.by_stack, settings.init)
     task = modular_task(model, family, teacher.config, settings, recipe.seed)
-    granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
-    return replace(task, product=product_of(model, run, granularities))
+    return replace(task, product=product_of(model, run, settings))

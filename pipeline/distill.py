@@ -30,7 +30,7 @@ from pipeline.model import (
 )
 from pipeline.rundir import Stage
 from pipeline.scoring import bleu
-from pipeline.spans import STACKS, Assembly, coarsest_assembly, preset_assembly, pure_tiling, teacher_assembly
+from pipeline.spans import Assembly, Stacks
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import Task, Trainer, Translation, Watchdog, begin_stage
 from pipeline.world import World
@@ -44,12 +44,11 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
     settings = recipe.distill
     teacher = load_model(run.teacher_model)
     family = family_of(teacher.config.model_type)
-    granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
-    model = ModularModel(teacher, family, granularities, settings.init, share_memory=True)
+    model = ModularModel(teacher, family, settings.by_stack, settings.init, share_memory=True)
     task = modular_task(model, family, teacher.config, settings, recipe.seed)
     task = replace(
         task,
-        product=product_of(model, run, granularities),
+        product=product_of(model, run, settings),
         translation=translation(model, settings, run.tokenizer) if settings.loop.validation_bleu_examples else None,
     )
     trainer = Trainer(
@@ -64,9 +63,7 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
 
 def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: DistillConfig, seed: int) -> Task:
     """The two phases: local, where every modular layer learns its span, then replacing, where draws are trained."""
-    spans = (model.spans["encoder"], model.spans["decoder"])
-    sampler = Sampler(settings, seed=seed, num_layers=model.num_layers, spans=spans)
-
+    sampler = Sampler(settings, seed=seed, stacks=model.stacks)
     objectives = Objectives(settings.losses)
 
     def forward_args(step: int, batch: MicroBatch, counts: GlobalCounts) -> tuple[Assembly | None, Wanted]:
@@ -77,11 +74,11 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         if step < settings.local_steps:
             return objectives.local_terms(step, outputs, counts)
         terms = objectives.replacing_terms(step, outputs, counts)
-        share = sum(map(granularity_of, outputs.pairs)) / sum(model.num_layers)
+        share = sum(map(granularity_of, outputs.pairs)) / sum(model.stacks.num_layers)
         return replace(terms, means={**terms.means, "replaced_share": (share, 1)})
 
     cross_entropy = Wanted(HeadObjective(task=1.0), eager=not settings.losses.fused)
-    granularities = sorted({span.num_layers for stack in spans for span in stack})
+    granularities = sorted({span.num_layers for _, _, spans in model.stacks for span in spans})
     return Task(
         module=model,
         leaf_classes=[TeacherLeaf, ModularLeaf],
@@ -89,31 +86,24 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         clip_group=lambda name: ".".join(name.split(".")[1:3]),
         forward_args=forward_args,
         loss_terms=loss_terms,
-        validations={name: (each, cross_entropy) for name, each in followed(model, settings).items()},
+        validations={name: (each, cross_entropy) for name, each in followed(model.stacks, settings).items()},
         layers=[leaf.layer for leaf in model.modules() if isinstance(leaf, (TeacherLeaf, ModularLeaf))],
         restarts=(settings.local_steps,) if 0 < settings.local_steps < settings.optim.num_steps else (),
         means=[*map(granularity_label, granularities), "replaced_share"],
     )
 
 
-def followed(model: ModularModel, settings: DistillConfig) -> dict[str, Assembly]:
+def followed(stacks: Stacks, settings: DistillConfig) -> dict[str, Assembly]:
     """Assemblies that are validated while training, by name: the teacher, each granularity throughout from the finest
     to the coarsest, and half of the layers, where these granularities reach that."""
-    num_layers, spans = model.num_layers, (model.spans["encoder"], model.spans["decoder"])
-    found = {"teacher": teacher_assembly(*num_layers)}
+    encoder, decoder = settings.by_stack
     pure = [
-        Assembly(
-            *(
-                pure_tiling(n, granularity if granularity in settings.granularities_of(stack) else 1)
-                for stack, n in zip(STACKS, num_layers, strict=True)
-            )
-        )
-        for granularity in sorted(settings.all_granularities)
+        stacks.pure((each if each in encoder else 1, each if each in decoder else 1))
+        for each in sorted(settings.all_granularities)
     ]
-    half = [] if coarsest_assembly(num_layers, spans).num_layers > round(sum(num_layers) / 2) else [
-        preset_assembly("size-first", 2.0, num_layers, spans)
-    ]  # fmt: skip
-    return found | {str(assembly): assembly for assembly in [pure[0], *half, *pure[1:]]}
+    has_half = stacks.coarsest().num_layers <= round(sum(stacks.num_layers) / 2)
+    half = [stacks.preset("size-first", 2.0)] if has_half else []
+    return {"teacher": stacks.teacher()} | {str(assembly): assembly for assembly in [pure[0], *half, *pure[1:]]}
 
 
 def translation(model: ModularModel, settings: DistillConfig, tokenizer_folder: Path) -> Translation:
@@ -123,7 +113,7 @@ def translation(model: ModularModel, settings: DistillConfig, tokenizer_folder: 
     def score(outputs: Sequence[list[int]], references: Sequence[list[int]]) -> float:
         return bleu(*(tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (outputs, references)))
 
-    assemblies = followed(model, settings)
+    assemblies = followed(model.stacks, settings)
     ratios = {name: assembly.ratio_of_layers for name, assembly in assemblies.items()}
     teacher, *students = assemblies
     chosen = [teacher, students[0], min(students, key=lambda name: abs(ratios[name] - 2)), students[-1]]

@@ -12,14 +12,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.assemble import Parts, check_granularities, num_teacher_layers, spans_of, write_checkpoint
+from pipeline.assemble import Parts, check_granularities, stacks_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
 from pipeline.decoding import generate, load, losses_of
 from pipeline.model import load_model
 from pipeline.rundir import RunDir, Stage, publish_folder
 from pipeline.scoring import References
-from pipeline.spans import Assembly, refuse_misfit
+from pipeline.spans import Assembly
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
 from pipeline.world import World
 
@@ -36,9 +36,9 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
         raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
     if settings.optim.num_steps == 0:
         raise ValueError("recover.optim.num_steps is 0: there would be nothing to compare")
-    assembly, num_layers = Assembly.parse(settings.assembly), num_teacher_layers(run)
+    assembly = Assembly.parse(settings.assembly)
     check_granularities(recipe, run)
-    refuse_misfit(assembly, num_layers, spans_of(recipe, num_layers))
+    stacks_of(recipe, run).refuse_misfit(assembly)
     if begin_stage(stage, world, extend=extend):
         return
     start, tuned = stage.folder / "start", stage.folder / "tuned"

@@ -6,11 +6,9 @@ from pipeline.assemble.requests import (
     Baseline,
     baselines_of,
     check_granularities,
-    coarsest_of,
     granularity_of,
-    num_teacher_layers,
     requested_assemblies,
-    spans_of,
+    stacks_of,
     theseus_settings,
 )
 from pipeline.assemble.stage import assemble
@@ -24,11 +22,9 @@ __all__ = [
     "assemble",
     "baselines_of",
     "check_granularities",
-    "coarsest_of",
     "granularity_of",
-    "num_teacher_layers",
     "requested_assemblies",
-    "spans_of",
+    "stacks_of",
     "theseus_settings",
     "write_checkpoint",
 ]

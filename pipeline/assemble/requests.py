@@ -10,32 +10,14 @@ from typing import Any
 from pipeline.config import SEARCHED, DistillConfig, LossConfig, Recipe
 from pipeline.families import family_of
 from pipeline.rundir import RunDir, read_json
-from pipeline.spans import (
-    STACKS,
-    Assembly,
-    Span,
-    coarsest_assembly,
-    modular_spans,
-    preset_assembly,
-    pure_tiling,
-    refuse_misfit,
-    teacher_assembly,
-)
+from pipeline.spans import Assembly, Stacks, pure_tiling
 
 
-def num_teacher_layers(run: RunDir) -> tuple[int, int]:
-    """Layers of (encoder, decoder)."""
+def stacks_of(recipe: Recipe, run: RunDir) -> Stacks:
+    """The stacks of a run's teacher, as the recipe's granularities divide them."""
     config = json.loads((run.teacher_model / "config.json").read_text(encoding="utf-8"))
     keys = family_of(config["model_type"]).depth_keys
-    return config[keys["encoder"]], config[keys["decoder"]]
-
-
-def spans_of(recipe: Recipe, num_layers: tuple[int, int]) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
-    """Modular spans of (encoder, decoder)."""
-    encoder, decoder = (
-        modular_spans(n, recipe.distill.granularities_of(stack)) for stack, n in zip(STACKS, num_layers, strict=True)
-    )
-    return encoder, decoder
+    return recipe.distill.stacks((config[keys["encoder"]], config[keys["decoder"]]))
 
 
 def check_granularities(recipe: Recipe, run: RunDir) -> None:
@@ -48,7 +30,7 @@ def check_granularities(recipe: Recipe, run: RunDir) -> None:
     library = read_json(run.library / "library.json")
     if library is None:
         raise FileNotFoundError(f"{run.library / 'library.json'} is missing: run stage distill first")
-    for stack, spans in zip(STACKS, spans_of(recipe, num_teacher_layers(run)), strict=True):
+    for stack, _, spans in stacks_of(recipe, run):
         if sorted(library["spans"][stack]) != sorted(map(str, spans)):
             raise ValueError(
                 f"{run.library} has modular layers for {stack} {', '.join(library['spans'][stack]) or 'layers: none'}, "
@@ -57,12 +39,8 @@ def check_granularities(recipe: Recipe, run: RunDir) -> None:
             )
 
 
-def coarsest_of(recipe: Recipe, num_layers: tuple[int, int]) -> Assembly:
-    return coarsest_assembly(num_layers, spans_of(recipe, num_layers))
-
-
 def requested_assemblies(
-    recipe: Recipe, num_layers: tuple[int, int], choices: dict[str, Any] | None = None
+    recipe: Recipe, stacks: Stacks, choices: dict[str, Any] | None = None
 ) -> dict[Assembly, list[tuple[str, float]]]:
     """Each assembly that the recipe asks for, the teacher first, with the (preset, ratio) pairs that ask for it.
 
@@ -72,13 +50,10 @@ def requested_assemblies(
     Raises:
         ValueError: a ratio beyond the coarsest assembly, or an assembly that the granularities do not allow.
     """
-    encoder, decoder = spans_of(recipe, num_layers)
-    requests: dict[Assembly, list[tuple[str, float]]] = {teacher_assembly(*num_layers): []}
+    requests: dict[Assembly, list[tuple[str, float]]] = {stacks.teacher(): []}
     for preset in recipe.assemble.presets:
         for ratio in recipe.assemble.ratios:
-            assembly = preset_assembly(
-                "size-first" if preset == SEARCHED else preset, ratio, num_layers, (encoder, decoder)
-            )
+            assembly = stacks.preset("size-first" if preset == SEARCHED else preset, ratio)
             if preset == SEARCHED:
                 if choices is None:
                     continue
@@ -87,7 +62,7 @@ def requested_assemblies(
     within_budgets = choices["budgets"].values() if choices and SEARCHED in recipe.assemble.presets else ()
     for text in (*recipe.assemble.assemblies, *within_budgets):
         assembly = Assembly.parse(text)
-        refuse_misfit(assembly, num_layers, (encoder, decoder))
+        stacks.refuse_misfit(assembly)
         requests.setdefault(assembly, [])
     return requests
 
@@ -109,7 +84,7 @@ class Baseline:
         return run.stage("baseline") / self.name / "model"
 
 
-def baselines_of(recipe: Recipe, num_layers: tuple[int, int]) -> list[Baseline]:
+def baselines_of(recipe: Recipe, stacks: Stacks) -> list[Baseline]:
     """What the recipe asks for.
 
     Raises:
@@ -118,9 +93,8 @@ def baselines_of(recipe: Recipe, num_layers: tuple[int, int]) -> list[Baseline]:
     settings = recipe.baseline
     if settings.optim.num_steps == 0:
         return []
-    spans = spans_of(recipe, num_layers)
-    assemblies = [preset_assembly("size-first", ratio, num_layers, spans) for ratio in settings.ratios]
-    assemblies = list(dict.fromkeys(assemblies)) or [coarsest_of(recipe, num_layers)]
+    assemblies = [stacks.preset("size-first", ratio) for ratio in settings.ratios]
+    assemblies = list(dict.fromkeys(assemblies)) or [stacks.coarsest()]
     found = [Baseline(method, assembly) for method in settings.methods for assembly in assemblies]
     for each in found:
         if each.method == "theseus":

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import transformers
 from tqdm import tqdm
 
-from pipeline.assemble.requests import baselines_of, check_granularities, num_teacher_layers, requested_assemblies
+from pipeline.assemble.requests import baselines_of, check_granularities, requested_assemblies, stacks_of
 from pipeline.assemble.systems import describe
 from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.config import Recipe
@@ -24,14 +24,15 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
         print("assemble is up to date")
         return
     check_granularities(recipe, run)
-    requests = requested_assemblies(recipe, num_teacher_layers(run), read_json(run.choices))
+    stacks = stacks_of(recipe, run)
+    requests = requested_assemblies(recipe, stacks, read_json(run.choices))
     stage.begin()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # T5 v1.1 and mT5 warn that they are untied, at every loading
     parts = Parts.of(run)
     systems = []
     for assembly, asked in tqdm(requests.items(), desc="assemble", unit="model", disable=None):
-        is_teacher = assembly.num_layers == assembly.num_teacher_layers
+        is_teacher = assembly.num_layers == assembly.stacks_of
         kinds = ["teacher"] if is_teacher else ["assembly", "dropped"]
         for kind in kinds:
             name = f"drop-{assembly}" if kind == "dropped" else str(assembly)
@@ -39,7 +40,7 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
             write_checkpoint(parts, assembly, folder, dropped=kind == "dropped")
             system = describe(run, folder, kind, name, assembly)
             systems.append(replace(system, requests=tuple(asked) if kind != "dropped" else ()))
-    for baseline in baselines_of(recipe, num_teacher_layers(run)):
+    for baseline in baselines_of(recipe, stacks):
         systems.append(describe(run, baseline.model(run), "finetuned", baseline.name, baseline.assembly))
     write_atomic(run.systems, json.dumps({"systems": [asdict(system) for system in systems]}, indent=1))
     stage.publish([stage.folder / "models", run.systems], started_s=started_s)

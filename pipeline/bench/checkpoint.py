@@ -67,7 +67,7 @@ class _Training:
         teacher = new_t5(VOCABULARY, {**sizes, **depth}, 0)
         family = family_of("t5")
         settings = DistillConfig(granularities=GRANULARITIES, local_steps=0, optim=OptimConfig(num_steps=1000))
-        model = ModularModel(teacher, family, GRANULARITIES, settings.init)
+        model = ModularModel(teacher, family, (GRANULARITIES, GRANULARITIES), settings.init)
         self._task = modular_task(model, family, teacher.config, settings, 0)
         self.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.engine = Engine(

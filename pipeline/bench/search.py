@@ -21,10 +21,9 @@ from pipeline.families.t5 import new_t5
 from pipeline.model.draws import Sampler
 from pipeline.model.modular import ModularModel
 from pipeline.search.losses import LayerCalls, assembly_losses, path_of
-from pipeline.search.stage import shapes_by_size, single
+from pipeline.search.stage import best_by_size, single
 from pipeline.spans.prefixes import count_layers, count_prefixes
-from pipeline.spans.solve import best_assemblies, best_of
-from pipeline.spans.spans import PRESETS, STACKS, Assembly, preset_assembly, teacher_assembly
+from pipeline.spans.spans import PRESETS, Assembly
 
 DEPTH = (24, 24)
 RATIOS = (1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     teacher = new_t5(256, {**SIZES, "num_layers": DEPTH[0], "num_decoder_layers": DEPTH[1]}, seed=0).eval()
-    model = ModularModel(teacher, family_of("t5"), (2, 3, 6), "last")
+    model = ModularModel(teacher, family_of("t5"), ((2, 3, 6), (2, 3, 6)), "last")
     for parameter in model.modular.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     batch = random_batch()
@@ -58,11 +57,10 @@ def random_batch() -> MicroBatch:
 
 def sets_of(model: ModularModel, batch: MicroBatch) -> dict[str, list[Assembly]]:
     """The assemblies of the presets, uniform draws, and what a search on this model measures after scoring spans."""
-    spans = (model.spans["encoder"], model.spans["decoder"])
-    presets = {preset_assembly(preset, ratio, DEPTH, spans) for preset in PRESETS for ratio in RATIOS}
-    sampler = Sampler(DistillConfig(sampler="uniform"), seed=0, num_layers=DEPTH, spans=spans)
-    singles = {(stack, span): single(stack, span, DEPTH) for stack in STACKS for span in model.spans[stack]}
-    teacher = teacher_assembly(*DEPTH)
+    stacks, teacher = model.stacks, model.stacks.teacher()
+    presets = {stacks.preset(preset, ratio) for preset in PRESETS for ratio in RATIOS}
+    sampler = Sampler(DistillConfig(sampler="uniform"), seed=0, stacks=stacks)
+    singles = {(stack, span): single(stack, span, teacher) for stack, _, spans in stacks for span in spans}
     losses = dict(
         zip(
             (teacher, *singles.values()),
@@ -70,10 +68,8 @@ def sets_of(model: ModularModel, batch: MicroBatch) -> dict[str, list[Assembly]]
             strict=True,
         )
     )
-    scores = {s: {span: losses[singles[s, span]] - losses[teacher] for span in model.spans[s]} for s in STACKS}
-    by_shape = best_assemblies(DEPTH, (scores["encoder"], scores["decoder"]), CANDIDATES_PER_SIZE)
-    sizes = shapes_by_size(by_shape, DEPTH)
-    candidates = [each for allowed in sizes for _, each in best_of(by_shape, allowed, CANDIDATES_PER_SIZE)]
+    scores = {s: {span: losses[singles[s, span]] - losses[teacher] for span in spans} for s, _, spans in stacks}
+    candidates = best_by_size(CANDIDATES_PER_SIZE, stacks, scores, {}, ())
     return {
         "presets": sorted(presets, key=str),
         "50 uniform draws": [sampler.draw(400 + i, 0) for i in range(NUM_DRAWS)],

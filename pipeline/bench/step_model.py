@@ -60,7 +60,7 @@ def new_task(model: nn.Module, settings: DistillConfig = SETTINGS) -> Task:
     """The replacing phase over a teacher."""
     config: Any = model.config
     family = family_of(config.model_type)
-    modular = ModularModel(model, family, settings.granularities, settings.init, share_memory=True)
+    modular = ModularModel(model, family, settings.by_stack, settings.init, share_memory=True)
     return modular_task(modular, family, config, settings, seed=0)
 
 

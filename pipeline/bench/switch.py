@@ -17,7 +17,8 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 from pipeline.bench import Measure, report
 from pipeline.library.switching import ModuleLibrary
-from pipeline.spans.spans import STACKS, Assembly, modular_spans, preset_assembly
+from pipeline.spans.spans import STACKS, modular_spans
+from pipeline.spans.stacks import Stacks
 
 GRANULARITIES = (2, 3, 6)
 REQUESTS = tuple((preset, ratio) for ratio in (1.2, 1.5, 2.0, 3.0) for preset in ("size-first", "speed-first"))
@@ -85,8 +86,8 @@ def random_library(width: int, num_layers: int) -> ModuleLibrary:
 
 def requested(num_layers: int) -> list[str]:
     """The assemblies that both presets take for ratios from 1.2 to 3."""
-    spans = modular_spans(num_layers, GRANULARITIES)
-    found = [preset_assembly(preset, ratio, (num_layers, num_layers), (spans, spans)) for preset, ratio in REQUESTS]
+    stacks = Stacks.of((num_layers, num_layers), (GRANULARITIES, GRANULARITIES))
+    found = [stacks.preset(preset, ratio) for preset, ratio in REQUESTS]
     return [str(assembly) for assembly in dict.fromkeys(found)]
 
 
@@ -96,7 +97,7 @@ def memory_bytes(library: ModuleLibrary, texts: list[str]) -> tuple[int, int]:
     alive: list[Any] = []
     found: list[int] = []
     # the widest paths first, so that nothing but the models themselves is new to the second measurement
-    whole = str(Assembly.parse("e1x{0}-d1x{0}".format(*library.num_layers)))
+    whole = str(library.stacks.teacher())
     with torch.inference_mode():
         for _ in range(3):
             for text in (whole, *texts):

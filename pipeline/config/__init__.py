@@ -14,6 +14,7 @@ from pipeline.config.recipe import (
     Recipe,
     fields_of_kind,
 )
+from pipeline.config.search import SearchConfig
 
 __all__ = [
     "SAMPLERS",
@@ -24,6 +25,7 @@ __all__ = [
     "LossConfig",
     "OptimConfig",
     "Recipe",
+    "SearchConfig",
     "fields_of_kind",
     "parse_recipe",
     "recipe_parser",

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.config import DataConfig, identity, operational, schedule
 from pipeline.config.search import SearchConfig
-from pipeline.spans import PRESETS
+from pipeline.spans import PRESETS, Stacks
 
 HIDDEN_MODES = ("span", "mse", "cosine")
 BASELINES = ("finetune", "logit", "theseus")
@@ -263,10 +263,19 @@ class DistillConfig:
         own = {"encoder": self.encoder_granularities, "decoder": self.decoder_granularities}[stack]
         return self.granularities if own is None else own
 
+    def stacks(self, num_layers: tuple[int, int]) -> Stacks:
+        """The stacks of a teacher with so many (encoder, decoder) layers, and the spans that get a modular layer."""
+        return Stacks.of(num_layers, self.by_stack)
+
+    @property
+    def by_stack(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Granularities of (encoder, decoder)."""
+        return self.granularities_of("encoder"), self.granularities_of("decoder")
+
     @property
     def all_granularities(self) -> tuple[int, ...]:
         """Granularities of either stack, each once."""
-        return tuple(dict.fromkeys(self.granularities_of("encoder") + self.granularities_of("decoder")))
+        return tuple(dict.fromkeys(sum(self.by_stack, ())))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.publish import sha256_of
 from pipeline.checkpoints import read_manifest, write_weights
+from pipeline.config import DistillConfig
 from pipeline.model import ModularModel
 from pipeline.rundir import RunDir, publish_folder, read_json, write_atomic
 from pipeline.spans import STACKS
@@ -42,15 +42,15 @@ def check_library(teacher: Path, library: Path) -> dict[str, str]:
     return found
 
 
-def product_of(model: ModularModel, run: RunDir, granularities: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def product_of(model: ModularModel, run: RunDir, settings: DistillConfig) -> dict[str, Any]:
     """What a checkpoint must tell so that a library can be made from it alone."""
     stamp = read_json(run.stage("teacher") / "stage.json")
     assert stamp is not None, "the teacher is done before distillation starts"
     return {
         "teacher_sha256": stamp["outputs"]["model/model.safetensors"]["sha256"],
-        "granularities": {stack: list(each) for stack, each in granularities.items()},
-        "num_layers": dict(zip(STACKS, model.num_layers, strict=True)),
-        "spans": {stack: [str(span) for span in spans] for stack, spans in model.spans.items()},
+        "granularities": {stack: list(settings.granularities_of(stack)) for stack in STACKS},
+        "num_layers": {stack: total for stack, total, _ in model.stacks},
+        "spans": {stack: [str(span) for span in spans] for stack, _, spans in model.stacks},
     }
 
 

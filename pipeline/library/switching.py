@@ -23,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.families import family_of
 from pipeline.library.export import check_library
-from pipeline.spans import STACKS, Assembly, Span, refuse_misfit
+from pipeline.spans import STACKS, Assembly, Span, Stacks
 
 
 class ModuleLibrary:
@@ -86,14 +86,11 @@ class ModuleLibrary:
         return self
 
     @property
-    def num_layers(self) -> tuple[int, int]:
-        """Teacher layers of (encoder, decoder)."""
-        encoder, decoder = (len(self.family.layers(self.teacher, stack)) for stack in STACKS)
-        return encoder, decoder
-
-    def spans(self, stack: str) -> tuple[Span, ...]:
-        """Spans of a stack that have a modular layer, in order of (first, last)."""
-        return tuple(sorted(span for span in self.layers[stack] if span.num_layers > 1))
+    def stacks(self) -> Stacks:
+        """The teacher's layers and the spans that have a modular layer."""
+        encoder, decoder = (tuple(sorted(each for each in self.layers[s] if each.num_layers > 1)) for s in STACKS)
+        num_layers = (len(self.layers["encoder"]) - len(encoder), len(self.layers["decoder"]) - len(decoder))
+        return Stacks(num_layers, (encoder, decoder))
 
     def assembly(self, assembly: str | Assembly) -> PreTrainedModel:
         """The model of an assembly, given as such or in its text form, such as e2x3-d1x4.2.
@@ -102,7 +99,7 @@ class ModuleLibrary:
             ValueError: not an assembly, or one of other depths or of spans that have no modular layer.
         """
         wanted = Assembly.parse(assembly) if isinstance(assembly, str) else assembly
-        refuse_misfit(wanted, self.num_layers, (self.spans("encoder"), self.spans("decoder")))
+        self.stacks.refuse_misfit(wanted)
         return self.model_of({stack: wanted.tiling(stack).spans for stack in STACKS})
 
     def model_of(self, spans: Mapping[str, Sequence[Span]]) -> PreTrainedModel:

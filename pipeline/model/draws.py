@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from pipeline.config import SAMPLERS, DistillConfig
-from pipeline.spans import STACKS, Assembly, Span, Tiling, coarsest_assembly, count_tilings, modular_spans, pure_tiling
+from pipeline.spans import Assembly, Span, Stacks, Tiling, count_tilings, modular_spans, pure_tiling
 
 DrawTiling = Callable[[int, random.Random], Tiling]  # (0 for the encoder or 1 for the decoder, randomness) -> tiling
 
@@ -18,30 +18,20 @@ class Sampler:
     At least one modular layer is always drawn: the teacher by itself would train nothing.
 
     Args:
-        num_layers: teacher layers of (encoder, decoder).
-        spans: modular spans of (encoder, decoder).
+        stacks: what there is to draw from.
 
     Raises:
         ValueError: there is no modular span.
     """
 
-    def __init__(
-        self,
-        settings: DistillConfig,
-        *,
-        seed: int,
-        num_layers: tuple[int, int],
-        spans: tuple[Sequence[Span], Sequence[Span]],
-    ) -> None:
+    def __init__(self, settings: DistillConfig, *, seed: int, stacks: Stacks) -> None:
         self.settings = settings
         self.seed = seed
-        self.num_layers = num_layers
-        self._spans = spans
-        self._coarsest = coarsest_assembly(num_layers, spans)
-        if self._coarsest.num_layers == sum(num_layers):
-            raise ValueError(
-                f"the granularities leave all of {num_layers[0]}+{num_layers[1]} layers as they are: nothing to draw"
-            )
+        self.stacks = stacks
+        self._coarsest = stacks.coarsest()
+        if self._coarsest == stacks.teacher():
+            layers = "+".join(map(str, stacks.num_layers))
+            raise ValueError(f"the granularities leave all of {layers} layers as they are: nothing to draw")
         self._walks = cache(self._make_walks)
 
     def draw(self, step: int, micro_batch: int) -> Assembly:
@@ -83,7 +73,7 @@ class Sampler:
 
     def _admitted(self, progress: float) -> tuple[int, ...]:
         """Granularities of a curriculum so far, in the recipe's order: one at first, all after the ramp."""
-        stacks = [(n, self.settings.granularities_of(stack)) for stack, n in zip(STACKS, self.num_layers, strict=True)]
+        stacks = list(zip(self.stacks.num_layers, self.settings.by_stack, strict=True))
         granularities = [
             each
             for each in self.settings.all_granularities
@@ -95,9 +85,9 @@ class Sampler:
 
     def _stratified(self, granularities: tuple[int, ...], stack: int, generator: random.Random) -> Tiling:
         if generator.random() < self.settings.coarse_weight:
-            own = [each for each in granularities if each in self.settings.granularities_of(STACKS[stack])]
+            own = [each for each in granularities if each in self.settings.by_stack[stack]]
             (granularity,) = generator.choices(own, weights=own) if own else (1,)
-            return pure_tiling(self.num_layers[stack], granularity)
+            return pure_tiling(self.stacks.num_layers[stack], granularity)
         return self._uniform(granularities, stack, generator)
 
     def _uniform(self, granularities: tuple[int, ...], stack: int, generator: random.Random) -> Tiling:
@@ -105,7 +95,7 @@ class Sampler:
 
     def _make_walks(self, granularities: tuple[int, ...]) -> list[_UniformTilings]:
         walks = []
-        for num_layers, spans in zip(self.num_layers, self._spans, strict=True):
+        for _, num_layers, spans in self.stacks:
             admitted = set(modular_spans(num_layers, granularities))
             walks.append(_UniformTilings(num_layers, [span for span in spans if span in admitted]))
         return walks
@@ -117,8 +107,8 @@ class Sampler:
         """
         lengths: list[int] = []
         first = 0
-        while first < self.num_layers[stack]:
-            starting = [span.num_layers for span in self._spans[stack] if span.first == first]
+        while first < self.stacks.num_layers[stack]:
+            starting = [span.num_layers for span in self.stacks.spans[stack] if span.first == first]
             replaced = bool(starting) and generator.random() < rate
             lengths.append(generator.choice(starting) if replaced else 1)
             first += lengths[-1]

@@ -13,7 +13,7 @@ tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.data import MicroBatch
 from pipeline.families import Family, QueriesKeys, StackInputs
 from pipeline.kernels import AttentionPair, HeadLoss, HeadObjective, HiddenPair
 from pipeline.model.leaves import ModularLeaf, Splice, TeacherLeaf, initial_layer
-from pipeline.spans import STACKS, Assembly, Span, modular_spans
+from pipeline.spans import STACKS, Assembly, Span, Stacks
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ModularModel(nn.Module):
 
     Args:
         model: the teacher as transformers loads it; taken apart, not to be used by itself afterwards.
-        granularities: see pipeline.spans.modular_spans; of both stacks, or by stack ((): that one is left whole).
+        granularities: of (encoder, decoder), see pipeline.spans.modular_spans; () leaves a stack whole.
         init: what a modular layer starts from, see `initial_layer`.
         share_memory: the modular layers start in the teacher's own memory, for an engine that copies every weight into
             shards of its own before it trains; otherwise they are copies.
@@ -102,7 +102,7 @@ class ModularModel(nn.Module):
         self,
         model: nn.Module,
         family: Family,
-        granularities: Sequence[int] | Mapping[str, Sequence[int]],
+        granularities: tuple[Sequence[int], Sequence[int]],
         init: str,
         *,
         share_memory: bool = False,
@@ -112,26 +112,20 @@ class ModularModel(nn.Module):
         self.shared: Any = family.take_shared(model)
         self.teacher: Any = nn.ModuleDict()
         self.modular: Any = nn.ModuleDict()
-        self.spans: dict[str, tuple[Span, ...]] = {}
-        for stack in STACKS:
+        encoder, decoder = (len(family.layers(model, stack)) for stack in STACKS)
+        self.stacks = Stacks.of((encoder, decoder), granularities)
+        for stack, _, spans in self.stacks:
             layers = family.layers(model, stack)
-            own = granularities[stack] if isinstance(granularities, Mapping) else granularities
-            self.spans[stack] = modular_spans(len(layers), own)
             self.teacher[stack] = nn.ModuleList(TeacherLeaf(layer, family) for layer in layers)
             self.modular[stack] = nn.ModuleDict(
                 {
                     str(span): ModularLeaf(initial_layer(layers, span, init, share_memory=share_memory), family)
-                    for span in self.spans[stack]
+                    for span in spans
                 }
             )
         self.requires_grad_(False)
         self.modular.requires_grad_(True)
         self.eval()
-
-    @property
-    def num_layers(self) -> tuple[int, int]:
-        """Teacher layers of (encoder, decoder)."""
-        return len(self.teacher["encoder"]), len(self.teacher["decoder"])
 
     def train(self, mode: bool = True) -> ModularModel:
         """Training does not turn dropout on: a modular layer learns from states of a teacher without dropout."""
@@ -219,7 +213,7 @@ class ModularModel(nn.Module):
             same: the student has been the teacher so far; up to its first modular span it need not be computed.
         """
         stack, inputs = given.stack, given.inputs
-        spans = draw.tiling(stack).spans if draw is not None else self.spans[stack]
+        spans = draw.tiling(stack).spans if draw is not None else self.stacks.spans_of(stack)
         used = {span for span in spans if span.num_layers > 1}
         replaced = {layer for span in used for layer in range(span.first, span.last + 1)}
         lasts = {span.last for span in used}
@@ -228,7 +222,7 @@ class ModularModel(nn.Module):
         teacher_states = [given.embedded_BLD.detach()]
         student_BLD = given.embedded_BLD.detach().requires_grad_(torch.is_grad_enabled())
         for layer, teacher_leaf in enumerate(self.teacher[stack]):
-            for span in (each for each in self.spans[stack] if each.first == layer):
+            for span in (each for each in self.stacks.spans_of(stack) if each.first == layer):
                 leaf = self.modular[stack][str(span)]
                 if draw is None:
                     start_BLD = teacher_states[-1].detach().requires_grad_(torch.is_grad_enabled())

@@ -5,7 +5,6 @@ Mistakes in the data itself are found by the data stage, which comes first.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from pipeline.assemble import coarsest_of, requested_assemblies, spans_of
+from pipeline.assemble import requested_assemblies
 from pipeline.config import Recipe
 from pipeline.evaluation import peer
 from pipeline.families import family_of
@@ -29,7 +28,7 @@ from pipeline.planning.disk import check_disk
 from pipeline.planning.planned import Planned, check_fit
 from pipeline.rundir import RunDir, Stage
 from pipeline.search import check_budgets
-from pipeline.spans import STACKS, Budget, Cost, shape_of
+from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
 from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
@@ -47,10 +46,11 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     _check_parts(recipe)
     for folder in recipe.evaluate.folders:
         peer(folder)
-    num_layers = _num_layers(recipe)
-    _check_granularities(recipe, num_layers)
-    requested_assemblies(recipe, num_layers)
+    if recipe.teacher.folder:
+        _check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
+    _check_granularities(recipe, planned.stacks)
+    requested_assemblies(recipe, planned.stacks)
     _check_budgets(planned)
     _check_stages(recipe, run, extend)
     check_disk(planned, run)
@@ -112,19 +112,13 @@ def check_micro_batches(recipe: Recipe, run: RunDir) -> None:
             )
 
 
-def _num_layers(recipe: Recipe) -> tuple[int, int]:
-    """Teacher layers of (encoder, decoder)."""
-    if not recipe.teacher.folder:
-        sizes = recipe.teacher.architecture
-        return sizes.num_layers, sizes.num_decoder_layers
-    folder = local_folder(recipe.teacher.folder)
+def _check_teacher(recipe: Recipe, folder: Path) -> None:
+    """The folder that a recipe names as its teacher."""
     config = _read_model_config(folder)
     _check_weights(folder)
     _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
     check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
-    planned = Planned.of(recipe)
-    check_fit(planned, folder)
-    return planned.num_layers
+    check_fit(Planned.of(recipe), folder)
 
 
 def _read_model_config(folder: Path) -> dict[str, Any]:
@@ -168,35 +162,30 @@ def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> 
             return
 
 
-def _check_granularities(recipe: Recipe, num_layers: tuple[int, int]) -> None:
+def _check_granularities(recipe: Recipe, stacks: Stacks) -> None:
     own = (recipe.distill.encoder_granularities, recipe.distill.decoder_granularities)
-    for stack, of_stack, total in zip(STACKS, own, num_layers, strict=True):
-        name, limit = (f"{stack}_granularities", total) if of_stack is not None else ("granularities", max(num_layers))
+    longest, layers = max(stacks.num_layers), "+".join(map(str, stacks.num_layers))
+    for (stack, total, _), of_stack in zip(stacks, own, strict=True):
+        name, limit = (f"{stack}_granularities", total) if of_stack is not None else ("granularities", longest)
         for granularity in recipe.distill.granularities_of(stack):
             if granularity > limit:
                 raise ValueError(
-                    f"distill.{name} has {granularity}, but the teacher has {num_layers[0]}+{num_layers[1]} layers: "
-                    f"no span is that long"
+                    f"distill.{name} has {granularity}, but the teacher has {layers} layers: no span is that long"
                 )
-    if not any(spans_of(recipe, num_layers)):
+    if not any(stacks.spans):
         raise ValueError(
-            f"the granularities leave all of {num_layers[0]}+{num_layers[1]} layers as they are: name one of 2 or more "
-            "for a stack of 2 or more layers"
+            f"the granularities leave all of {layers} layers as they are: name one of 2 or more for a stack of 2 or "
+            "more layers"
         )
 
 
 def _check_budgets(planned: Planned) -> None:
     """Those of search.budgets that arithmetic can answer; milliseconds are measured."""
-    sizes, recipe = planned.checkpoint_sizes(), planned.recipe
+    sizes = planned.checkpoint_sizes()
     parameters = Cost(sizes.embeddings + sizes.rest, sizes.encoder_layer, sizes.decoder_layer)
-    width = sizes.bytes_per_parameter
-    costs = {
-        "layers": Cost(0, 1, 1),
-        "parameters": parameters,
-        "bytes": Cost(*(width * each for each in dataclasses.astuple(parameters))),
-    }
-    budgets = [each for each in map(Budget.parse, recipe.search.budgets) if each.cost in costs]
-    check_budgets(budgets, costs, shape_of(coarsest_of(recipe, planned.num_layers)))
+    costs = costs_of_sizes(parameters, sizes.bytes_per_parameter)
+    budgets = [each for each in map(Budget.parse, planned.recipe.search.budgets) if each.cost in costs]
+    check_budgets(budgets, costs, shape_of(planned.stacks.coarsest()))
 
 
 def _check_stages(recipe: Recipe, run: RunDir, extend: bool) -> None:

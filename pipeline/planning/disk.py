@@ -31,7 +31,7 @@ def bytes_of_stages(planned: Planned) -> dict[str, float]:
     recipe = planned.recipe
     sizes = planned.checkpoint_sizes()
     teacher, distill = recipe.teacher, recipe.distill
-    requests = requested_assemblies(recipe, planned.num_layers)
+    requests = requested_assemblies(recipe, planned.stacks)
     num_modular = planned.distill_sizes.num_trained
     folders = [sizes.bytes(each) * (1 if each.ratio_of_layers == 1 else 2) for each in requests]  # layers dropped, too
     found = {

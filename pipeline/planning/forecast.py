@@ -66,7 +66,7 @@ def estimate(
     planned = Planned.of(recipe)
     machine = Machine(num_nodes * gpus_per_node, gpus_per_node, gib * GIB, is_gpu=True)
     costs = costs_of(planned, machine)
-    num_layers, stages = planned.num_layers, bytes_of_stages(planned)
+    num_layers, stages = planned.stacks.num_layers, bytes_of_stages(planned)
     lines = [
         f"{recipe.name}: {num_nodes} node{'s' * (num_nodes > 1)} x {gpus_per_node} ranks with {gib:g} GiB each",
         f"teacher: {planned.source}: {planned.teacher_sizes.num_trained / 1e6:,.1f} M parameters, "
@@ -153,7 +153,7 @@ def _modular_flops(recipe: Recipe, planned: Planned, sizes: Sizes, settings: Dis
     local_steps, num_steps = settings.local_steps, settings.optim.num_steps
     total = local_steps * local_flops(sizes, *tokens)
     if num_steps > local_steps:
-        sampler = Sampler(settings, seed=recipe.seed, num_layers=planned.num_layers, spans=planned.spans)
+        sampler = Sampler(settings, seed=recipe.seed, stacks=planned.stacks)
         steps = [local_steps + i * (num_steps - local_steps) // NUM_DRAWS for i in range(NUM_DRAWS)]
         draws = [drawn_layers(sizes, sampler.draw(step, i)) for i, step in enumerate(steps)]
         total += (num_steps - local_steps) * mean(useful_flops(sizes, *tokens, draw) for draw in draws)

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from data_prep.hub import local_folder
-from pipeline.assemble import Baseline, baselines_of, granularity_of, spans_of, theseus_settings
+from pipeline.assemble import Baseline, baselines_of, granularity_of, theseus_settings
 from pipeline.config import DistillConfig, Recipe
 from pipeline.families import family_of, t5_config
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.footprint import Sizes, sizes_of
 from pipeline.model import ModularLeaf, ModularModel, TeacherLeaf
 from pipeline.planning.public_models import public_config
-from pipeline.spans import STACKS, ModelSizes
+from pipeline.spans import STACKS, ModelSizes, Stacks
 from pipeline.training import DistilledModel, full_model_task
 from pipeline.weights import shapes_of, weight_files
 
@@ -60,20 +60,20 @@ class Planned:
         return Planned(recipe, settings, _has_own_head(folder, settings), name)
 
     @property
-    def num_layers(self) -> tuple[int, int]:
-        """Teacher layers of (encoder, decoder)."""
+    def stacks(self) -> Stacks:
+        """Layers of the teacher, and the spans that get a modular layer."""
         keys = family_of(self.settings["model_type"]).depth_keys
         encoder = self.settings[keys["encoder"]]
-        return encoder, self.settings.get(keys["decoder"], encoder)
+        return self.recipe.distill.stacks((encoder, self.settings.get(keys["decoder"], encoder)))
 
     @property
     def baselines(self) -> list[Baseline]:
-        return baselines_of(self.recipe, self.num_layers)
+        return baselines_of(self.recipe, self.stacks)
 
     def model(self, num_layers: tuple[int, int] | None = None) -> PreTrainedModel:
         """The teacher, or a model of its kind with other numbers of layers, without memory for its weights."""
         family = family_of(self.settings["model_type"])
-        entries = family.depth_entries(num_layers or self.num_layers)
+        entries = family.depth_entries(num_layers or self.stacks.num_layers)
         settings = {key: value for key, value in {**self.settings, **entries}.items() if key != "model_type"}
         with torch.device("meta"):
             config = CONFIG_MAPPING[self.settings["model_type"]](**settings)
@@ -95,10 +95,9 @@ class Planned:
 
     def modular_sizes(self, settings: DistillConfig) -> Sizes:
         """Teacher and modular layers as these settings have them."""
-        granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
         model = self.model()
         family = family_of(model.config.model_type)
-        modular = ModularModel(model, family, granularities, settings.init, share_memory=True)
+        modular = ModularModel(model, family, settings.by_stack, settings.init, share_memory=True)
         return sizes_of(modular, [TeacherLeaf, ModularLeaf])
 
     def baseline_sizes(self, baseline: Baseline) -> Sizes:
@@ -116,11 +115,6 @@ class Planned:
         model = self.model()
         weights = dict(model.named_parameters()) | dict(model.named_buffers())
         return model_sizes_of(weights, family_of(model.config.model_type))
-
-    @property
-    def spans(self) -> tuple[Any, Any]:
-        """Modular spans of (encoder, decoder)."""
-        return spans_of(self.recipe, self.num_layers)
 
 
 def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:

@@ -11,12 +11,12 @@ import torch
 
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from pipeline.assemble import Parts, num_teacher_layers, write_checkpoint
+from pipeline.assemble import Parts, stacks_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.evaluation import Sample, costs
 from pipeline.model import ModularModel
 from pipeline.rundir import RunDir, Stage, digest_of, publish_sealed, read_sealed
-from pipeline.spans import STACKS, Assembly, Cost, Shape, Tiling, coarsest_assembly
+from pipeline.spans import STACKS, Assembly, Cost, Shape, Stacks, Tiling, costs_of_sizes, shape_of
 
 
 def costs_of(run: RunDir, model: ModularModel, timer: ShapeTimer | None) -> dict[str, Cost]:
@@ -32,26 +32,17 @@ def costs_of(run: RunDir, model: ModularModel, timer: ShapeTimer | None) -> dict
     fixed = sum(parameter.numel() for parameter in model.shared.parameters())
     parameters = Cost(fixed, encoder, decoder)
     weights = run.teacher_model / "model.safetensors"
-    width = weights.stat().st_size / parameters.of(model.num_layers)
-    found = {
-        "layers": Cost(0, 1, 1),
-        "parameters": parameters,
-        "bytes": Cost(fixed * width, encoder * width, decoder * width),
-    }
+    width = weights.stat().st_size / parameters.of(model.stacks.num_layers)
+    found = costs_of_sizes(parameters, width)
     if timer is not None:
-        found["ms"] = _fitted(timer.milliseconds(_corners(model)))
+        found["ms"] = _fitted(timer.milliseconds(_corners(model.stacks)))
     return found
 
 
-def _corners(model: ModularModel) -> list[Shape]:
+def _corners(stacks: Stacks) -> list[Shape]:
     """The teacher's shape, the coarsest, and either stack alone as short as it gets."""
-    coarsest = coarsest_assembly(model.num_layers, (model.spans["encoder"], model.spans["decoder"]))
-    sides = [
-        sorted({num_layers, fewest})
-        for num_layers, fewest in zip(
-            model.num_layers, (coarsest.encoder.num_layers, coarsest.decoder.num_layers), strict=True
-        )
-    ]
+    shapes = zip(stacks.num_layers, shape_of(stacks.coarsest()), strict=True)
+    sides = [sorted({longest, shortest}) for longest, shortest in shapes]
     return [(encoder, decoder) for encoder in sides[0] for decoder in sides[1]]
 
 
@@ -87,7 +78,7 @@ class ShapeTimer:
 
     def _measure(self, shapes: Sequence[Shape]) -> list[dict[str, float]]:
         parts = Parts.of(self._run, library=False)
-        totals = num_teacher_layers(self._run)
+        totals = stacks_of(self._recipe, self._run).num_layers
         folders: dict[str, Path] = {}
         for shape in shapes:
             encoder, decoder = (

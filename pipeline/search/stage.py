@@ -19,8 +19,8 @@ import numpy as np
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from pipeline.assemble import check_granularities, num_teacher_layers
-from pipeline.config import DistillConfig, Recipe
+from pipeline.assemble import check_granularities
+from pipeline.config import DistillConfig, Recipe, SearchConfig
 from pipeline.data import evaluation_batches, on_device
 from pipeline.families import family_of
 from pipeline.library import check_library
@@ -37,14 +37,12 @@ from pipeline.spans import (
     Cost,
     Shape,
     Span,
+    Stacks,
     Tiling,
     best_assemblies,
     best_of,
-    coarsest_assembly,
     pareto_front,
-    preset_assembly,
     shape_of,
-    teacher_assembly,
 )
 from pipeline.world import World
 
@@ -100,35 +98,21 @@ class Found:
 
 
 def find(recipe: Recipe, run: RunDir, stage: Stage, world: World) -> Found:
-    """Search as the recipe says; what was measured before a kill is read from the stage's folder."""
-    settings, num_layers = recipe.search, num_teacher_layers(run)
+    """Search as the recipe says; what was measured before a kill is read from the stage's folder.
+
+    Raises:
+        ValueError: a budget or a ratio that not even the coarsest assembly meets.
+    """
+    settings = recipe.search
     model = load_library(run, recipe.distill).to(world.device)
-    spans = (model.spans["encoder"], model.spans["decoder"])
-    asked: dict[Assembly, list[str]] = {}
-    for preset in PRESETS:
-        for ratio in recipe.assemble.ratios:
-            assembly = preset_assembly(preset, ratio, num_layers, spans)
-            asked.setdefault(assembly, []).append(f"{preset} {ratio:g}")
     timer = ShapeTimer(recipe, run, stage, world.device)
     costs = costs_of(run, model, timer if settings.latency_examples else None)
     budgets = [Budget.parse(text) for text in settings.budgets]
-    check_budgets(budgets, costs, shape_of(coarsest_assembly(num_layers, spans)))
+    check_budgets(budgets, costs, shape_of(model.stacks.coarsest()))
+    asked = asked_by_presets(recipe, model.stacks)
     meter = LossMeter(recipe, run, stage, model, world)
-    teacher = teacher_assembly(*num_layers)
-    singles = {(stack, span): single(stack, span, num_layers) for stack in STACKS for span in model.spans[stack]}
-    losses = meter.measure(list(dict.fromkeys([teacher, *asked, *singles.values()])), "spans")
-    scores = first = {
-        stack: {span: losses[singles[stack, span]] - losses[teacher] for span in model.spans[stack]} for stack in STACKS
-    }
-    for round_ in range(settings.rounds):
-        if round_:
-            scores = fitted_scores(first, losses, losses[teacher])
-        by_shape = best_assemblies(num_layers, (scores["encoder"], scores["decoder"]), settings.candidates_per_size)
-        sizes = shapes_by_size(by_shape, num_layers)
-        sizes += [{shape for shape in by_shape if costs[b.cost].of(shape) <= b.limit} for b in budgets]
-        wanted = [each for allowed in sizes for _, each in best_of(by_shape, allowed, settings.candidates_per_size)]
-        new = list(dict.fromkeys(each for each in wanted if each not in losses))
-        losses |= meter.measure(new, f"round{round_ + 1}")
+    losses, scores = measure_in_rounds(settings, model.stacks, asked, meter, costs, budgets)
+    teacher = model.stacks.teacher()
     return Found(
         losses=losses,
         predicted={each: losses[teacher] + score_of(each, scores) for each in losses},
@@ -143,29 +127,70 @@ def find(recipe: Recipe, run: RunDir, stage: Stage, world: World) -> Found:
     )
 
 
-def shapes_by_size(shapes: Iterable[Shape], num_layers: tuple[int, int]) -> list[set[Shape]]:
+def asked_by_presets(recipe: Recipe, stacks: Stacks) -> dict[Assembly, list[str]]:
+    """The presets' assemblies, with the preset and the ratio of each request."""
+    asked: dict[Assembly, list[str]] = {}
+    for preset in PRESETS:
+        for ratio in recipe.assemble.ratios:
+            asked.setdefault(stacks.preset(preset, ratio), []).append(f"{preset} {ratio:g}")
+    return asked
+
+
+def measure_in_rounds(
+    settings: SearchConfig,
+    stacks: Stacks,
+    asked: Iterable[Assembly],
+    meter: LossMeter,
+    costs: Mapping[str, Cost],
+    budgets: Sequence[Budget],
+) -> tuple[dict[Assembly, float], Scores]:
+    """(losses of all assemblies measured, the last round's scores): first every span by itself and what is asked, then
+    in each round the assemblies that the scores so far find best."""
+    teacher = stacks.teacher()
+    singles = {(stack, span): single(stack, span, teacher) for stack, _, spans in stacks for span in spans}
+    losses = meter.measure(list(dict.fromkeys([teacher, *asked, *singles.values()])), "spans")
+    scores = first = {
+        stack: {span: losses[singles[stack, span]] - losses[teacher] for span in spans} for stack, _, spans in stacks
+    }
+    for round_ in range(settings.rounds):
+        if round_:
+            scores = fitted_scores(first, losses, losses[teacher])
+        wanted = best_by_size(settings.candidates_per_size, stacks, scores, costs, budgets)
+        losses |= meter.measure([each for each in wanted if each not in losses], f"round{round_ + 1}")
+    return losses, scores
+
+
+def best_by_size(
+    num_best: int, stacks: Stacks, scores: Scores, costs: Mapping[str, Cost], budgets: Sequence[Budget]
+) -> list[Assembly]:
+    """The assemblies of lowest summed score for every number of layers and within every budget, each once."""
+    by_shape = best_assemblies(stacks.num_layers, (scores["encoder"], scores["decoder"]), num_best)
+    sizes = shapes_by_size(by_shape, sum(stacks.num_layers))
+    sizes += [{shape for shape in by_shape if costs[each.cost].of(shape) <= each.limit} for each in budgets]
+    return list(dict.fromkeys(each for allowed in sizes for _, each in best_of(by_shape, allowed, num_best)))
+
+
+def shapes_by_size(shapes: Iterable[Shape], num_layers: int) -> list[set[Shape]]:
     """The shapes of 2 layers, of 3, and so on up to one less than the teacher has."""
     shapes = list(shapes)
-    return [{shape for shape in shapes if sum(shape) == size} for size in range(2, sum(num_layers))]
+    return [{shape for shape in shapes if sum(shape) == size} for size in range(2, num_layers)]
 
 
 def load_library(run: RunDir, settings: DistillConfig) -> ModularModel:
     """The teacher and the trained modular layers as one module."""
     teacher = load_model(run.teacher_model)
-    granularities = {stack: settings.granularities_of(stack) for stack in STACKS}
-    model = ModularModel(teacher, family_of(teacher.config.model_type), granularities, "first")
+    model = ModularModel(teacher, family_of(teacher.config.model_type), settings.by_stack, "first")
     weights = load_file(run.library / "modular.safetensors")
-    for stack in STACKS:
-        for span in model.spans[stack]:
+    for stack, _, spans in model.stacks:
+        for span in spans:
             prefix = f"{stack}.{span}."
             own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             model.modular[stack][str(span)].layer.load_state_dict(own)
     return model
 
 
-def single(stack: str, span: Span, num_layers: tuple[int, int]) -> Assembly:
+def single(stack: str, span: Span, teacher: Assembly) -> Assembly:
     """The teacher with one modular layer in it."""
-    teacher = teacher_assembly(*num_layers)
     total = teacher.tiling(stack).num_teacher_layers
     tiling = Tiling((1,) * span.first + (span.num_layers,) + (1,) * (total - 1 - span.last))
     return Assembly(tiling, teacher.decoder) if stack == "encoder" else Assembly(teacher.encoder, tiling)

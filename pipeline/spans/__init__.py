@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from pipeline.spans.prefixes import walk
 from pipeline.spans.sizes import ModelSizes
-from pipeline.spans.solve import Budget, Cost, Shape, best_assemblies, best_of, pareto_front, shape_of
+from pipeline.spans.solve import Budget, Cost, Shape, best_assemblies, best_of, costs_of_sizes, pareto_front, shape_of
 from pipeline.spans.spans import (
     PRESETS,
     STACKS,
     Assembly,
     Span,
     Tiling,
-    coarsest_assembly,
     count_tilings,
     kept_layers,
     modular_spans,
-    preset_assembly,
     pure_tiling,
-    refuse_misfit,
     teacher_assembly,
 )
+from pipeline.spans.stacks import Stacks
 
 __all__ = [
     "PRESETS",
@@ -30,17 +28,16 @@ __all__ = [
     "ModelSizes",
     "Shape",
     "Span",
+    "Stacks",
     "Tiling",
     "best_assemblies",
     "best_of",
-    "coarsest_assembly",
+    "costs_of_sizes",
     "count_tilings",
     "kept_layers",
     "modular_spans",
     "pareto_front",
-    "preset_assembly",
     "pure_tiling",
-    "refuse_misfit",
     "shape_of",
     "teacher_assembly",
     "walk",

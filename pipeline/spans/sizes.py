@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.spans.spans import PRESETS, Assembly, modular_spans, preset_assembly, teacher_assembly
+from pipeline.spans.spans import PRESETS, Assembly, teacher_assembly
+from pipeline.spans.stacks import Stacks
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ def t5_sizes(*, num_layers: int, d_model: int, d_ff: int, gated: bool, tied: boo
 def preset_table(sizes: ModelSizes, granularities: Sequence[int], ratios: Sequence[float]) -> str:
     """What each preset makes of each ratio of layers, as a Markdown table."""
     rows = ["| ratio asked | preset | assembly | layers | non-embedding | parameters |", "|---|---|---|---|---|---|"]
-    encoder, decoder = (modular_spans(n, granularities) for n in sizes.num_layers)
+    stacks = Stacks.of(sizes.num_layers, (granularities, granularities))
     for ratio in ratios:
         for preset in PRESETS:
-            assembly = preset_assembly(preset, ratio, sizes.num_layers, (encoder, decoder))
+            assembly = stacks.preset(preset, ratio)
             got = sizes.ratios(assembly)
             layers = f"{assembly.encoder.num_layers}+{assembly.decoder.num_layers}: {got.layers:.2f}x"
             rows.append(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 
 from pipeline.spans.spans import Assembly, Span, Tiling
@@ -54,6 +54,15 @@ class Cost:
 
     def of(self, shape: Shape) -> float:
         return self.fixed + self.encoder_layer * shape[0] + self.decoder_layer * shape[1]
+
+
+def costs_of_sizes(parameters: Cost, bytes_per_parameter: float) -> dict[str, Cost]:
+    """The costs that follow from sizes alone, by name; of COSTS only time must be measured."""
+    return {
+        "layers": Cost(0, 1, 1),
+        "parameters": parameters,
+        "bytes": Cost(*(bytes_per_parameter * each for each in astuple(parameters))),
+    }
 
 
 def shape_of(assembly: Assembly) -> Shape:

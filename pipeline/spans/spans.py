@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 
 STACKS = ("encoder", "decoder")
 PRESETS = ("size-first", "speed-first")
@@ -195,86 +195,6 @@ def _lengths_by_first(num_layers: int, spans: Sequence[Span]) -> list[list[int]]
             raise ValueError(f"span {span} does not fit a stack of {num_layers} layers")
         lengths[span.first].add(span.num_layers)
     return [sorted(each) for each in lengths]
-
-
-def preset_assembly(
-    preset: str,
-    ratio: float,
-    num_layers: tuple[int, int],
-    spans: tuple[Sequence[Span], Sequence[Span]],
-) -> Assembly:
-    """The assembly that a preset takes for a ratio of layers, encoder and decoder together.
-
-    size-first spreads the reduction evenly over both stacks; speed-first shortens the decoder first, because decoding
-    step by step dominates latency, and the encoder only when the decoder is as short as it gets.
-    `ratio` asks for round(layers / ratio) layers. On a preset's way from the teacher to the coarsest assembly each step
-    brings one stack to its next smaller size; taken is what lies nearest to those layers, of two the smaller. So a
-    larger ratio never makes a stack longer.
-
-    Args:
-        num_layers: teacher layers of (encoder, decoder).
-        spans: modular spans of (encoder, decoder).
-
-    Raises:
-        ValueError: unknown preset, a ratio under 1, or one beyond the coarsest assembly.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    encoder, decoder = (gentlest_tilings(n, s) for n, s in zip(num_layers, spans, strict=True))
-    total, fewest = sum(num_layers), min(encoder) + min(decoder)
-    wanted = round(total / ratio) if ratio >= 1 else total + 1
-    if not fewest <= wanted <= total:
-        raise ValueError(
-            f"ratio {ratio:g} asks for {wanted} of {total} layers: these granularities reach 1 to {total / fewest:g}"
-        )
-    way = _way(preset, (sorted(encoder, reverse=True), sorted(decoder, reverse=True)))
-    sizes = min(way, key=lambda each: (abs(sum(each) - wanted), sum(each)))
-    return Assembly(encoder[sizes[0]], decoder[sizes[1]])
-
-
-def _way(preset: str, sizes: tuple[Sequence[int], Sequence[int]]) -> list[tuple[int, int]]:
-    """Layers of (encoder, decoder) from the teacher to the coarsest assembly, in steps to the next size of one stack.
-
-    size-first orders the steps by the share of its layers that a stack has left halfway through a step. Where all sizes
-    are there, that is proportional rounding (the method of Webster); what cannot be halved stays in the encoder.
-
-    Args:
-        sizes: all that (encoder, decoder) can be given, largest first.
-    """
-    steps = [
-        (-(larger + smaller) / sizes[stack][0] if preset == "size-first" else 0, stack, smaller)
-        for stack in (1, 0)  # at equal shares, and at speed-first always, the decoder goes first
-        for larger, smaller in pairwise(sizes[stack])
-    ]
-    way = [(sizes[0][0], sizes[1][0])]
-    for _, stack, size in sorted(steps, key=lambda step: step[0]):
-        encoder, decoder = way[-1]
-        way.append((size, decoder) if stack == 0 else (encoder, size))
-    return way
-
-
-def coarsest_assembly(num_layers: tuple[int, int], spans: tuple[Sequence[Span], Sequence[Span]]) -> Assembly:
-    """The assembly with the fewest layers; arguments as in `preset_assembly`."""
-    encoder, decoder = (next(iter(gentlest_tilings(n, s).values())) for n, s in zip(num_layers, spans, strict=True))
-    return Assembly(encoder, decoder)
-
-
-def refuse_misfit(
-    assembly: Assembly, num_layers: tuple[int, int], spans: tuple[Sequence[Span], Sequence[Span]]
-) -> None:
-    """Hold an assembly against a teacher and its modular layers; arguments as in `preset_assembly`.
-
-    Raises:
-        ValueError: it has another depth, or a span without a modular layer.
-    """
-    for stack, total, known in zip(STACKS, num_layers, spans, strict=True):
-        tiling = assembly.tiling(stack)
-        unknown = [span for span in tiling.spans if span.num_layers > 1 and span not in known]
-        if tiling.num_teacher_layers != total or unknown:
-            raise ValueError(
-                f"assembly {assembly} does not fit: the {stack} has {total} layers and modular layers for "
-                f"{', '.join(map(str, known)) or 'none of them'}"
-            )
 
 
 def kept_layers(tiling: Tiling) -> tuple[int, ...]:

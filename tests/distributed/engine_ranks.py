@@ -43,7 +43,7 @@ SETTINGS = settings_of(NUM_STEPS, NUM_LOCAL)
 def new_task(settings: DistillConfig = SETTINGS) -> Any:
     teacher = tiny_t5("v1.0")
     family = family_of("t5")
-    model = ModularModel(teacher, family, settings.granularities, settings.init)
+    model = ModularModel(teacher, family, settings.by_stack, settings.init)
     return modular_task(model, family, teacher.config, settings, seed=5)
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from pipeline.checkpoints.format import checkpoints
-from pipeline.library.command import main as checkpoint_command
+from pipeline.library.command import checkpoint_command as checkpoint_command
 from pipeline.recover import Score
 from pipeline.report.data import read_jsonl
 from tests.faults.harness import ROOT, STAGES, Road, kill_group, scores, seconds_of_stages

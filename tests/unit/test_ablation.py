@@ -19,7 +19,8 @@ from pipeline.bench.ablation import (
     spread,
     table,
 )
-from pipeline.rundir.run_dir import RunDir, fields_of_kind
+from pipeline.config.recipe import fields_of_kind
+from pipeline.rundir.run_dir import RunDir
 
 RUN = RunDir(Path("somewhere"))
 

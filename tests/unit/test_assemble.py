@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from pipeline.assemble import write as assemble
-from pipeline.assemble.requests import coarsest_of, requested_assemblies
+from pipeline.assemble.requests import requested_assemblies
 from pipeline.assemble.systems import describe
 from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.config.recipe import AssembleConfig, DistillConfig, Recipe
@@ -174,22 +174,27 @@ def test_sizes_count_the_vocabulary_apart(tmp_path):
 def test_a_stack_left_whole_is_never_asked_for_modular_layers():
     distill = DistillConfig(granularities=(2, 3), encoder_granularities=())
     recipe = Recipe(distill=distill, assemble=AssembleConfig(ratios=(1.2, 1.5)))
-    assert list(map(str, requested_assemblies(recipe, (6, 6)))) == ["e1x6-d1x6", "e1x6-d1x2.2x2", "e1x6-d3x2"]
-    assert str(coarsest_of(recipe, (6, 6))) == "e1x6-d3x2"
+    stacks = distill.stacks((6, 6))
+    assert list(map(str, requested_assemblies(recipe, stacks))) == [
+        "e1x6-d1x6",
+        "e1x6-d1x2.2x2",
+        "e1x6-d3x2",
+    ]
+    assert str(stacks.coarsest()) == "e1x6-d3x2"
     bad = replace(recipe, assemble=AssembleConfig(ratios=(), assemblies=("e2x3-d1x6",)))
     with pytest.raises(ValueError, match="modular layers for none of them"):
-        requested_assemblies(bad, (6, 6))
+        requested_assemblies(bad, bad.distill.stacks((6, 6)))
 
 
 def test_requests_name_each_assembly_once_and_refuse_what_does_not_fit():
     recipe = Recipe(assemble=AssembleConfig(ratios=(1.1, 6.0), assemblies=("e2x3-d1x6",)))
-    requests = requested_assemblies(recipe, (6, 6))
+    requests = requested_assemblies(recipe, recipe.distill.stacks((6, 6)))
     assert list(map(str, requests)) == ["e1x6-d1x6", "e1x6-d1x4.2", "e6-d6", "e2x3-d1x6"]
     assert requests[Assembly.parse("e6-d6")] == [("size-first", 6.0), ("speed-first", 6.0)]
     for wrong in ("e2x4-d1x6", "e1.2x2.1-d1x6"):
         bad = replace(recipe, assemble=AssembleConfig(assemblies=(wrong,)))
         with pytest.raises(ValueError, match=f"assembly {wrong} does not fit"):
-            requested_assemblies(bad, (6, 6))
+            requested_assemblies(bad, bad.distill.stacks((6, 6)))
 
 
 @pytest.mark.parametrize("text", ["e6-d1x6", "e3x2-d2x3", "e1x6-d6"])

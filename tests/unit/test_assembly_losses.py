@@ -21,7 +21,7 @@ EVERYTHING = [Assembly(*pair) for pair in product(tilings(6, SPANS), repeat=2)]
 
 @pytest.fixture(scope="module", params=["v1.0", "v1.1"])
 def model(request):
-    modular = ModularModel(tiny_t5(request.param), family_of("t5"), (2, 3, 6), "last")
+    modular = ModularModel(tiny_t5(request.param), family_of("t5"), ((2, 3, 6), (2, 3, 6)), "last")
     torch.manual_seed(1)
     for parameter in modular.modular.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

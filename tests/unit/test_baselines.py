@@ -22,7 +22,8 @@ from tests.unit.test_modular import hf_logits
 
 def asked(*methods: str, ratios: tuple[float, ...] = (), **optim) -> list[str]:
     settings = BaselineConfig(methods=methods, ratios=ratios, optim=OptimConfig(**optim))
-    return [each.name for each in baselines_of(Recipe(baseline=settings), (6, 6))]
+    recipe = Recipe(baseline=settings)
+    return [each.name for each in baselines_of(recipe, recipe.distill.stacks((6, 6)))]
 
 
 def test_every_method_at_every_ratio():
@@ -80,7 +81,7 @@ def test_theseus_is_the_task_loss_alone_with_every_span_replaced_at_the_end():
         baseline=BaselineConfig(methods=("theseus",), ratios=(2.0,), optim=OptimConfig(num_steps=40)),
     )
     settings = theseus_settings(recipe, 2)
-    model = ModularModel(tiny_t5(), family_of("t5"), settings.granularities, settings.init)
+    model = ModularModel(tiny_t5(), family_of("t5"), settings.by_stack, settings.init)
     task = modular_task(model, family_of("t5"), tiny_t5().config, settings, seed=0)
     counts = GlobalCounts(9, 1)
     draws = [task.forward_args(step, random_batch(0), counts)[0] for step in range(40)]

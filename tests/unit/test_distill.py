@@ -19,7 +19,7 @@ NUM_STEPS = 6
 @pytest.fixture(scope="module")
 def model():
     teacher = tiny_t5(num_layers=4, num_decoder_layers=3)
-    return ModularModel(teacher, family_of("t5"), (2, 3), "last"), teacher.config
+    return ModularModel(teacher, family_of("t5"), ((2, 3), (2, 3)), "last"), teacher.config
 
 
 def phases(model, local_steps: int):
@@ -83,7 +83,7 @@ def test_recomputed_activations_change_no_bit_and_keep_less():
     kept, grads = [], []
     for recompute in (False, True):
         teacher = tiny_t5(num_layers=4, num_decoder_layers=3)
-        model = ModularModel(teacher, family_of("t5"), (2, 3), "last")
+        model = ModularModel(teacher, family_of("t5"), ((2, 3), (2, 3)), "last")
         settings = DistillConfig(granularities=(2, 3), local_steps=0, optim=OptimConfig(num_steps=NUM_STEPS))
         task = modular_task(model, family_of("t5"), teacher.config, settings, seed=0)
         if recompute:

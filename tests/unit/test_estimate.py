@@ -34,7 +34,9 @@ BATCH = BatchConfig(tokens_per_micro_batch=16384, micro_batches_per_step=64)
 
 
 def sizes_of_modular(model, granularities=(2, 3, 6)):
-    modular = ModularModel(model, family_of(model.config.model_type), granularities, "last", share_memory=True)
+    modular = ModularModel(
+        model, family_of(model.config.model_type), (granularities, granularities), "last", share_memory=True
+    )
     return sizes_of(modular, [TeacherLeaf, ModularLeaf]), modular
 
 

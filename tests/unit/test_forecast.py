@@ -83,7 +83,7 @@ def test_flops_of_both_phases_are_those_that_torch_counts(local):
     teacher = tiny_t5("v1.0")
     family, config = family_of("t5"), teacher.config
     settings = DistillConfig(local_steps=1000 if local else 0)
-    model = ModularModel(teacher, family, settings.granularities, settings.init)
+    model = ModularModel(teacher, family, settings.by_stack, settings.init)
     task = modular_task(model, family, config, settings, seed=3)
     counts = GlobalCounts(batch.labels_BT.numel(), 1)
     args = task.forward_args(0, batch, counts)

@@ -86,7 +86,7 @@ def test_an_attention_loss_without_pairs_is_reported_as_zero():
     """Ranks add up their records by name, so a name must not depend on the draw."""
     config = LossConfig(attention_self=0.0, attention_cross=0.5)
     objectives, counts = Objectives(config), GlobalCounts(13, 1)
-    modular = ModularModel(tiny_model("v1.1"), family_of("t5"), (2, 3, 6), "first")
+    modular = ModularModel(tiny_model("v1.1"), family_of("t5"), ((2, 3, 6), (2, 3, 6)), "first")
     outputs = modular(random_batch(1), Assembly.parse("e2x3-d1x6"), objectives.wanted(0, counts))
     parts = objectives.replacing_terms(0, outputs, counts).parts
     assert parts.keys() == {"hidden", "logit", "task", "attention_cross"}
@@ -117,7 +117,7 @@ def test_all_losses_of_a_step_equal_their_definitions(kind, direction):
     results = []
     for fused in (True, False):
         model = tiny_model(kind)
-        modular = ModularModel(model, family_of(model.config.model_type), (2, 3, 6), "first")
+        modular = ModularModel(model, family_of(model.config.model_type), ((2, 3, 6), (2, 3, 6)), "first")
         objectives = Objectives(LossConfig(**{**vars(config), "fused": fused}))
         outputs = modular(random_batch(1), Assembly.parse("e2x3-d3x2"), objectives.wanted(0, COUNTS))
         terms = objectives.replacing_terms(0, outputs, COUNTS)

@@ -16,7 +16,7 @@ from tests.tiny import KINDS, hf_logits, random_batch, tiny_model, tiny_t5
 
 
 def modular_of(model, **settings):
-    settings = {"granularities": (2, 3, 6), "init": "last", **settings}
+    settings = {"granularities": ((2, 3, 6), (2, 3, 6)), "init": "last", **settings}
     return ModularModel(copy.deepcopy(model), family_of(model.config.model_type), **settings)
 
 
@@ -185,9 +185,9 @@ def test_a_micro_batch_without_targets_weighs_nothing():
 def test_one_stack_may_be_left_whole(kind, whole):
     model = tiny_model(kind)
     granularities = {"encoder": (2, 4), "decoder": (2, 4), whole: ()}
-    modular = modular_of(model, granularities=granularities)
+    modular = modular_of(model, granularities=tuple(granularities.values()))
     perturb(modular)
-    assert modular.spans[whole] == ()
+    assert modular.stacks.spans_of(whole) == ()
     assert set(modular(random_batch(0), None).pairs) == {n for n in modular_names(modular) if not n.startswith(whole)}
     text = {"encoder": "e1x6-d4.2", "decoder": "e4.2-d1x6"}[whole]
     outputs = modular(random_batch(0), Assembly.parse(text))
@@ -199,7 +199,7 @@ def test_one_stack_may_be_left_whole(kind, whole):
 
 
 def modular_names(modular: ModularModel) -> set[str]:
-    return {f"{stack}.{span}" for stack, spans in modular.spans.items() for span in spans}
+    return {f"{stack}.{span}" for stack, _, spans in modular.stacks for span in spans}
 
 
 def test_training_mode_turns_no_dropout_on():

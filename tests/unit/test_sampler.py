@@ -19,8 +19,7 @@ LOCAL_STEPS, NUM_STEPS = 100, 1100
 def sampler(name: str = "stratified", *, seed: int = 1, layers=(6, 6), granularities=(2, 3, 6), **fields) -> Sampler:
     optim = OptimConfig(num_steps=NUM_STEPS)
     config = DistillConfig(sampler=name, granularities=granularities, local_steps=LOCAL_STEPS, optim=optim, **fields)
-    encoder, decoder = (modular_spans(num_layers, granularities) for num_layers in layers)
-    return Sampler(config, seed=seed, num_layers=layers, spans=(encoder, decoder))
+    return Sampler(config, seed=seed, stacks=config.stacks(layers))
 
 
 def encoders(draws: Sampler, steps=range(100, 1100), num_micro_batches: int = 4) -> Counter[str]:
@@ -61,18 +60,16 @@ def test_stacks_of_different_granularities_are_drawn_from_their_own(name, decode
     config = DistillConfig(
         sampler=name, granularities=(2, 4), decoder_granularities=decoder, optim=OptimConfig(num_steps=NUM_STEPS)
     )
-    spans = modular_spans(8, (2, 4)), modular_spans(6, decoder)
-    draws = Sampler(config, seed=0, num_layers=(8, 6), spans=spans)
+    draws = Sampler(config, seed=0, stacks=config.stacks((8, 6)))
     found = [draws.draw(step, index) for step in range(400, NUM_STEPS, 25) for index in range(4)]
-    for side, own in (("encoder", spans[0]), ("decoder", spans[1])):
+    for side, own in (("encoder", modular_spans(8, (2, 4))), ("decoder", modular_spans(6, decoder))):
         drawn = {span for draw in found for span in draw.tiling(side).spans if span.num_layers > 1}
         assert drawn == set(own)
 
 
 def test_the_draws_of_the_demo_are_what_its_figures_were_measured_with():
     config = DistillConfig(local_steps=360, optim=OptimConfig(num_steps=900))
-    spans = modular_spans(6, (2, 3, 6))
-    draws = Sampler(config, seed=0, num_layers=(6, 6), spans=(spans, spans))
+    draws = Sampler(config, seed=0, stacks=config.stacks((6, 6)))
     text = " ".join(str(draws.draw(step, index)) for step in range(360, 900) for index in (0, 1))
     digest = "e6e07515eae7e0fba84feea2b3bd40fddd66cf124d486cfd781b4023ec1655df"
     assert hashlib.sha256(text.encode()).hexdigest() == digest
@@ -157,12 +154,11 @@ def test_a_curriculum_admits_one_granularity_after_the_other(name, in_turn):
 @pytest.mark.parametrize("name", ["coarse-to-fine", "fine-to-coarse"])
 def test_a_curriculum_passes_over_granularities_that_make_no_span(name):
     """The one layer of the encoder has none: a draw of 6 or 3 alone would be the teacher for ever."""
-    spans = modular_spans(1, (3, 6)), modular_spans(12, (2,))
     config = DistillConfig(
         sampler=name, encoder_granularities=(3, 6), decoder_granularities=(2,), local_steps=0,
         optim=OptimConfig(num_steps=100),
     )  # fmt: skip
-    draws = Sampler(config, seed=0, num_layers=(1, 12), spans=spans)
+    draws = Sampler(config, seed=0, stacks=config.stacks((1, 12)))
     assert {length for step in (0, 99) for length in map(int, draws.draw(step, 0).decoder.lengths)} <= {1, 2}
     with pytest.raises(ValueError, match=r"leave all of 1\+1 layers as they are"):
-        Sampler(config, seed=0, num_layers=(1, 1), spans=((), ()))
+        Sampler(config, seed=0, stacks=config.stacks((1, 1)))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline.assemble.requests import requested_assemblies
-from pipeline.config.recipe import AssembleConfig, DistillConfig, EvaluateConfig, Recipe, SearchConfig
+from pipeline.config.recipe import AssembleConfig, DistillConfig, EvaluateConfig, Recipe
+from pipeline.config.search import SearchConfig
 from pipeline.data import evaluation_batches
 from pipeline.families import family_of
 from pipeline.rundir.run_dir import RunDir
@@ -115,12 +116,15 @@ def test_costs_and_fronts(finished):
 
 def test_assemble_takes_what_was_found(finished):
     choices = json.loads(finished.choices.read_text())
-    requests = requested_assemblies(RECIPE, (6, 6), choices)
+    requests = requested_assemblies(RECIPE, RECIPE.distill.stacks((6, 6)), choices)
     for ratio, text in choices["ratios"].items():
         assert ("searched", float(ratio)) in requests[Assembly.parse(text)]
     assert all(Assembly.parse(text) in requests for text in choices["budgets"].values())
     others = dataclasses.replace(RECIPE, assemble=AssembleConfig(ratios=(2.0,), presets=("size-first",)))
-    assert list(map(str, requested_assemblies(others, (6, 6), choices))) == ["e1x6-d1x6", "e2x3-d2x3"]
+    assert list(map(str, requested_assemblies(others, others.distill.stacks((6, 6)), choices))) == [
+        "e1x6-d1x6",
+        "e2x3-d2x3",
+    ]
 
 
 def test_whatever_a_kill_leaves_the_result_is_the_same(finished, tmp_path, capsys):
@@ -206,7 +210,7 @@ def test_fitted_scores_find_what_additive_losses_were_made_of():
 
     everything = [Assembly(a, b) for a in tilings(6, spans) for b in tilings(6, spans)]
     losses = {each: loss(each) for each in everything}
-    assert losses[single("decoder", spans[0], (6, 6))] == 1.0 + truth["decoder"][spans[0]]
+    assert losses[single("decoder", spans[0], Assembly.parse("e1x6-d1x6"))] == 1.0 + truth["decoder"][spans[0]]
     same = fitted_scores(truth, losses, 1.0)
     zeros = {stack: dict.fromkeys(spans, 0.0) for stack in STACKS}
     near = fitted_scores(zeros, losses, 1.0)

@@ -14,16 +14,15 @@ from pipeline.spans.spans import (
     Assembly,
     Span,
     Tiling,
-    coarsest_assembly,
     count_tilings,
     gentlest_tilings,
     kept_layers,
     modular_spans,
-    preset_assembly,
     pure_tiling,
     teacher_assembly,
     tilings,
 )
+from pipeline.spans.stacks import Stacks
 
 LAYERS = st.integers(1, 14)
 GRANULARITIES = st.lists(st.integers(2, 7), min_size=1, max_size=3, unique=True)
@@ -95,17 +94,16 @@ def test_text_form_parses_back_and_is_a_file_name(encoder, decoder):
 @pytest.mark.parametrize("num_layers", [6, 12, 24])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_reach_every_ratio(num_layers, preset):
-    spans = modular_spans(num_layers, (2, 3, 6))
+    stacks = Stacks.of((num_layers, num_layers), ((2, 3, 6), (2, 3, 6)))
     for ratio in RATIOS:
-        assembly = preset_assembly(preset, ratio, (num_layers, num_layers), (spans, spans))
+        assembly = stacks.preset(preset, ratio)
         assert assembly.num_layers == round(2 * num_layers / ratio)
 
 
 def test_speed_first_shortens_the_decoder_first_and_size_first_spreads():
-    spans = modular_spans(12, (2, 3, 6))
+    stacks = Stacks.of((12, 12), ((2, 3, 6), (2, 3, 6)))
     for ratio in RATIOS:
-        speed = preset_assembly("speed-first", ratio, (12, 12), (spans, spans))
-        size = preset_assembly("size-first", ratio, (12, 12), (spans, spans))
+        speed, size = stacks.preset("speed-first", ratio), stacks.preset("size-first", ratio)
         assert speed.encoder.num_layers == 12 or speed.decoder.num_layers == 2
         assert abs(size.encoder.num_layers - size.decoder.num_layers) <= 1
         assert speed.decoder.num_layers <= size.decoder.num_layers
@@ -118,12 +116,10 @@ STACK = st.tuples(st.integers(1, 24), st.lists(st.integers(2, 7), max_size=3, un
 def test_presets_are_monotone_in_ratio(encoder, decoder, preset):
     """A larger ratio never asks for more layers, in either stack, whatever the depths and granularities, and even
     where one stack is left whole; and the ends are the teacher and the coarsest assembly."""
-    num_layers = encoder[0], decoder[0]
-    spans = modular_spans(*encoder), modular_spans(*decoder)
-    coarsest = coarsest_assembly(num_layers, spans)
-    ratios = [sum(num_layers) / n for n in range(sum(num_layers), coarsest.num_layers - 1, -1)]
-    found = [preset_assembly(preset, ratio, num_layers, spans) for ratio in ratios]
-    assert found[0] == teacher_assembly(*num_layers)
+    stacks = Stacks.of(*zip(encoder, decoder, strict=True))
+    coarsest, total = stacks.coarsest(), sum(stacks.num_layers)
+    found = [stacks.preset(preset, total / n) for n in range(total, coarsest.num_layers - 1, -1)]
+    assert found[0] == stacks.teacher()
     assert found[-1] == coarsest
     for larger, smaller in itertools.pairwise(found):
         assert smaller.encoder.num_layers <= larger.encoder.num_layers
@@ -146,11 +142,11 @@ def way_of(preset: str, num_layers: tuple[int, int], sizes: tuple[set[int], set[
 @given(STACK, STACK, st.sampled_from(PRESETS), st.data())
 def test_presets_take_what_is_nearest_on_their_way(encoder, decoder, preset, data):
     """Exact where the way leads there, and the teacher only where nothing shorter is as near."""
-    num_layers, total = (encoder[0], decoder[0]), encoder[0] + decoder[0]
-    spans = modular_spans(*encoder), modular_spans(*decoder)
-    sizes = tuple(set(gentlest_tilings(n, s)) for n, s in zip(num_layers, spans, strict=True))
+    stacks = Stacks.of(*zip(encoder, decoder, strict=True))
+    num_layers, total = stacks.num_layers, sum(stacks.num_layers)
+    sizes = tuple(set(gentlest_tilings(n, spans)) for _, n, spans in stacks)
     ratio = data.draw(st.floats(1, total / sum(map(min, sizes))))
-    found = preset_assembly(preset, ratio, num_layers, spans)
+    found = stacks.preset(preset, ratio)
     way = way_of(preset, num_layers, sizes)
     nearest = min(abs(sum(each) - round(total / ratio)) for each in way)
     near = [each for each in way if abs(sum(each) - round(total / ratio)) == nearest]
@@ -170,32 +166,29 @@ def test_presets_take_what_is_nearest_on_their_way(encoder, decoder, preset, dat
     ],
 )
 def test_sizes_with_gaps_are_rounded_for_both_stacks_together(granularities, num_layers, preset, ratio, expected):
-    spans = modular_spans(num_layers, granularities)
-    found = preset_assembly(preset, ratio, (num_layers, num_layers), (spans, spans))
+    found = Stacks.of((num_layers, num_layers), (granularities, granularities)).preset(preset, ratio)
     assert (found.encoder.num_layers, found.decoder.num_layers) == expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_stack_left_whole_keeps_every_layer(preset):
-    spans = modular_spans(12, ()), modular_spans(6, (2, 3))
+    stacks = Stacks.of((12, 6), ((), (2, 3)))
     for ratio in (1.1, 1.2, 18 / 14):
-        assembly = preset_assembly(preset, ratio, (12, 6), spans)
+        assembly = stacks.preset(preset, ratio)
         assert assembly.encoder == Tiling((1,) * 12)
         assert assembly.num_layers == round(18 / ratio)
     with pytest.raises(ValueError, match=r"ratio 1.5"):
-        preset_assembly(preset, 1.5, (12, 6), spans)
+        stacks.preset(preset, 1.5)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 8.5, 100])
 def test_what_lies_beyond_the_coarsest_is_refused(ratio):
-    spans = modular_spans(6, (2, 3, 6))
     with pytest.raises(ValueError, match=f"ratio {ratio:g}"):
-        preset_assembly("size-first", ratio, (6, 6), (spans, spans))
+        Stacks.of((6, 6), ((2, 3, 6), (2, 3, 6))).preset("size-first", ratio)
 
 
 def test_the_ends():
-    spans = modular_spans(6, (2, 3, 6))
-    assert str(coarsest_assembly((6, 6), (spans, spans))) == "e6-d6"
+    assert str(Stacks.of((6, 6), ((2, 3, 6), (2, 3, 6))).coarsest()) == "e6-d6"
     assert str(teacher_assembly(6, 4)) == "e1x6-d1x4"
     assert pure_tiling(7, 3).lengths == (3, 3, 1)
     assert modular_spans(7, (3,)) == (Span(0, 2), Span(3, 5))

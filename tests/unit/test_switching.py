@@ -37,7 +37,7 @@ def save_library(modular: ModularModel, run: RunDir) -> None:
     manifest = {
         "teacher_sha256": sha256_of(run.teacher_model / "model.safetensors"),
         "modular_sha256": sha256_of(run.library / "modular.safetensors"),
-        "spans": {stack: [str(span) for span in spans] for stack, spans in modular.spans.items()},
+        "spans": {stack: [str(span) for span in spans] for stack, _, spans in modular.stacks},
     }
     (run.library / "library.json").write_text(json.dumps(manifest))
 
@@ -142,7 +142,7 @@ def test_loading_checks_what_it_reads(tmp_path):
     perturb(modular)
     save_library(modular, run)
     library = ModuleLibrary.load(run.teacher_model, run.library)
-    assert library.spans("encoder") == (Span(0, 2), Span(3, 5))
+    assert library.stacks.spans_of("encoder") == (Span(0, 2), Span(3, 5))
     with torch.no_grad():
         expected = modular(random_batch(0), Assembly.parse("e3x2-d1x3.3")).student_logits_NV
     ours = hf_logits(library.assembly("e3x2-d1x3.3"), random_batch(0))

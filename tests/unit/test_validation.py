@@ -27,7 +27,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def model(teacher):
-    return ModularModel(copy.deepcopy(teacher), family_of("t5"), (2, 3, 6), "last")
+    return ModularModel(copy.deepcopy(teacher), family_of("t5"), ((2, 3, 6), (2, 3, 6)), "last")
 
 
 def generated(teacher, batch, end_id):
@@ -48,7 +48,7 @@ def validator(model, score=None, end_id=1):
     clock = PhaseClock(ALONE.device)
     settings = DistillConfig()
     task = modular_task(model, family_of("t5"), tiny_t5().config, settings, seed=0)
-    assemblies = followed(model, settings)
+    assemblies = followed(model.stacks, settings)
     decoded = {name: (assemblies[name],) for name in ("teacher", "e6-d6")}
     translation = Translation(decoded, end_id, score) if score else None
     return Validator(
@@ -90,8 +90,8 @@ def test_greedy_outputs_are_those_of_transformers(model, teacher):
 
 
 def test_what_is_followed_goes_from_the_finest_to_the_coarsest():
-    model = ModularModel(tiny_t5(num_layers=6, num_decoder_layers=6), family_of("t5"), (3, 6), "last")
-    names = list(followed(model, DistillConfig(granularities=(6, 3))))
+    model = ModularModel(tiny_t5(num_layers=6, num_decoder_layers=6), family_of("t5"), ((3, 6), (3, 6)), "last")
+    names = list(followed(model.stacks, DistillConfig(granularities=(6, 3))))
     assert names[0] == "teacher"
     assert names[1] == "e3x2-d3x2"
     assert names[-1] == "e6-d6"
