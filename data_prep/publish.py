@@ -48,8 +48,8 @@ def remove_temporaries(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of the system carry the final name and what to do."""
+def _named(path: Path, within: Path | None = None) -> Iterator[None]:
+    """Errors of the system carry the final name and what to do; with `within` not those of files that lie elsewhere."""
     fixes = {
         errno.ENOSPC: "free some space and run again",
         errno.EDQUOT: "free some space and run again",
@@ -59,6 +59,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
+        if within and err.filename and within not in (Path(err.filename), *Path(err.filename).parents):
+            raise
         fix = fixes.get(err.errno or 0, "nothing was published; run again")
         raise OSError(err.errno, f"cannot write {path}: {err.strerror}; {fix}") from err
 
@@ -96,13 +98,16 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publishing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill with files, published as `folder` at the end of the block; an older one goes."""
+    """A temporary folder to fill, published as `folder` at the end of the block; an older one, and what killed
+    processes left of it, go. After an exception in the block everything is as it was before."""
     temporary = temporary_name(folder)
-    with _named(folder):
-        temporary.mkdir()
+    for leftover in folder.parent.glob(f"{folder.name}{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with _named(folder, within=temporary):
+        temporary.mkdir(parents=True)
         try:
             yield temporary
-            for path in temporary.iterdir():
+            for path in (each for each in temporary.rglob("*") if each.is_file()):
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)

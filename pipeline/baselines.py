@@ -19,7 +19,7 @@ from pipeline.assemble import (
     Baseline,
     Parts,
     baselines_of,
-    granularity_of,
+    one_granularity,
     stacks_of,
     theseus_settings,
     write_checkpoint,
@@ -37,7 +37,7 @@ from pipeline.world import World
 
 def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/baseline/<method>-<assembly>/model for every baseline of the recipe, one after the other. Collective."""
-    started_s, run = time.time(), stage.run
+    started_at, run = time.time(), stage.run
     wanted = baselines_of(recipe, stacks_of(recipe, run))
     if begin_stage(stage, world, extend=extend):
         return
@@ -50,17 +50,17 @@ def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdo
                 requeue.rename(stage.folder / requeue.name)
             raise
     if world.is_main:
-        stage.publish([each.model(run) for each in wanted], started_s=started_s)
+        stage.publish([each.model(run) for each in wanted], started_at=started_at)
 
 
 def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, watchdog: Watchdog, *, extend: bool) -> None:
     """Train and publish one baseline. `part` is the stage as far as it concerns this one, in a folder of its own."""
-    started_s, run = time.time(), part.run
+    started_at, run = time.time(), part.run
     if begin_stage(part, world, extend=extend):
         return
     optim, batch, loop = recipe.baseline.optim, recipe.distill.batch, recipe.distill.loop
     if each.method == "theseus":
-        task = theseus_task(recipe, run, granularity_of(each.assembly))
+        task = theseus_task(recipe, run, one_granularity(each.assembly))
     else:
         start = part.folder / "start"
         if world.is_main:
@@ -77,7 +77,7 @@ def _train_one(each: Baseline, recipe: Recipe, part: Stage, world: World, watchd
             write_checkpoint(Parts.load(run.teacher_model, library), each.assembly, each.model(run))
         else:
             save_trained(load_model(part.folder / "start"), part, each.model(run), run.teacher_model)
-        part.publish([each.model(run)], started_s=started_s)
+        part.publish([each.model(run)], started_at=started_at)
     world.barrier()
 
 

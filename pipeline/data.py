@@ -15,10 +15,11 @@ Shapes: B examples, S source tokens, T target tokens (both padded to the longest
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -69,7 +70,7 @@ class MicroBatch:
     source_mask_BS: torch.Tensor
     """bool, True where there is a token."""
     labels_BT: torch.Tensor
-    """int64, padded with -100."""
+    """int64, padded with IGNORED_LABEL."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,15 @@ def padded(ids: np.ndarray, offsets: np.ndarray, fill: int) -> tuple[np.ndarray,
     rows = np.full(mask.shape, fill, dtype=np.int64)
     rows[mask] = ids[offsets[0] : offsets[-1]]
     return rows, mask
+
+
+def padded_rows(
+    rows: Sequence[Sequence[int]], fill: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of rows that are lists, on a device."""
+    offsets = np.cumsum([0, *map(len, rows)])
+    ids, mask = padded(np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=offsets[-1]), offsets, fill)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def on_device(batch: MicroBatch, world: World) -> MicroBatch:

@@ -38,7 +38,7 @@ from pipeline.world import World
 
 def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/distill/library, the modular layers of all granularities. Collective over all ranks."""
-    started_s, run = time.time(), stage.run
+    started_at, run = time.time(), stage.run
     if begin_stage(stage, world, extend=extend):
         return
     settings = recipe.distill
@@ -58,7 +58,7 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
     trainer.train()
     if world.is_main:
         export_library(checkpoints(stage.folder / "checkpoints")[-1], run.library)
-        stage.publish([run.library], started_s=started_s)
+        stage.publish([run.library], started_at=started_at)
 
 
 def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: DistillConfig, seed: int) -> Task:

@@ -42,13 +42,13 @@ def doctor(run_dir: Path, names: Sequence[str] = ()) -> None:
     """
     failed = []
     for name in names or CHECKS:
-        started_s = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             said, verdict = CHECKS[name](run_dir), "ok"
         except Exception as error:  # whatever it is, the other checks are wanted too
             said, verdict = str(error) or type(error).__name__, "failed"
             failed.append(name)
-        print(f"{verdict:<7} {name:<11} {time.perf_counter() - started_s:5.1f} s  {said}", flush=True)
+        print(f"{verdict:<7} {name:<11} {time.perf_counter() - started_at:5.1f} s  {said}", flush=True)
     if failed:
         raise ValueError(f"this machine cannot run the pipeline yet: {', '.join(failed)}")
 
@@ -91,12 +91,12 @@ def _storage(run_dir: Path) -> str:
         with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as folder:
             temporary, final = Path(folder) / "probe.tmp", Path(folder) / "probe"
             data = os.urandom(2**20) * (PROBE_BYTES // 2**20)
-            started_s = time.perf_counter()
+            started_at = time.perf_counter()
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            seconds = time.perf_counter() - started_s
+            seconds = time.perf_counter() - started_at
             temporary.rename(final)
             fsync_folder(Path(folder))
             if final.read_bytes() != data:

@@ -65,7 +65,7 @@ def label(recipe: Recipe, run: RunDir, rule: Rule, world: World) -> None:
         FileNotFoundError: the data or the teacher is not there yet.
         ValueError: no set of pairs to label, damaged data, or an output kept nowhere.
     """
-    started_s = time.time()
+    started_at = time.time()
     if not (run.teacher_model / "config.json").is_file():
         raise FileNotFoundError(f"{run.teacher_model} is missing: run stage teacher first")
     work = _Labelling(recipe, run, rule, world)
@@ -85,7 +85,9 @@ def label(recipe: Recipe, run: RunDir, rule: Rule, world: World) -> None:
     if world.is_main:
         summary = work.publish()
         kept, dropped = summary["kept"], ", ".join(f"{n} {reason}" for reason, n in summary["dropped"].items())
-        print(f"label: {kept} targets kept ({dropped or 'none left out'}), {time.time() - started_s:.1f} s -> {LABELS}")
+        print(
+            f"label: {kept} targets kept ({dropped or 'none left out'}), {time.time() - started_at:.1f} s -> {LABELS}"
+        )
 
 
 class _Labelling:

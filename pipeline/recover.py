@@ -12,12 +12,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_prep.publish import fsync_folder
 from pipeline.assemble import Parts, check_granularities, stacks_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
 from pipeline.decoding import generate, load, losses_of
 from pipeline.model import load_model
-from pipeline.rundir import RunDir, Stage, publish_folder
+from pipeline.rundir import RunDir, Stage
 from pipeline.scoring import References
 from pipeline.spans import Assembly
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
@@ -30,7 +31,7 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
     Raises:
         ValueError: no assembly is named, or one that the library cannot make.
     """
-    started_s, run = time.time(), stage.run
+    started_at, run = time.time(), stage.run
     settings = recipe.recover
     if not settings.assembly:
         raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
@@ -61,11 +62,12 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
         )
         if after.is_worse_than(before):
             shutil.rmtree(tuned)
-            stage.publish([], started_s=started_s, extra=scores)
+            stage.publish([], started_at=started_at, extra=scores)
             print(f"{line}: worse, so nothing is published")
             return
-        publish_folder(tuned, run.recovered_model)
-        stage.publish([run.recovered_model], started_s=started_s, extra=scores)
+        tuned.rename(run.recovered_model)
+        fsync_folder(stage.folder)
+        stage.publish([run.recovered_model], started_at=started_at, extra=scores)
         print(f"{line}: {run.recovered_model}")
 
 

@@ -39,19 +39,19 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
     run.root.mkdir(parents=True, exist_ok=True)
     lock = _lock(run)
     write_recipe(recipe, run)
-    started_s = time.monotonic()
+    started_at = time.monotonic()
     for name in order:
-        stage_started_s = time.monotonic()
+        stage_started_at = time.monotonic()
         done = name in order[1:-1] and _is_done(recipe, run, name)
         if not done:
             options = ["--extend"] * (extend and name in TRAINING) + ["--verbose"] * (verbose and name != "data")
             run_stage(name, recipe, run, options)
         if name == "data" and not is_done:
             check_micro_batches(recipe, run)
-        seconds = time.monotonic() - stage_started_s
+        seconds = time.monotonic() - stage_started_at
         print(f"{name:<9} {'up to date' if done else f'{seconds:6.1f} s'}", flush=True)
     lock.close()
-    print(f"all done in {time.monotonic() - started_s:.1f} s")
+    print(f"all done in {time.monotonic() - started_at:.1f} s")
     print(
         f"Look at {run.stage('report') / 'report.html'}; every checkpoint lies in {run.stage('assemble') / 'models'}."
     )

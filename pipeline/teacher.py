@@ -22,7 +22,7 @@ from pipeline.world import World
 
 def train_teacher(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
     """Make RUN/teacher/model, a Hugging Face folder. Collective over all ranks."""
-    started_s, run = time.time(), stage.run
+    started_at, run = time.time(), stage.run
     if begin_stage(stage, world, extend=extend):
         return
     settings = recipe.teacher
@@ -38,7 +38,7 @@ def train_teacher(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
         if world.is_main:
             save_trained(_starting_model(recipe, run), stage, run.teacher_model, run.tokenizer)
     if world.is_main:
-        stage.publish([run.teacher_model], started_s=started_s)
+        stage.publish([run.teacher_model], started_at=started_at)
 
 
 def _starting_model(recipe: Recipe, run: RunDir) -> PreTrainedModel:

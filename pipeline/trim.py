@@ -14,7 +14,6 @@ import argparse
 import gzip
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
+from data_prep.publish import publishing_folder
 from pipeline.families import family_of
-from pipeline.rundir import check_empty, publish_folder
+from pipeline.rundir import check_empty
 from pipeline.tokenizer import load_tokenizer, save_tokenizer
 
 MULTIPLE = 64  # of the new vocabulary's size: what matrix units like
@@ -45,15 +45,8 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
     model, found = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        summary = _write_trimmed(model.eval(), folder, texts, temporary)
-    except ValueError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    publish_folder(temporary, out)
-    return summary
+    with publishing_folder(out) as temporary:
+        return _write_trimmed(model.eval(), folder, texts, temporary)
 
 
 def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Path) -> dict[str, Any]:

@@ -98,11 +98,11 @@ def baselines_of(recipe: Recipe, stacks: Stacks) -> list[Baseline]:
     found = [Baseline(method, assembly) for method in settings.methods for assembly in assemblies]
     for each in found:
         if each.method == "theseus":
-            granularity_of(each.assembly)
+            one_granularity(each.assembly)
     return found
 
 
-def granularity_of(assembly: Assembly) -> int:
+def one_granularity(assembly: Assembly) -> int:
     """The one granularity of an assembly that BERT-of-Theseus can make.
 
     Raises:

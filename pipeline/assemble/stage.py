@@ -18,7 +18,7 @@ from pipeline.rundir import RunDir, Stage, read_json, write_atomic
 
 def assemble(recipe: Recipe, run: RunDir) -> None:
     """Make RUN/assemble: a checkpoint of every asked assembly, the teacher's, the baselines', and systems.json."""
-    started_s = time.time()
+    started_at = time.time()
     stage = Stage.of(recipe, run, "assemble")
     if stage.stamp() is not None:
         print("assemble is up to date")
@@ -43,4 +43,4 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
     for baseline in baselines_of(recipe, stacks):
         systems.append(describe(run, baseline.model(run), "finetuned", baseline.name, baseline.assembly))
     write_atomic(run.systems, json.dumps({"systems": [asdict(system) for system in systems]}, indent=1))
-    stage.publish([stage.folder / "models", run.systems], started_s=started_s)
+    stage.publish([stage.folder / "models", run.systems], started_at=started_at)

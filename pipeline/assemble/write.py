@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
+from data_prep.publish import publishing_folder
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
-from pipeline.rundir import RunDir, publish_folder
+from pipeline.rundir import RunDir
 from pipeline.spans import STACKS, Assembly, Span, Tiling, kept_layers
 from pipeline.tokenizer import copy_tokenizer
 
@@ -78,21 +79,14 @@ def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped:
         weights |= {name: teacher[name] for name in teacher if _is_shared(name, stack, family)}
     config |= family.depth_entries((assembly.encoder.num_layers, assembly.decoder.num_layers))
     config.pop("num_hidden_layers", None)  # an alias of the encoder's depth, which would win over it
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    generation = parts.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copy2(generation, temporary / generation.name)
-    copy_tokenizer(parts.folder, temporary)
-    try:
+    with publishing_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        generation = parts.folder / "generation_config.json"
+        if generation.is_file():
+            shutil.copy2(generation, temporary / generation.name)
+        copy_tokenizer(parts.folder, temporary)
         check_round_trip(temporary, parts.models.model_of(spans))
-    except ValueError:
-        shutil.rmtree(temporary)
-        raise
-    publish_folder(temporary, folder)
 
 
 def _spans(tiling: Tiling, dropped: bool) -> tuple[Span, ...]:

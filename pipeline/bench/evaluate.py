@@ -25,7 +25,7 @@ from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.decoding.views import load_pool
 from pipeline.evaluation.slices import tokenize
-from pipeline.evaluation.subject import VIEWS, Evaluation
+from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.library.export import check_library
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.prefixes import count_layers, count_prefixes
@@ -63,25 +63,25 @@ def main(arguments: argparse.Namespace) -> None:
     for library in ("sacrebleu", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    work = load_work(arguments.run, arguments.examples, arguments.num_beams)
-    kept = [each for each in work.systems if not (arguments.no_dropped and each.kind == "dropped")]
+    subject = load_subject(arguments.run, arguments.examples, arguments.num_beams)
+    kept = [each for each in subject.systems if not (arguments.no_dropped and each.kind == "dropped")]
     chosen = [each for i, each in enumerate(kept) if each.kind == "teacher" or i % arguments.every == 0]
-    work = replace(work, systems=chosen)
+    subject = replace(subject, systems=chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sides: dict[str, Callable[[Evaluation, torch.device], Result]] = {
+    sides: dict[str, Callable[[Subject, torch.device], Result]] = {
         "outputs": partial(_together, with_losses=False),
         "losses too": _together,
         "baseline": _one_by_one,
     }
-    load(work.folder_of(work.teacher), device)  # what a process does once is neither side's
+    load(subject.folder_of(subject.teacher), device)  # what a process does once is neither side's
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, side in sides.items():
-            results[name].append(_timed(side, work, device))
+            results[name].append(_timed(side, subject, device))
     ours, whole, theirs = (sorted(each, key=lambda each: each.seconds)[len(each) // 2] for each in results.values())
-    views = [work.member(system) for system in work.systems if system.kind in VIEWS]
+    views = [subject.member(system) for system in subject.systems if system.kind in VIEWS]
     encoders = [member.encoder for member in views]
-    num_parts, floor_s = _num_parts(work, device), _floor_s(work, ours, device)
+    num_parts, floor_s = _num_parts(subject, device), _floor_s(subject, ours, device)
     measures = [
         Measure(
             "evaluate", "wall time", ours.seconds, theirs.seconds - theirs.losses[0],
@@ -105,10 +105,10 @@ def main(arguments: argparse.Namespace) -> None:
             num_parts * count_prefixes(encoders),
         ),
     ]  # fmt: skip
-    report("evaluate", measures, _notes(work, (ours, whole), theirs), arguments.write)
+    report("evaluate", measures, _notes(subject, (ours, whole), theirs), arguments.write)
 
 
-def load_work(root: Path, num_examples: int, num_beams: int) -> Evaluation:
+def load_subject(root: Path, num_examples: int, num_beams: int) -> Subject:
     """What a finished run evaluates, with other settings.
 
     Raises:
@@ -119,48 +119,48 @@ def load_work(root: Path, num_examples: int, num_beams: int) -> Evaluation:
         raise FileNotFoundError(f"{run.recipe} is missing: give a finished run with --run")
     recipe, _ = parse_recipe(recipe_parser("bench", ""), ["--config", str(run.recipe), "--run_dir", str(root)])
     settings = replace(recipe.evaluate, max_examples=num_examples, num_beams=num_beams)
-    return Evaluation.load(replace(recipe, evaluate=settings), run)
+    return Subject.load(replace(recipe, evaluate=settings), run)
 
 
-def _slices(work: Evaluation) -> list[list[int]]:
+def _slices(subject: Subject) -> list[list[int]]:
     """The same batches for both sides."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(work.run.teacher_model, local_files_only=True)
-    lengths = [len(ids) for ids in tokenize(tokenizer, work, "source")]
-    return batches_of(lengths, work.recipe.evaluate.tokens_per_batch)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(subject.run.teacher_model, local_files_only=True)
+    lengths = [len(ids) for ids in tokenize(tokenizer, subject, "source")]
+    return batches_of(lengths, subject.recipe.evaluate.tokens_per_batch)
 
 
-def _num_parts(work: Evaluation, device: torch.device) -> int:
+def _num_parts(subject: Subject, device: torch.device) -> int:
     """In how many parts the examples go through the encoders."""
-    sources = tokenize(load_tokenizer(work.run.teacher_model), work, "source")
-    return sum(len(parts_of([sources[i] for i in places], device)) for places in _slices(work))
+    sources = tokenize(load_tokenizer(subject.run.teacher_model), subject, "source")
+    return sum(len(parts_of([sources[i] for i in places], device)) for places in _slices(subject))
 
 
-def _timed(side: Callable[[Evaluation, torch.device], Result], work: Evaluation, device: torch.device) -> Result:
-    started_s, process_s = time.perf_counter(), time.process_time()
-    result = side(work, device)
-    result.seconds, result.process_seconds = time.perf_counter() - started_s, time.process_time() - process_s
+def _timed(side: Callable[[Subject, torch.device], Result], subject: Subject, device: torch.device) -> Result:
+    started_at, process_s = time.perf_counter(), time.process_time()
+    result = side(subject, device)
+    result.seconds, result.process_seconds = time.perf_counter() - started_at, time.process_time() - process_s
     return result
 
 
-def _together(work: Evaluation, device: torch.device, with_losses: bool = True) -> Result:
+def _together(subject: Subject, device: torch.device, with_losses: bool = True) -> Result:
     """Ours: weights loaded once, the references' losses beside the outputs or not."""
-    result, settings = Result(), work.recipe.evaluate
-    check_library(work.run.teacher_model, work.run.library)  # an evaluation does, too
-    views = [system for system in work.systems if system.kind in VIEWS]
-    groups = [views, *([system] for system in work.systems if system.kind not in VIEWS)]
+    result, settings = Result(), subject.recipe.evaluate
+    check_library(subject.run.teacher_model, subject.run.library)  # an evaluation does, too
+    views = [system for system in subject.systems if system.kind in VIEWS]
+    groups = [views, *([system] for system in subject.systems if system.kind not in VIEWS)]
     for systems in groups:
         is_library = systems is views
-        folder = work.run.teacher_model if is_library else work.folder_of(systems[0])
-        pool = load_pool(folder, device, work.run.library if is_library else None)
+        folder = subject.run.teacher_model if is_library else subject.folder_of(systems[0])
+        pool = load_pool(folder, device, subject.run.library if is_library else None)
         rules = rules_of(pool.model, settings.max_new_tokens, settings.num_beams)
         whole = {stack: tuple(pool.layers[stack]) for stack in STACKS}
         members = [
-            work.member(each) if is_library else Member(each.name, whole["encoder"], whole["decoder"])
+            subject.member(each) if is_library else Member(each.name, whole["encoder"], whole["decoder"])
             for each in systems
         ]
-        sources, references = (tokenize(pool.tokenizer, work, side) for side in ("source", "target"))
+        sources, references = (tokenize(pool.tokenizer, subject, side) for side in ("source", "target"))
         calls = LayerCalls()
-        for places in _slices(work):
+        for places in _slices(subject):
             own_sources, own_references = ([side[i] for i in places] for side in (sources, references))
             found = decode_together(pool, members, own_sources, own_references if with_losses else None, rules, calls)
             for name, outputs in found.items():
@@ -172,17 +172,17 @@ def _together(work: Evaluation, device: torch.device, with_losses: bool = True) 
     return result
 
 
-def _one_by_one(work: Evaluation, device: torch.device) -> Result:
+def _one_by_one(subject: Subject, device: torch.device) -> Result:
     """The baseline: from_pretrained (sdpa) and generate for each folder, in the same batches, sorted by length; then
     the losses of the references, which ours makes as well, timed apart."""
     result = Result()
-    for system in work.systems:
-        model, tokenizer = load(work.folder_of(system), device)
+    for system in subject.systems:
+        model, tokenizer = load(subject.folder_of(system), device)
         assert model.config._attn_implementation == "sdpa"
-        sources, references = (tokenize(tokenizer, work, side) for side in ("source", "target"))
-        for places in _slices(work):
+        sources, references = (tokenize(tokenizer, subject, side) for side in ("source", "target"))
+        for places in _slices(subject):
             own_sources, own_references = ([side[i] for i in places] for side in (sources, references))
-            _put(result, system.name, places, generate(model, own_sources, work.recipe), len(sources))
+            _put(result, system.name, places, generate(model, own_sources, subject.recipe), len(sources))
             begin = time.perf_counter(), time.process_time()
             losses_of(model, own_sources, own_references)
             result.losses = (
@@ -200,14 +200,14 @@ def _put(result: Result, name: str, places: list[int], tokens: list[list[int]], 
         outputs[place] = ids
 
 
-def _floor_s(work: Evaluation, result: Result, device: torch.device) -> float:
+def _floor_s(subject: Subject, result: Result, device: torch.device) -> float:
     """Seconds of the matrix products alone: every weight once for each token it must see, at the speed of a large
     product measured now. Encoder layers count once for each distinct prefix, decoder layers and head once for each
     output token."""
-    sources = tokenize(transformers.AutoTokenizer.from_pretrained(work.run.teacher_model), work, "source")
+    sources = tokenize(transformers.AutoTokenizer.from_pretrained(subject.run.teacher_model), subject, "source")
     num_source, flops = sum(map(len, sources)), 0.0
-    pool = load_pool(work.run.teacher_model, device, work.run.library)
-    members = [work.member(system) for system in work.systems if system.kind in VIEWS]
+    pool = load_pool(subject.run.teacher_model, device, subject.run.library)
+    members = [subject.member(system) for system in subject.systems if system.kind in VIEWS]
     prefixes = {member.encoder[: i + 1] for member in members for i in range(len(member.encoder))}
     for prefix in prefixes:
         flops += 2.0 * num_source * _weights(pool.layers["encoder"][prefix[-1]])
@@ -218,9 +218,9 @@ def _floor_s(work: Evaluation, result: Result, device: torch.device) -> float:
     left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(2))
     times = []
     for _ in range(10):
-        started_s = time.perf_counter()
+        started_at = time.perf_counter()
         (left @ right).sum().item()
-        times.append(time.perf_counter() - started_s)
+        times.append(time.perf_counter() - started_at)
     return flops / (2.0 * GEMM_SIZE**3 / min(times))
 
 
@@ -228,32 +228,32 @@ def _weights(layer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
 
 
-def _notes(work: Evaluation, ours: Sequence[Result], theirs: Result) -> str:
+def _notes(subject: Subject, ours: Sequence[Result], theirs: Result) -> str:
     different, count = Counter[str](), 0
     for name, outputs in ((name, outputs) for each in ours for name, outputs in each.tokens.items()):
         different[name] += sum(a != b for a, b in zip(outputs, theirs.tokens[name], strict=True))
         count += len(outputs)
-    settings = work.recipe.evaluate
+    settings = subject.recipe.evaluate
     lines = [
-        f"{len(work.systems)} systems of {work.run.root.name} x {len(work.examples)} examples, "
+        f"{len(subject.systems)} systems of {subject.run.root.name} x {len(subject.examples)} examples, "
         f"{settings.num_beams} beam(s), at most {settings.max_new_tokens} new tokens, batches of "
         f"{settings.tokens_per_batch} source tokens, {torch.get_num_threads()} thread(s); loading is counted on both "
         "sides.",
         f"Outputs that differ, with and without losses: {different.total()} of {count}; by system "
         f"{json.dumps({name: each for name, each in different.items() if each})}.",
-        *_shares(work),
+        *_shares(subject),
     ]
     return "\n\n".join(lines)
 
 
-def _shares(work: Evaluation) -> list[str]:
+def _shares(subject: Subject) -> list[str]:
     """Distinct prefixes as a share of the encoder layers of all systems, counted by arithmetic."""
 
     def asked_by(*presets: str) -> list[Tiling]:
-        asked = [each.assembly for each in work.systems if any(preset in presets for preset, _ in each.requests)]
+        asked = [each.assembly for each in subject.systems if any(preset in presets for preset, _ in each.requests)]
         return [Assembly.parse(text).encoder for text in asked]
 
-    manifest = json.loads((work.run.library / "library.json").read_text(encoding="utf-8"))
+    manifest = json.loads((subject.run.library / "library.json").read_text(encoding="utf-8"))
     num_layers = manifest["num_layers"]["encoder"]
     spans = [Span(*map(int, text.split("-"))) for text in manifest["spans"]["encoder"]]
     every = list(tilings(num_layers, spans))

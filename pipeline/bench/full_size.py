@@ -32,7 +32,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.footprint.estimate import GIB, Machine
 from pipeline.footprint.sharding import read_ds_config
 from pipeline.planning.disk import bytes_of_stages
-from pipeline.planning.forecast import Cost, costs_of
+from pipeline.planning.forecast import TrainingCost, costs_of
 from pipeline.planning.planned import Planned
 from pipeline.planning.public_models import public_config
 
@@ -188,7 +188,7 @@ def watched(name: str, command: list[str], folder: Path) -> Step:
     """
     step = Step(name)
     print(f"{name} ...", flush=True)
-    started_s = time.monotonic()
+    started_at = time.monotonic()
     with open(folder / "log.txt", "ab") as log:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         process = subprocess.Popen(
@@ -201,7 +201,7 @@ def watched(name: str, command: list[str], folder: Path) -> Step:
     process.wait()
     done.set()
     watcher.join()
-    step.seconds = time.monotonic() - started_s
+    step.seconds = time.monotonic() - started_at
     print(f"{name}: {step.seconds:.0f} s, {step.largest / GIB:.2f} GiB, together {step.together / GIB:.2f} GiB, "
           f"{step.least_free / GIB:.1f} GiB left on the machine", flush=True)  # fmt: skip
     if process.returncode:
@@ -255,7 +255,7 @@ def _named(steps: list[Step], name: str) -> Step:
     return next(step for step in steps if step.name == name)
 
 
-def _sizes(steps: list[Step], cost: Cost, planned: Planned, run_dir: Path) -> list[Measure]:
+def _sizes(steps: list[Step], cost: TrainingCost, planned: Planned, run_dir: Path) -> list[Measure]:
     """Memory of training on both ranks and disk of all stages, against the estimate."""
     train, idle = _named(steps, f"distill on {NUM_RANKS} ranks"), _named(steps, IDLE).largest
     on_disk = _bytes_on_disk(run_dir)
@@ -286,7 +286,7 @@ def _times(
 
 
 def _expected_s(
-    cost: Cost, run_dir: Path, steps: list[Step], records: list[dict[str, Any]]
+    cost: TrainingCost, run_dir: Path, steps: list[Step], records: list[dict[str, Any]]
 ) -> tuple[dict[str, float], float]:
     """(Seconds that training on both ranks should take, by what for; those that the matrix products of its steps alone
     take), at the speeds of this machine: matrix products in bf16 on one thread a rank, copies in memory, files that are
@@ -314,7 +314,7 @@ def _bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _notes(name: str, steps: list[Step], cost: Cost, recipe: Recipe, expected_s: dict[str, float]) -> str:
+def _notes(name: str, steps: list[Step], cost: TrainingCost, recipe: Recipe, expected_s: dict[str, float]) -> str:
     rows = [
         f"| {step.name} | {step.seconds:.0f} | {step.largest / GIB:.2f} | {step.together / GIB:.2f} |" for step in steps
     ]

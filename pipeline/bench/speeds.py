@@ -41,7 +41,7 @@ def written_bytes_per_s(folder: Path) -> float:
 def _fastest_s(run: Callable[[], object], num_rounds: int = 5) -> float:
     found = []
     for _ in range(num_rounds):
-        started_s = time.perf_counter()
+        started_at = time.perf_counter()
         run()
-        found.append(time.perf_counter() - started_s)
+        found.append(time.perf_counter() - started_at)
     return min(found)

@@ -263,11 +263,11 @@ def matmul_flops(device: torch.device) -> float:
     for _ in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        started_s = time.perf_counter()
+        started_at = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started_s)
+        best = min(best, time.perf_counter() - started_at)
     return 2 * size**3 / best
 
 

@@ -47,7 +47,7 @@ from pipeline.bench.step_model import (
 from pipeline.bench.step_trainer import trainer
 from pipeline.config.recipe import BatchConfig, LoopConfig, LossConfig
 from pipeline.footprint.estimate import Machine, memory, plan, sizes_of
-from pipeline.footprint.sharding import Mode
+from pipeline.footprint.sharding import Sharding
 from pipeline.model.huggingface import load_model
 from pipeline.model.losses import LossTerms
 from pipeline.training.engine import join_world
@@ -123,7 +123,7 @@ def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[
         engine.step(1e-4)
     peak = resident()["VmHWM"] - idle["VmRSS"]
     world.close()
-    mode = Mode.of(path, world.size, world.size, is_gpu=False)
+    mode = Sharding.of(path, world.size, world.size, is_gpu=False)
     needs = memory(sizes, mode, shape_BST[0] * (shape_BST[1] + shape_BST[2]), recompute=False)
     shards = needs.device["weights"] + needs.device["fp32 weights and moments"] + needs.device["gradients"] / 2
     return {
@@ -211,7 +211,7 @@ def gpu(
                 flops.append(flops_of(sizes, draw_of(task, step, batch.index), shape_BST))
         rows[name] = {"seconds": statistics.median(seconds), "flops": statistics.mean(flops)}
         if name == "distillation":
-            mode = Mode.of(ds_config, world.size, world.ranks_per_node, is_gpu=world.device.type == "cuda")
+            mode = Sharding.of(ds_config, world.size, world.ranks_per_node, is_gpu=world.device.type == "cuda")
             needs = memory(sizes, mode, num_tokens, recompute=False)
             peak_memory = {
                 "peak": peak_of(world.device),

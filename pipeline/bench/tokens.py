@@ -23,12 +23,11 @@ from safetensors.torch import save_file
 
 from data_prep.publish import sha256_of
 from pipeline.assemble.write import Parts, write_checkpoint
-from pipeline.bench.evaluate import load_work
-from pipeline.decoding.plain import batches_of, up_to_end
+from pipeline.bench.evaluate import load_subject
+from pipeline.decoding.plain import batches_of, padded_sources, up_to_end
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import Member, decode_together
 from pipeline.decoding.views import load_pool
-from pipeline.evaluation.cost import padded
 from pipeline.evaluation.slices import tokenize
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import STACKS, Assembly, Span
@@ -97,23 +96,23 @@ def main(arguments: argparse.Namespace) -> None:
 
 def case_of_run(root: Path, num_examples: int) -> Case:
     """The teacher, the coarsest assembly and others between them."""
-    work = load_work(root, num_examples, 1)
-    systems = [each for each in work.systems if each.kind in ("teacher", "assembly")]
+    subject = load_subject(root, num_examples, 1)
+    systems = [each for each in subject.systems if each.kind in ("teacher", "assembly")]
     systems.sort(key=lambda each: -each.num_parameters)
     last = len(systems) - 1
     chosen = {systems[round(i * last / (NUM_ASSEMBLIES - 1))].name for i in range(NUM_ASSEMBLIES)}
     sources, references = (
-        tokenize(load_tokenizer(work.run.teacher_model), work, side) for side in ("source", "target")
+        tokenize(load_tokenizer(subject.run.teacher_model), subject, side) for side in ("source", "target")
     )
     return Case(
-        name=work.recipe.name,
-        teacher=work.run.teacher_model,
-        library=work.run.library,
-        folders={each.assembly: work.folder_of(each) for each in systems if each.name in chosen},
+        name=subject.recipe.name,
+        teacher=subject.run.teacher_model,
+        library=subject.run.library,
+        folders={each.assembly: subject.folder_of(each) for each in systems if each.name in chosen},
         sources=sources,
         references=references,
-        max_new_tokens=work.recipe.evaluate.max_new_tokens,
-        tokens_per_batch=work.recipe.evaluate.tokens_per_batch,
+        max_new_tokens=subject.recipe.evaluate.max_new_tokens,
+        tokens_per_batch=subject.recipe.evaluate.tokens_per_batch,
     )
 
 
@@ -253,7 +252,7 @@ def by_transformers(
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     for first in range(0, len(order), batch):
         places = order[first : first + batch]
-        source_BS, mask_BS = padded([sources[i] for i in places], model)
+        source_BS, mask_BS = padded_sources(model, [sources[i] for i in places])
         ids_BT = model.generate(
             input_ids=source_BS, attention_mask=mask_BS, max_new_tokens=max_new_tokens, num_beams=num_beams,
             do_sample=False,

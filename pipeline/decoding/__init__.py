@@ -7,7 +7,7 @@ pending.py: rows of several assemblies that go through one decoder together; tog
 
 from __future__ import annotations
 
-from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of, generate, load, losses_of
+from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of, generate, load, losses_of, padded_sources
 from pipeline.decoding.rules import Rules, rules_of
 from pipeline.decoding.together import Member, Outputs, decode_together
 from pipeline.decoding.views import Pool, load_pool
@@ -24,5 +24,6 @@ __all__ = [
     "load",
     "load_pool",
     "losses_of",
+    "padded_sources",
     "rules_of",
 ]

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import transformers
 
 from pipeline.config import Recipe
+from pipeline.data import IGNORED_LABEL, padded_rows
 
 MAX_EXAMPLES_PER_BATCH = 256
-IGNORED_LABEL = -100
 
 
 def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
@@ -25,10 +25,16 @@ def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def padded_sources(model: Any, sources: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of one batch as a model of transformers takes them, [B, S] int64."""
+    source_BS, mask_BS = padded_rows(sources, model.generation_config.pad_token_id or 0, model.device)
+    return source_BS, mask_BS.long()
+
+
 @torch.inference_mode()
 def generate(model: Any, sources: Sequence[Sequence[int]], recipe: Recipe) -> list[list[int]]:
     """Output ids of one batch, greedy or with beams as recipe.evaluate says."""
-    source_BS, mask_BS = _pad(sources, model.generation_config.pad_token_id or 0, model.device)
+    source_BS, mask_BS = padded_sources(model, sources)
     ids_BT = model.generate(
         input_ids=source_BS,
         attention_mask=mask_BS,
@@ -44,8 +50,8 @@ def generate(model: Any, sources: Sequence[Sequence[int]], recipe: Recipe) -> li
 @torch.inference_mode()
 def losses_of(model: Any, sources: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[float]:
     """Cross entropy with the reference of each example of one batch, summed over its tokens, in nats."""
-    source_BS, mask_BS = _pad(sources, model.generation_config.pad_token_id or 0, model.device)
-    labels_BT, _ = _pad(references, IGNORED_LABEL, model.device)
+    source_BS, mask_BS = padded_sources(model, sources)
+    labels_BT, _ = padded_rows(references, IGNORED_LABEL, model.device)
     logits_BTV = model(input_ids=source_BS, attention_mask=mask_BS, labels=labels_BT, use_cache=False).logits
     losses = F.cross_entropy(
         logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none", ignore_index=IGNORED_LABEL
@@ -57,14 +63,6 @@ def up_to_end(ids: list[int], eos_ids: set[int]) -> list[int]:
     """Output ids without what pads them behind the first end of sequence."""
     end = next((i + 1 for i, each in enumerate(ids) if each in eos_ids), len(ids))
     return ids[:end]
-
-
-def _pad(texts: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask of real tokens), each [B, longest]."""
-    longest = max(len(text) for text in texts)
-    ids = torch.tensor([[*text, *[filler] * (longest - len(text))] for text in texts], device=device)
-    lengths = torch.tensor([len(text) for text in texts], device=device)
-    return ids, (torch.arange(longest, device=device) < lengths[:, None]).long()
 
 
 def batches_of(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pipeline.data import IGNORED_LABEL, padded_rows
 from pipeline.decoding.beams import beam_search
 from pipeline.decoding.decoder import Decoder, Memory, logits_at_once
 from pipeline.decoding.greedy import NOTHING, Prefix, greedy, lay_out_drafts, settle
@@ -27,7 +28,6 @@ from pipeline.decoding.views import Pool
 from pipeline.families import KeysValues, StackInputs
 from pipeline.spans import Span, walk
 
-IGNORED_LABEL = -100
 # padded source tokens that encoders and references are computed on together; on a GPU as many as the batch has
 TOKENS_PER_PART = {"cpu": 1024, "cuda": 2**30}
 MAX_PENDING_BYTES = {"cpu": 2**29, "cuda": 2**33}  # keys and values of rows that wait for others
@@ -90,11 +90,6 @@ def parts_of(sources: Sequence[Sequence[int]], device: torch.device) -> list[lis
     return batches_of([len(text) for text in sources], TOKENS_PER_PART[device.type])
 
 
-def _padded(texts: Sequence[Sequence[int]], filler: int, device: torch.device) -> torch.Tensor:
-    longest = max(1, *map(len, texts))
-    return torch.tensor([[*text, *[filler] * (longest - len(text))] for text in texts], device=device)
-
-
 class _Batch:
     """The examples of one call of decode_together, and what has been found out so far."""
 
@@ -111,9 +106,7 @@ class _Batch:
     def read(self, sources: Sequence[Sequence[int]], places: Sequence[int]) -> None:
         """Encode some examples, and take their references through every decoder, where there are any."""
         pool = self.pool
-        source_BS = _padded(sources, self.rules.pad_id, pool.device)
-        lengths = torch.tensor([len(text) for text in sources], device=pool.device)
-        mask_BS = torch.arange(source_BS.shape[1], device=pool.device) < lengths[:, None]
+        source_BS, mask_BS = padded_rows(sources, self.rules.pad_id, pool.device)
         inputs = StackInputs(pool.shared.self_bias("encoder", mask_BS))
 
         def encode(hidden_BSD: torch.Tensor, span: Span) -> torch.Tensor:
@@ -143,7 +136,7 @@ class _Batch:
         decoder."""
         pool, found = self.pool, {}
         assert self.references is not None
-        labels_BT = _padded([self.references[i] for i in places], IGNORED_LABEL, pool.device)
+        labels_BT, _ = padded_rows([self.references[i] for i in places], IGNORED_LABEL, pool.device)
         given_BT = pool.shared.decoder_inputs(labels_BT)
         positions_1T = torch.arange(given_BT.shape[1], device=pool.device)[None]
         inputs = StackInputs(pool.shared.bias_at(positions_1T, given_BT.shape[1]), cross_bias)

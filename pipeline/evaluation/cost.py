@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.decoding import MAX_EXAMPLES_PER_BATCH, load
+from pipeline.decoding import MAX_EXAMPLES_PER_BATCH, load, padded_sources
 from pipeline.world import is_out_of_memory, release_memory
 
 NUM_WARMUP = 2
@@ -120,7 +120,7 @@ def _throughputs(models: Mapping[str, Any], sample: Sample) -> dict[str, Costs]:
 
 def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beams: int) -> float:
     """Seconds to decode a batch for so many tokens."""
-    source_BS, mask_BS = padded(sources, model)
+    source_BS, mask_BS = padded_sources(model, sources)
     begin = time.perf_counter()
     with torch.inference_mode():
         model.generate(
@@ -132,13 +132,6 @@ def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beam
             do_sample=False,
         ).cpu()
     return time.perf_counter() - begin
-
-
-def padded(sources: Sequence[list[int]], model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    longest, filler = max(map(len, sources)), model.generation_config.pad_token_id or 0
-    ids = torch.tensor([ids + [filler] * (longest - len(ids)) for ids in sources], device=model.device)
-    lengths = torch.tensor([len(ids) for ids in sources], device=model.device)
-    return ids, (torch.arange(longest, device=model.device) < lengths[:, None]).long()
 
 
 def _memory_and_flops(model: Any, sample: Sample) -> Costs:

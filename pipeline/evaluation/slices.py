@@ -31,19 +31,20 @@ from pipeline.decoding import (
     losses_of,
     rules_of,
 )
-from pipeline.evaluation.subject import VIEWS, Evaluation
+from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.families import FAMILIES
 from pipeline.rundir import create_once, digest_of, publish_sealed, read_json, read_sealed
 from pipeline.spans import STACKS, Assembly
 from pipeline.tokenizer import load_tokenizer
 from pipeline.world import is_out_of_memory, release_memory
 
-ASSEMBLIES = "assemblies"
+TOGETHER = "assemblies"
+"""The group of the systems that are paths through teacher and library."""
 OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodingPlan:
     """Which systems are decoded, in which groups and slices."""
 
     folder: Path
@@ -65,51 +66,51 @@ class Plan:
         return self.folder / f"{group}.{index:05d}.json"
 
 
-def agree_on_plan(work: Evaluation, missing: Sequence[System]) -> Plan:
+def agree_on_plan(subject: Subject, missing: Sequence[System]) -> DecodingPlan:
     """The newest plan for today's inputs that holds all systems whose scores are missing; made where there is none."""
-    inputs = {system.name: work.key(system) for system in work.systems}
-    key = digest_of([inputs, work.recipe.evaluate.tokens_per_batch])[:12]
+    inputs = {system.name: subject.key(system) for system in subject.systems}
+    key = digest_of([inputs, subject.recipe.evaluate.tokens_per_batch])[:12]
     number = 0
     while True:
-        path = work.folder / "units" / f"plan-{key}.{number}.json"
+        path = subject.folder / "units" / f"plan-{key}.{number}.json"
         content = read_json(path)
         if content is None:
-            create_once(path, _new_plan(work, missing))
+            create_once(path, _new_plan(subject, missing))
             continue
-        plan = Plan(path.with_suffix(""), content["groups"], content["slices"])
+        plan = DecodingPlan(path.with_suffix(""), content["groups"], content["slices"])
         if {system.name for system in missing} <= set(plan.systems):
             return plan
         number += 1
 
 
-def _new_plan(work: Evaluation, missing: Sequence[System]) -> dict[str, Any]:
+def _new_plan(subject: Subject, missing: Sequence[System]) -> dict[str, Any]:
     groups: dict[str, list[str]] = {}
     for system in missing:
-        groups.setdefault(ASSEMBLIES if system.kind in VIEWS else system.name, []).append(system.name)
-    lengths = [len(ids) for ids in tokenize(load_tokenizer(work.run.teacher_model), work, "source")]
-    return {"groups": groups, "slices": batches_of(lengths, work.recipe.evaluate.tokens_per_batch)}
+        groups.setdefault(TOGETHER if system.kind in VIEWS else system.name, []).append(system.name)
+    lengths = [len(ids) for ids in tokenize(load_tokenizer(subject.run.teacher_model), subject, "source")]
+    return {"groups": groups, "slices": batches_of(lengths, subject.recipe.evaluate.tokens_per_batch)}
 
 
-def tokenize(tokenizer: Any, work: Evaluation, side: str) -> list[list[int]]:
+def tokenize(tokenizer: Any, subject: Subject, side: str) -> list[list[int]]:
     """Ids of all sources, or of all (first) references."""
     if side == "source":
-        texts = [example["source"] for example in work.examples]
-        return tokenizer(texts, truncation=True, max_length=work.recipe.data.max_source_tokens).input_ids
-    texts = [each[0] for each in work.references.texts]
-    return tokenizer(text_target=texts, truncation=True, max_length=work.recipe.data.max_target_tokens).input_ids
+        texts = [example["source"] for example in subject.examples]
+        return tokenizer(texts, truncation=True, max_length=subject.recipe.data.max_source_tokens).input_ids
+    texts = [each[0] for each in subject.references.texts]
+    return tokenizer(text_target=texts, truncation=True, max_length=subject.recipe.data.max_target_tokens).input_ids
 
 
 class Workshop:
     """Decodes units; holds one group's weights at a time."""
 
-    def __init__(self, work: Evaluation, device: torch.device) -> None:
-        self.work, self.device = work, device
+    def __init__(self, subject: Subject, device: torch.device) -> None:
+        self.subject, self.device = subject, device
         self._group = ""
         self._decode: Callable[..., dict[str, Any]] | None = None
 
-    def do(self, plan: Plan, unit: tuple[str, int], beat: Callable[[], None]) -> None:
+    def do(self, plan: DecodingPlan, unit: tuple[str, int], beat: Callable[[], None]) -> None:
         """Decode one unit and publish its result."""
-        started_s = time.perf_counter()
+        started_at = time.perf_counter()
         group, index = unit
         names, places = plan.groups[group], plan.slices[index]
         if self._group != group:
@@ -123,24 +124,24 @@ class Workshop:
         for name, decoded in self._decode(names, places, beat).items():
             del record["failed"][name]
             record["outputs"][name], record["losses"][name], record["num_tokens"][name] = decoded
-        record["seconds"] = time.perf_counter() - started_s
+        record["seconds"] = time.perf_counter() - started_at
         publish_sealed(plan.path(group, index), record)
 
     def _decoder_of(self, group: str, names: list[str]) -> Callable[..., dict[str, Any]]:
-        run, work = self.work.run, self.work
+        run, subject = self.subject.run, self.subject
         try:
-            if group == ASSEMBLIES:
+            if group == TOGETHER:
                 # the plan that names this group carries the hashes: both files were held against the manifest for it
-                return _Views(work, load_pool(run.teacher_model, self.device, run.library))
-            folder = work.folder_of(work.system(group))
+                return _Views(subject, load_pool(run.teacher_model, self.device, run.library))
+            folder = subject.folder_of(subject.system(group))
             config = read_json(folder / "config.json") or {}
             if config.get("model_type") in FAMILIES:
                 pool = load_pool(folder, self.device)
                 try:
-                    return _Views(work, pool)
+                    return _Views(subject, pool)
                 except ValueError:  # its generation config asks for more than Rules carry
                     del pool
-            return _Plain(work, *load(folder, self.device))
+            return _Plain(subject, *load(folder, self.device))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -150,18 +151,18 @@ class Workshop:
 class _Views:
     """Decodes systems that are paths through one pool."""
 
-    def __init__(self, work: Evaluation, pool: Pool) -> None:
-        settings = work.recipe.evaluate
+    def __init__(self, subject: Subject, pool: Pool) -> None:
+        settings = subject.recipe.evaluate
         self.rules = rules_of(pool.model, settings.max_new_tokens, settings.num_beams)
-        self.work, self.pool = work, pool
+        self.subject, self.pool = subject, pool
 
     @cached_property
     def sources(self) -> list[list[int]]:
-        return tokenize(self.pool.tokenizer, self.work, "source")
+        return tokenize(self.pool.tokenizer, self.subject, "source")
 
     @cached_property
     def references(self) -> list[list[int]]:
-        return tokenize(self.pool.tokenizer, self.work, "target")
+        return tokenize(self.pool.tokenizer, self.subject, "target")
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
         members = [self._member(name) for name in names]
@@ -189,10 +190,10 @@ class _Views:
                 )
 
     def _member(self, name: str) -> Member:
-        system = self.work.system(name)
+        system = self.subject.system(name)
         if system.kind in VIEWS:
             self._check_fits(system)
-            return self.work.member(system)
+            return self.subject.member(system)
         encoder, decoder = (tuple(self.pool.layers[stack]) for stack in STACKS)
         return Member(name, encoder, decoder)
 
@@ -231,13 +232,13 @@ def decode_in_memory(
 class _Plain:
     """Decodes one folder with transformers' own generate."""
 
-    def __init__(self, work: Evaluation, model: Any, tokenizer: Any) -> None:
-        self.work, self.model, self.tokenizer = work, model, tokenizer
+    def __init__(self, subject: Subject, model: Any, tokenizer: Any) -> None:
+        self.subject, self.model, self.tokenizer = subject, model, tokenizer
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
         sources, references = (
             [ids[i] for i in places]
-            for ids in (tokenize(self.tokenizer, self.work, side) for side in ("source", "target"))
+            for ids in (tokenize(self.tokenizer, self.subject, side) for side in ("source", "target"))
         )
         size = len(places)
         while size:
@@ -245,7 +246,7 @@ class _Plain:
             try:
                 tokens, losses = [], []
                 for part in parts:
-                    tokens += generate(self.model, sources[part], self.work.recipe)
+                    tokens += generate(self.model, sources[part], self.subject.recipe)
                     losses += losses_of(self.model, sources[part], references[part])
                     beat()
             except Exception as error:
@@ -260,12 +261,12 @@ class _Plain:
         return {}
 
 
-def read_unit(plan: Plan, group: str, index: int) -> dict[str, Any] | None:
+def read_unit(plan: DecodingPlan, group: str, index: int) -> dict[str, Any] | None:
     """The published result of a unit when it is whole, else None."""
     return read_sealed(plan.path(group, index))
 
 
-def merge(plan: Plan, system: str, num_examples: int) -> tuple[list[str], list[tuple[float, int]], int] | str:
+def merge(plan: DecodingPlan, system: str, num_examples: int) -> tuple[list[str], list[tuple[float, int]], int] | str:
     """(outputs, losses, output tokens) of one system over all slices, each example once; or why it failed."""
     group = next(group for group, names in plan.groups.items() if system in names)
     outputs: list[str | None] = [None] * num_examples

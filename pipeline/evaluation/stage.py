@@ -32,14 +32,13 @@ from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.evaluation.cost import Sample, costs, full_batch
-from pipeline.evaluation.slices import Plan, Workshop, agree_on_plan, merge, read_unit, tokenize
-from pipeline.evaluation.subject import Evaluation
+from pipeline.evaluation.slices import DecodingPlan, Workshop, agree_on_plan, merge, read_unit, tokenize
+from pipeline.evaluation.subject import Subject
 from pipeline.rundir import RunDir, Stage, publish_sealed, read_sealed, work_off, write_atomic
-from pipeline.scoring import p_values, quality_of
+from pipeline.scoring import METRICS, p_values, quality_of
 from pipeline.tokenizer import load_tokenizer
 from pipeline.world import World, device_name
 
-METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "loss")
 TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "ms_per_token", "tokens_per_s", "tokens_per_s_low",
          "tokens_per_s_high", "peak_memory_bytes")  # fmt: skip
 
@@ -55,45 +54,42 @@ def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
         FileNotFoundError: a stage before this one has not published.
         ValueError: an empty test part, a damaged library, an example without a reference, two systems of one name.
     """
-    started_s = time.time()
+    started_at = time.time()
     for library in ("sacrebleu", "transformers", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    work = Evaluation.load(recipe, run)
+    subject = Subject.load(recipe, run)
     stage = Stage.of(recipe, run, "evaluate")
     if world.is_main:
-        # Not stage.begin(): results carry their own keys, so those of unchanged systems stay good, whatever has changed
-        # around them, and nothing needs to be refused or moved from under another worker.
-        (stage.folder / "stage.json").unlink(missing_ok=True)
-        write_atomic(stage.folder / "inputs.json", json.dumps(stage.inputs, indent=1))
-    scores = score_systems(work, world)
+        stage.reopen()
+    scores = score_systems(subject, world)
     if not world.is_main:
         return
     _warn(scores)
-    measured = measure_costs(work, scores, world)
-    rows = table_of(work, scores, measured)
+    measured = measure_costs(subject, scores, world)
+    rows = table_of(subject, scores, measured)
     write_atomic(run.scores, csv_text(rows))
     for leftover in ("claims", "units"):
-        shutil.rmtree(work.folder / leftover, ignore_errors=True)
-    results = [path for system in work.systems for path in work.result_paths(system) if path.is_file()]
-    stage.publish([run.scores, work.folder / "costs.json", *results], started_s=started_s)
+        shutil.rmtree(subject.folder / leftover, ignore_errors=True)
+    results = [path for system in subject.systems for path in subject.result_paths(system) if path.is_file()]
+    stage.publish([run.scores, subject.folder / "costs.json", *results], started_at=started_at)
     teacher = next(row for row in rows if row["kind"] == "teacher")
     print(
-        f"evaluate: {len(work.systems)} systems x {len(work.examples)} examples, "
-        f"teacher {float(teacher['bleu']):.1f} BLEU, {time.time() - started_s:.1f} s -> {run.scores}"
+        f"evaluate: {len(subject.systems)} systems x {len(subject.examples)} examples, "
+        f"teacher {float(teacher['bleu']):.1f} BLEU, {time.time() - started_at:.1f} s -> {run.scores}"
     )
 
 
-def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
+def score_systems(subject: Subject, world: World) -> dict[str, dict[str, Any]]:
     """Decode and score whatever no other worker has; on worker 0, return only when every system has a valid result."""
-    scores = {system.name: score for system in work.systems if (score := read_score(work, system))}
-    missing = [system for system in work.systems if system.name not in scores]
+    scores = {system.name: score for system in subject.systems if (score := read_score(subject, system))}
+    missing = [system for system in subject.systems if system.name not in scores]
     if not missing:
         return scores
-    plan, workshop = agree_on_plan(work, missing), Workshop(work, world.device)
+    plan, workshop = agree_on_plan(subject, missing), Workshop(subject, world.device)
     with tqdm(total=len(plan.units), desc="evaluate", unit="unit", disable=None if world.is_main else True) as bar:
         work_off(
-            work.folder / "claims",
+            subject.folder / "claims",
             plan.units,
             name=lambda unit: f"{plan.folder.name}.{unit[0]}.{unit[1]}",
             is_done=lambda unit: read_unit(plan, *unit) is not None,
@@ -104,31 +100,31 @@ def score_systems(work: Evaluation, world: World) -> dict[str, dict[str, Any]]:
     if not all(read_unit(plan, *unit) for unit in plan.units):
         return scores  # others still decode, and will score
     work_off(
-        work.folder / "claims",
+        subject.folder / "claims",
         missing,
         name=lambda system: f"score.{system.name}",
-        is_done=lambda system: read_score(work, system) is not None,
-        do=lambda system, beat: score_system(work, system, plan, world.device),
+        is_done=lambda system: read_score(subject, system) is not None,
+        do=lambda system, beat: score_system(subject, system, plan, world.device),
         wait=world.is_main,
     )
-    return {system.name: score for system in work.systems if (score := read_score(work, system))}
+    return {system.name: score for system in subject.systems if (score := read_score(subject, system))}
 
 
-def read_score(work: Evaluation, system: System) -> dict[str, Any] | None:
+def read_score(subject: Subject, system: System) -> dict[str, Any] | None:
     """The published result of a system when it is whole and was made from today's inputs, else None."""
-    outputs_path, score_path = work.result_paths(system)
+    outputs_path, score_path = subject.result_paths(system)
     score = read_sealed(score_path)
-    if score is None or score["key"] != work.key(system):
+    if score is None or score["key"] != subject.key(system):
         return None
     if "failed" in score:
         return score
     return score if outputs_path.is_file() and sha256_of(outputs_path) == score["outputs_sha256"] else None
 
 
-def score_system(work: Evaluation, system: System, plan: Plan, device: torch.device) -> None:
+def score_system(subject: Subject, system: System, plan: DecodingPlan, device: torch.device) -> None:
     """Put a system's slices together, score it and publish the result, outputs first."""
-    merged = merge(plan, system.name, len(work.examples))
-    outputs_path, score_path = work.result_paths(system)
+    merged = merge(plan, system.name, len(subject.examples))
+    outputs_path, score_path = subject.result_paths(system)
     score: dict[str, Any] = {
         "name": system.name,
         "kind": system.kind,
@@ -137,7 +133,7 @@ def score_system(work: Evaluation, system: System, plan: Plan, device: torch.dev
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "sacrebleu", "rouge-score")
         },
-        "key": work.key(system),
+        "key": subject.key(system),
     }
     if isinstance(merged, str):
         publish_sealed(score_path, {**score, "failed": merged})
@@ -146,11 +142,13 @@ def score_system(work: Evaluation, system: System, plan: Plan, device: torch.dev
     lines = [
         {"id": example["id"], "source": example["source"], "reference": texts[0], "output": output, "loss": loss}
         | ({"references": list(texts)} if len(texts) > 1 else {})
-        for example, texts, output, (loss, _) in zip(work.examples, work.references.texts, outputs, losses, strict=True)
+        for example, texts, output, (loss, _) in zip(
+            subject.examples, subject.references.texts, outputs, losses, strict=True
+        )
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     score |= {
-        "quality": quality_of(work.references, outputs, losses),
+        "quality": quality_of(subject.references, outputs, losses),
         "num_tokens": num_tokens,
         "num_empty": sum(not output.strip() for output in outputs),
         "outputs_sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -168,24 +166,24 @@ def _warn(scores: dict[str, dict[str, Any]]) -> None:
             print(f"warning: all outputs of {name} are empty: its scores say only that", file=sys.stderr)
 
 
-def measure_costs(work: Evaluation, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
+def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
     """Costs of all systems that were scored, by name, published as one file: they compare only when measured in one
     go."""
-    count = min(work.recipe.evaluate.latency_examples, len(work.examples))
-    picks = [i * len(work.examples) // count for i in range(count)]
-    systems = [system for system in work.systems if "failed" not in scores[system.name]]
+    count = min(subject.recipe.evaluate.latency_examples, len(subject.examples))
+    picks = [i * len(subject.examples) // count for i in range(count)]
+    systems = [system for system in subject.systems if "failed" not in scores[system.name]]
     key = {
-        "systems": {system.name: work.key(system) for system in systems},
-        "examples": [work.examples[i]["id"] for i in picks],
+        "systems": {system.name: subject.key(system) for system in systems},
+        "examples": [subject.examples[i]["id"] for i in picks],
         "device": device_name(world.device),
     }
-    path = work.folder / "costs.json"
+    path = subject.folder / "costs.json"
     published = read_sealed(path)
     if published is not None and published["key"] == key:
         return published["costs"]
-    settings = work.recipe.evaluate
-    tokenizer = load_tokenizer(work.run.teacher_model)
-    sources, targets = (tokenize(tokenizer, work, side) for side in ("source", "target"))
+    settings = subject.recipe.evaluate
+    tokenizer = load_tokenizer(subject.run.teacher_model)
+    sources, targets = (tokenize(tokenizer, subject, side) for side in ("source", "target"))
     middle = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))[len(sources) // 2]
     sample = Sample(
         pairs=[(sources[i], min(len(targets[i]), settings.max_new_tokens)) for i in picks],
@@ -193,23 +191,23 @@ def measure_costs(work: Evaluation, scores: dict[str, dict[str, Any]], world: Wo
         typical=(sources[middle], targets[middle]),
         num_beams=settings.num_beams,
     )
-    found = costs({system.name: work.folder_of(system) for system in systems}, sample, world.device)
+    found = costs({system.name: subject.folder_of(system) for system in systems}, sample, world.device)
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
 
 
 def table_of(
-    work: Evaluation, scores: dict[str, dict[str, Any]], measured: dict[str, dict[str, float]]
+    subject: Subject, scores: dict[str, dict[str, Any]], measured: dict[str, dict[str, float]]
 ) -> list[dict[str, str]]:
     """Rows of scores.csv in the order of systems.json; columns whose names start with time_ differ from run to run."""
-    teacher = work.teacher
+    teacher = subject.teacher
     if "failed" in scores[teacher.name]:
         reason = scores[teacher.name]["failed"]
         raise ValueError(f"the teacher could not be decoded ({reason}): there is nothing to compare with")
-    significance = _significance(work, scores)
+    significance = _significance(subject, scores)
     teacher_bleu = scores[teacher.name]["quality"]["bleu"]
     rows = []
-    for system in work.systems:
+    for system in subject.systems:
         score, cost = scores[system.name], measured.get(system.name, {})
         quality = score.get("quality", {})
         latency = cost.get("latency_ms")
@@ -240,16 +238,16 @@ def table_of(
     return rows
 
 
-def _significance(work: Evaluation, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _significance(subject: Subject, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
     """p-values of the BLEU difference from the teacher."""
-    scored = [system for system in work.systems if "failed" not in scores[system.name]]
-    outputs = {system.name: read_outputs(work, system) for system in scored}
-    baseline = outputs.pop(work.teacher.name)
-    return p_values(work.references, baseline, outputs)
+    scored = [system for system in subject.systems if "failed" not in scores[system.name]]
+    outputs = {system.name: read_outputs(subject, system) for system in scored}
+    baseline = outputs.pop(subject.teacher.name)
+    return p_values(subject.references, baseline, outputs)
 
 
-def read_outputs(work: Evaluation, system: System) -> list[str]:
-    content = work.result_paths(system)[0].read_text(encoding="utf-8")
+def read_outputs(subject: Subject, system: System) -> list[str]:
+    content = subject.result_paths(system)[0].read_text(encoding="utf-8")
     return [json.loads(line)["output"] for line in content.split("\n") if line]
 
 

@@ -30,7 +30,7 @@ VOCABULARY = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Subject:
     """What is scored, on what, how."""
 
     recipe: Recipe
@@ -40,7 +40,7 @@ class Evaluation:
     test_sha256: str
 
     @staticmethod
-    def load(recipe: Recipe, run: RunDir) -> Evaluation:
+    def load(recipe: Recipe, run: RunDir) -> Subject:
         """Read systems.json, the folders of peers and the test part.
 
         Raises:
@@ -60,7 +60,7 @@ class Evaluation:
         examples = [_example(line, f"line {place} of {test}") for place, line in enumerate(lines, start=1)]
         if not examples:
             raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
-        return Evaluation(recipe, run, systems, examples, sha256_of(test))
+        return Subject(recipe, run, systems, examples, sha256_of(test))
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import nn
 
+from pipeline.data import IGNORED_LABEL
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 from pipeline.spans import STACKS, ModelSizes
@@ -161,9 +162,9 @@ class Family(Protocol):
 
 
 def shift_right(labels_BT: torch.Tensor, *, start_id: int, pad_id: int) -> torch.Tensor:
-    """Labels moved one to the right behind the start token; padding labels (-100) become the pad token."""
+    """Labels moved one to the right behind the start token; padding labels become the pad token."""
     shifted_BT = torch.roll(labels_BT, 1, dims=1)
-    shifted_BT = shifted_BT.masked_fill(shifted_BT == -100, pad_id)
+    shifted_BT = shifted_BT.masked_fill(shifted_BT == IGNORED_LABEL, pad_id)
     shifted_BT[:, 0] = start_id
     return shifted_BT
 

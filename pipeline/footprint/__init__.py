@@ -20,7 +20,7 @@ from pipeline.footprint.estimate import (
     training_flops,
     useful_flops,
 )
-from pipeline.footprint.sharding import AUTO, Mode, read_ds_config
+from pipeline.footprint.sharding import AUTO, Sharding, read_ds_config
 
 __all__ = [
     "AUTO",
@@ -29,7 +29,7 @@ __all__ = [
     "SHARE_OF_MEMORY",
     "Machine",
     "Memory",
-    "Mode",
+    "Sharding",
     "Sizes",
     "Traffic",
     "drawn_layers",

@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.config import BatchConfig, LoopConfig
-from pipeline.footprint.sharding import AUTO, Mode
+from pipeline.footprint.sharding import AUTO, Sharding
 from pipeline.spans import STACKS, Assembly
 from pipeline.world import World
 
@@ -138,7 +138,7 @@ class Memory:
 
 
 def memory(
-    sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
+    sizes: Sizes, mode: Sharding, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
 ) -> Memory:
     """Memory of one rank while it trains with AdamW.
 
@@ -171,7 +171,7 @@ def memory(
     return Memory(device | passes, host)
 
 
-def _passes(sizes: Sizes, mode: Mode, tokens_per_micro_batch: int, *, recompute: bool) -> dict[str, float]:
+def _passes(sizes: Sizes, mode: Sharding, tokens_per_micro_batch: int, *, recompute: bool) -> dict[str, float]:
     """Bytes that forward and backward take for a while."""
     e = mode.element_bytes
     found: dict[str, float] = {}
@@ -217,7 +217,7 @@ class Traffic:
     """Part of both that crosses nodes."""
 
 
-def traffic(sizes: Sizes, mode: Mode, num_micro_batches: int) -> Traffic:
+def traffic(sizes: Sizes, mode: Sharding, num_micro_batches: int) -> Traffic:
     """Traffic of one step in the replacing phase.
 
     Args:
@@ -298,7 +298,9 @@ class Machine:
         return Machine(world.size, world.ranks_per_node, world.device_bytes, world.device.type == "cuda")
 
 
-def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recompute: bool) -> tuple[str, str]:
+def choose_ds_config(
+    sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recompute: bool
+) -> tuple[str, str]:
     """(name in ds_configs/, the reason in a sentence): the least traffic that fits into memory.
 
     Raises:
@@ -311,7 +313,7 @@ def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recom
     for name in CANDIDATES:
         if name == "zero3_hpz" and machine.num_ranks <= machine.ranks_per_node:
             continue  # a node of its own has nothing to keep inside
-        mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+        mode = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
         needed = memory(sizes, mode, tokens_per_micro_batch, recompute=recompute).device_total
         if needed <= limit:
             reason = f"needs {needed / GIB:.1f} of the {limit / GIB:.1f} GiB that may be filled and moves least"
@@ -323,7 +325,7 @@ def choose(sizes: Sizes, machine: Machine, tokens_per_micro_batch: int, *, recom
     )
 
 
-def paragraph(sizes: Sizes, mode: Mode, batch: BatchConfig, loop: LoopConfig, reason: str) -> str:
+def paragraph(sizes: Sizes, mode: Sharding, batch: BatchConfig, loop: LoopConfig, reason: str) -> str:
     """What a run will train and need, for people."""
     recompute = loop.recompute_activations
     needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute, save_beside=loop.save_beside)
@@ -359,7 +361,9 @@ def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -
     """
     name, reason = loop.ds_config, "as the recipe says"
     if name == AUTO:
-        name, reason = choose(sizes, machine, batch.tokens_per_micro_batch, recompute=loop.recompute_activations)
+        name, reason = choose_ds_config(
+            sizes, machine, batch.tokens_per_micro_batch, recompute=loop.recompute_activations
+        )
         reason = f"chosen by auto: {reason}"
-    mode = Mode.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+    mode = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
     return name, paragraph(sizes, mode, batch, loop, reason)

@@ -47,7 +47,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Mode:
+class Sharding:
     """What a configuration means for memory and traffic on a number of ranks."""
 
     name: str
@@ -72,10 +72,10 @@ class Mode:
     is_gpu: bool = True
 
     @staticmethod
-    def of(name: str, num_ranks: int, ranks_per_node: int, *, is_gpu: bool = True) -> Mode:
+    def of(name: str, num_ranks: int, ranks_per_node: int, *, is_gpu: bool = True) -> Sharding:
         config = read_ds_config(name)
         zero = config["zero_optimization"]
-        return Mode(
+        return Sharding(
             name=name,
             num_ranks=num_ranks,
             ranks_per_node=ranks_per_node,

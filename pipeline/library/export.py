@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import sha256_of
+from data_prep.publish import publishing_folder, sha256_of
 from pipeline.checkpoints import read_manifest, write_weights
 from pipeline.config import DistillConfig
 from pipeline.model import ModularModel
-from pipeline.rundir import RunDir, publish_folder, read_json, write_atomic
+from pipeline.rundir import RunDir, read_json, write_atomic
 from pipeline.spans import STACKS
 
 
@@ -67,18 +66,15 @@ def export_library(checkpoint: Path, library: Path) -> None:
         raise ValueError(
             f"{checkpoint} holds no modular layers: only checkpoints of stage distill make a module library"
         )
-    temporary = library.with_name(f".{library.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_weights(checkpoint, temporary / "modular.safetensors", _name_in_library)
-    description = {
-        **manifest["product"],
-        "checkpoint": checkpoint.name,
-        "inputs": manifest["inputs"],
-        "modular_sha256": sha256_of(temporary / "modular.safetensors"),
-    }
-    write_atomic(temporary / "library.json", json.dumps(description, indent=1))
-    publish_folder(temporary, library)
+    with publishing_folder(library) as temporary:
+        write_weights(checkpoint, temporary / "modular.safetensors", _name_in_library)
+        description = {
+            **manifest["product"],
+            "checkpoint": checkpoint.name,
+            "inputs": manifest["inputs"],
+            "modular_sha256": sha256_of(temporary / "modular.safetensors"),
+        }
+        write_atomic(temporary / "library.json", json.dumps(description, indent=1))
 
 
 def _name_in_library(name: str) -> str:

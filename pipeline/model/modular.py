@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.data import MicroBatch
+from pipeline.data import IGNORED_LABEL, MicroBatch
 from pipeline.families import Family, QueriesKeys, StackInputs
 from pipeline.kernels import AttentionPair, HeadLoss, HeadObjective, HiddenPair
 from pipeline.model.leaves import ModularLeaf, Splice, TeacherLeaf, initial_layer
@@ -143,7 +143,7 @@ class ModularModel(nn.Module):
         outputs = ModularOutputs({}, attention={"self": {}, "cross": {}})
         capture = wanted is not None and wanted.attention
         mask_BS = batch.source_mask_BS
-        target_mask_BT = batch.labels_BT != -100
+        target_mask_BT = batch.labels_BT != IGNORED_LABEL
         # by distance, too, whether or not an attention loss wants it: the order in which modules run stays one
         by_distance_HR = shared.distance_bias("encoder", mask_BS)
         # an example without targets only fills a micro-batch up: it counts nowhere
@@ -187,7 +187,7 @@ class ModularModel(nn.Module):
         """The outputs with the losses of the distributions or, where none are wanted, with the logits."""
         shared = self.shared
         # found once: on a GPU the host waits here, as often as a mask is an index
-        places_N = (labels_BT != -100).flatten().nonzero().squeeze(1)
+        places_N = (labels_BT != IGNORED_LABEL).flatten().nonzero().squeeze(1)
         labels_N = labels_BT.flatten()[places_N]
         with torch.no_grad():
             teacher_ND = shared.finish("decoder", teacher_BTD.flatten(0, 1).index_select(0, places_N))

@@ -12,7 +12,7 @@ from pipeline.footprint import (
     SHARE_OF_MEMORY,
     Machine,
     Memory,
-    Mode,
+    Sharding,
     Sizes,
     Traffic,
     drawn_layers,
@@ -37,12 +37,12 @@ NUM_DRAWS = 200
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """What one training costs."""
 
     name: str
     sizes: Sizes
-    mode: Mode
+    mode: Sharding
     memory: Memory
     traffic: Traffic
     num_steps: int
@@ -83,7 +83,7 @@ def estimate(
     return "\n".join(lines)
 
 
-def costs_of(planned: Planned, machine: Machine) -> list[Cost]:
+def costs_of(planned: Planned, machine: Machine) -> list[TrainingCost]:
     """Every training of a run, in order.
 
     Raises:
@@ -91,7 +91,7 @@ def costs_of(planned: Planned, machine: Machine) -> list[Cost]:
     """
     recipe = planned.recipe
     teacher, distill = recipe.teacher, recipe.distill
-    found: list[Cost] = []
+    found: list[TrainingCost] = []
     if teacher.optim.num_steps:
         sizes = planned.teacher_sizes
         per_micro_batch = training_flops(sizes, *_tokens(recipe, teacher.batch))
@@ -115,15 +115,15 @@ def _cost(
     batch: BatchConfig,
     loop: LoopConfig,
     flops_per_micro_batch: float,
-) -> Cost:
+) -> TrainingCost:
     if batch.micro_batches_per_step % machine.num_ranks:
         raise ValueError(
             f"{name}: {batch.micro_batches_per_step} micro_batches_per_step, which {machine.num_ranks} ranks do not "
             f"divide: make it a multiple of {machine.num_ranks}"
         )
     ds_config, _ = plan(sizes, machine, batch, loop)
-    mode = Mode.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
-    return Cost(
+    mode = Sharding.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+    return TrainingCost(
         name=name,
         sizes=sizes,
         mode=mode,
@@ -160,7 +160,7 @@ def _modular_flops(recipe: Recipe, planned: Planned, sizes: Sizes, settings: Dis
     return total / num_steps
 
 
-def _table(costs: list[Cost], num_ranks: int, peak_tflops: float, share: float) -> list[str]:
+def _table(costs: list[TrainingCost], num_ranks: int, peak_tflops: float, share: float) -> list[str]:
     rows = [
         [
             "",
@@ -201,7 +201,7 @@ def _table(costs: list[Cost], num_ranks: int, peak_tflops: float, share: float) 
     ]
 
 
-def _memory_lines(costs: list[Cost], gib: float) -> list[str]:
+def _memory_lines(costs: list[TrainingCost], gib: float) -> list[str]:
     """What fills a rank, and what does not fit."""
     lines = []
     for cost in costs:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from data_prep.hub import local_folder
-from pipeline.assemble import Baseline, baselines_of, granularity_of, theseus_settings
+from pipeline.assemble import Baseline, baselines_of, one_granularity, theseus_settings
 from pipeline.config import DistillConfig, Recipe
 from pipeline.families import family_of, t5_config
 from pipeline.families import sizes_of as model_sizes_of
@@ -103,7 +103,7 @@ class Planned:
     def baseline_sizes(self, baseline: Baseline) -> Sizes:
         """What the training of a baseline holds."""
         if baseline.method == "theseus":
-            return self.modular_sizes(theseus_settings(self.recipe, granularity_of(baseline.assembly)))
+            return self.modular_sizes(theseus_settings(self.recipe, one_granularity(baseline.assembly)))
         assembly = baseline.assembly
         task = full_model_task(self.model((assembly.encoder.num_layers, assembly.decoder.num_layers)))
         wrapped: Any = task.module

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.report.data import ASSEMBLIES, Row, count_text, read_rows
+from pipeline.report.data import CHOICES, Row, count_text, read_rows
 from pipeline.rundir import RunDir, check_empty, read_json
 from pipeline.spans import Assembly
 
@@ -73,7 +73,7 @@ def choose(
         raise ValueError("give a budget: --latency-ms, --bytes or --keep")
     if keep is not None and not 0 < keep <= 1.5:
         raise ValueError(f"--keep {keep:g} is a share of the teacher's BLEU: write 0.98 for 98 %")
-    candidates = [row for row in rows if row.kind in ("teacher", *ASSEMBLIES)]
+    candidates = [row for row in rows if row.kind in ("teacher", *CHOICES)]
     fitting = [row for row in candidates if _fits(row, latency_ms, num_bytes, keep)]
     if not fitting:
         raise ValueError(f"no assembly of this run fits; {_nearest(candidates, latency_ms, num_bytes, keep)}")

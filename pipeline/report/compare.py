@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.report.data import METRICS, Row, read_jsonl, read_rows
+from pipeline.report.data import Row, read_jsonl, read_rows
 from pipeline.rundir import RunDir, read_json
-from pipeline.scoring import References, p_values
+from pipeline.scoring import METRICS, References, p_values
 
 
 @dataclass(frozen=True)

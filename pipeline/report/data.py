@@ -13,6 +13,7 @@ from typing import Any
 from data_prep.publish import sha256_of
 from pipeline.config import SEARCHED, Recipe
 from pipeline.rundir import STAGES, RunDir, read_json
+from pipeline.scoring import METRICS
 from pipeline.spans import PRESETS
 
 KEEP_PERCENTS = (99, 98, 95, 90)
@@ -27,18 +28,7 @@ SERIES = {  # how a system is drawn: what it is called
     "finetuned": "small model fine-tuned directly",
     "peer": "other models",
 }
-ASSEMBLIES = ("assembly",)  # kinds that one may choose
-METRICS = {  # column of scores.csv: what it is called
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "ter": "TER",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "rougeLsum": "ROUGE-Lsum",
-    "exact_match": "exact %",
-    "loss": "loss",
-}
+CHOICES = ("assembly",)  # kinds that one may choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +221,7 @@ def table_lines(rows: Sequence[Row]) -> list[Line]:
     for group, rows_of_group in series(rows).items():
         if group not in ("teacher", "dropped", *PRESETS, SEARCHED):
             for row in rows_of_group[::-1]:
-                beside = dropped.get(row.assembly) if row.kind in ASSEMBLIES else None
+                beside = dropped.get(row.assembly) if row.kind in CHOICES else None
                 lines.append(Line(group, None, row, beside))
     return lines
 
@@ -251,7 +241,7 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def frontier(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> list[Row]:
     """Teacher and assemblies that no other of them beats in BLEU at the same quantity or less, smallest first."""
-    measured = [(quantity(row), row) for row in rows if row.kind in ("teacher", *ASSEMBLIES)]
+    measured = [(quantity(row), row) for row in rows if row.kind in ("teacher", *CHOICES)]
     best: list[Row] = []
     for _, row in sorted(((q, row) for q, row in measured if q is not None), key=lambda each: (each[0], -each[1].bleu)):
         if not best or row.bleu > best[-1].bleu:
@@ -262,7 +252,7 @@ def frontier(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> li
 def headlines(rows: Sequence[Row]) -> list[tuple[int, Row | None]]:
     """For each share of the teacher's BLEU, the smallest assembly that keeps it, by non-embedding parameters."""
     assemblies = sorted(
-        (row for row in rows if row.kind in ASSEMBLIES and row.percent is not None),
+        (row for row in rows if row.kind in CHOICES and row.percent is not None),
         key=lambda row: (row.non_embedding_parameters, -row.bleu),
     )
     return [
@@ -274,7 +264,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[int, Row | None]]:
 def notable(rows: Sequence[Row]) -> list[Row]:
     """Assemblies worth reading: those of the headlines and the coarsest, each once, larger first."""
     found = {row.name: row for _, row in headlines(rows) if row is not None}
-    assemblies = [row for row in rows if row.kind in ASSEMBLIES]
+    assemblies = [row for row in rows if row.kind in CHOICES]
     if assemblies:
         coarsest = min(assemblies, key=lambda row: row.non_embedding_parameters)
         found[coarsest.name] = coarsest

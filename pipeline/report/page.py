@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.data import ASSEMBLIES, METRICS, SERIES, Report, Row, count_text, frontier, series
+from pipeline.report.data import CHOICES, SERIES, Report, Row, count_text, frontier, series
+from pipeline.scoring import METRICS
 from pipeline.spans import PRESETS
 
 TEMPLATE = "page.html.j2"
@@ -100,7 +101,7 @@ def bleu_axis(rows: Sequence[Row]) -> Axis:
     """BLEU from 0; where the assemblies all lie high, their part gets two thirds of the height."""
     bottom, top = HEIGHT - BOTTOM, TOP
     high = min(100.0, 5 * math.ceil(max(row.bleu_high for row in rows) / 5 + 0.2))
-    low = 5.0 * math.floor(min(row.bleu_low for row in rows if row.kind in ("teacher", *ASSEMBLIES)) / 5 - 0.2)
+    low = 5.0 * math.floor(min(row.bleu_low for row in rows if row.kind in ("teacher", *CHOICES)) / 5 - 0.2)
     if low < 0.4 * high:
         return Axis(((0.0, bottom), (high, top)), nice_ticks(0, high, 6))
     broken = bottom - (bottom - top) / 3

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import fsync_folder, make_folder, publish_bytes
+from data_prep.publish import make_folder, publish_bytes
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Publish a file, and the folder that it lies in."""
     make_folder(path.parent)
     publish_bytes(path, content.encode() if isinstance(content, str) else content)
-
-
-def publish_folder(temporary: Path, final: Path) -> None:
-    """Make a finished folder visible under its final name, all at once; an older one of that name goes first."""
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    fsync_folder(final.parent)
 
 
 def check_empty(folder: Path, option: str) -> None:

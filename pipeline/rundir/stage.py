@@ -109,6 +109,11 @@ class Stage:
         self.check(extend=extend)
         if self._begun()["identity"] != self.inputs["identity"]:
             self._set_aside()
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Make the folder ready for work whose results carry keys of their own: what is there stays good as far as its
+        keys are today's, so nothing is refused or moved from under another worker."""
         (self.folder / "stage.json").unlink(missing_ok=True)
         write_atomic(self.folder / "inputs.json", json.dumps(self.inputs, indent=1))
 
@@ -124,7 +129,7 @@ class Stage:
             shutil.rmtree(aside)
         self.folder.rename(aside)
 
-    def publish(self, outputs: Iterable[Path], *, started_s: float, extra: dict[str, Any] | None = None) -> None:
+    def publish(self, outputs: Iterable[Path], *, started_at: float, extra: dict[str, Any] | None = None) -> None:
         """Stamp the stage as done. `outputs` are files or folders below the stage's folder."""
         files: dict[str, dict[str, Any]] = {}
         for output in outputs:
@@ -138,7 +143,7 @@ class Stage:
             "outputs": files,
             # of the inputs too: what a stage only refers to, as a list of models does, is not among its files
             "outputs_hash": hashlib.sha256(json.dumps([self.inputs, files], sort_keys=True).encode()).hexdigest(),
-            "seconds": round(time.time() - started_s, 1),
+            "seconds": round(time.time() - started_at, 1),
             **(extra or {}),
         }
         write_atomic(self.folder / "stage.json", json.dumps(stamp, indent=1))

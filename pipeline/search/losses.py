@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.data import MicroBatch
+from pipeline.data import IGNORED_LABEL, MicroBatch
 from pipeline.families import Family, StackInputs
 from pipeline.model import ModularModel, task_loss
 from pipeline.spans import STACKS, Assembly, Span, Tiling, walk
@@ -48,7 +48,7 @@ def assembly_losses(
     """
     calls = calls or LayerCalls()
     shared = model.shared
-    target_mask_BT = batch.labels_BT != -100
+    target_mask_BT = batch.labels_BT != IGNORED_LABEL
     labels_N = batch.labels_BT[target_mask_BT]
     encoder_inputs = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
     decoder_inputs = StackInputs(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pipeline.assemble import check_granularities
 from pipeline.config import DistillConfig, Recipe, SearchConfig
-from pipeline.data import evaluation_batches, on_device
+from pipeline.data import IGNORED_LABEL, evaluation_batches, on_device
 from pipeline.families import family_of
 from pipeline.library import check_library
 from pipeline.model import ModularModel, load_model
@@ -56,16 +56,14 @@ def search(recipe: Recipe, run: RunDir) -> None:
         ValueError: a budget or a ratio that not even the coarsest assembly meets; a library that is damaged or of other
             granularities.
     """
-    started_s = time.time()
+    started_at = time.time()
     stage = Stage.of(recipe, run, "search")
     if stage.stamp() is not None:
         print("search is up to date")
         return
     check_granularities(recipe, run)
     check_library(run.teacher_model, run.library)
-    # Not stage.begin(): what is measured carries its own key, so that it stays good whatever else has changed.
-    (stage.folder / "stage.json").unlink(missing_ok=True)
-    write_atomic(stage.folder / "inputs.json", json.dumps(stage.inputs, indent=1))
+    stage.reopen()
     world = World.from_environment()
     found = find(recipe, run, stage, world)
     outputs: dict[str, str | bytes] = {
@@ -75,7 +73,7 @@ def search(recipe: Recipe, run: RunDir) -> None:
     }
     for name, content in outputs.items():
         write_atomic(stage.folder / name, content)
-    stage.publish([stage.folder / name for name in outputs], started_s=started_s)
+    stage.publish([stage.folder / name for name in outputs], started_at=started_at)
     for text, name in {**{f"ratio {r}": name for r, name in found.by_ratio.items()}, **found.by_budget}.items():
         print(f"{text:<18} {name}  loss {found.losses[Assembly.parse(name)]:.4f}")
     print(f"search: {len(found.losses)} assemblies measured: {stage.folder / 'candidates.csv'}")
@@ -235,7 +233,7 @@ class LossMeter:
         self._batches = evaluation_batches(
             run.data, "validation", batch.tokens_per_micro_batch, recipe.search.num_examples
         )
-        self._num_tokens = sum(int((each.labels_BT != -100).sum()) for each in self._batches)
+        self._num_tokens = sum(int((each.labels_BT != IGNORED_LABEL).sum()) for each in self._batches)
         made_of = [run.output_hash(name) for name in ("data", "teacher", "distill")]
         self._inputs = [made_of, batch.tokens_per_micro_batch, recipe.search.num_examples]
         self._folder, self._model, self._world = stage.folder / "losses", model, world

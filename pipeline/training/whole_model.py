@@ -5,7 +5,6 @@ Shapes: B examples, T target tokens, N valid target tokens, V vocabulary.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data_prep.publish import publishing_folder
 from pipeline.checkpoints import checkpoints, full_weights
 from pipeline.config import LossConfig
-from pipeline.data import MicroBatch
+from pipeline.data import IGNORED_LABEL, MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
 from pipeline.model import GlobalCounts, LossTerms, Objectives, task_loss
-from pipeline.rundir import Stage, publish_folder
+from pipeline.rundir import Stage
 from pipeline.spans import STACKS
 from pipeline.tokenizer import save_tokenizer
 from pipeline.training.loop import Task
@@ -41,7 +41,7 @@ class TeacherModel(nn.Module):
         self.model: Any = model
 
     def forward(self, batch: MicroBatch) -> TeacherOutputs:
-        target_mask_BT = batch.labels_BT != -100
+        target_mask_BT = batch.labels_BT != IGNORED_LABEL
         logits_BTV = self.model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
@@ -83,11 +83,9 @@ def save_trained(model: PreTrainedModel, stage: Stage, target: Path, tokenizer: 
 
 def save_model(model: PreTrainedModel, target: Path, tokenizer: Path) -> None:
     """Publish a model and its tokenizer as a Hugging Face folder with one file of weights."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, max_shard_size="100TB")
-    save_tokenizer(tokenizer, temporary)
-    publish_folder(temporary, target)
+    with publishing_folder(target) as temporary:
+        model.save_pretrained(temporary, max_shard_size="100TB")
+        save_tokenizer(tokenizer, temporary)
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class DistilledModel(nn.Module):
         return self
 
     def forward(self, batch: MicroBatch, objective: HeadObjective) -> DistilledOutputs:
-        mask_BT = batch.labels_BT != -100
+        mask_BT = batch.labels_BT != IGNORED_LABEL
         inputs = {
             "input_ids": batch.source_BS,
             "attention_mask": batch.source_mask_BS,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoints.format import checkpoints, damage, full_weights
-from pipeline.footprint.sharding import Mode
+from pipeline.footprint.sharding import Sharding
 from tests import forks
 from tests.distributed import engine_ranks, freed
 from tests.ranks import run_ranks
@@ -87,7 +87,7 @@ def test_released_weights_are_freed_but_where_linear_layers_are_plain(first_pass
         assert min(held) > 0.5
     else:
         assert held == [0.0, 0.0]
-    assert Mode.of(ds_config, 2, 2).keeps_weights == (ds_config == "zero3_cpu")
+    assert Sharding.of(ds_config, 2, 2).keeps_weights == (ds_config == "zero3_cpu")
 
 
 def test_resume_continues_the_same_training(references, whole, tmp_path):

@@ -100,7 +100,7 @@ def begun(stage: str, *options: str) -> None:
         if before != "data":
             done = Stage.of(recipe, run, before)
             done.begin()
-            done.publish([], started_s=0)
+            done.publish([], started_at=0)
     Stage.of(recipe, run, stage).begin()
 
 

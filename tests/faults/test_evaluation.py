@@ -84,9 +84,9 @@ def frozen() -> Iterator[None]:
 def test_kills_of_workers_lose_and_double_nothing(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
     whole, root = tmp_path / "whole", tmp_path / "run"
     shutil.copytree(inputs, whole)
-    started_s = time.monotonic()
+    started_at = time.monotonic()
     assert wait(start(whole, 0, 1)) == 0
-    seconds = time.monotonic() - started_s
+    seconds = time.monotonic() - started_at
     expected = results(whole)
     assert len(expected["scores"]) == len(expected["outputs"]) == NUM_RESULTS
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.assemble.requests import baselines_of, granularity_of, theseus_settings
+from pipeline.assemble.requests import baselines_of, one_granularity, theseus_settings
 from pipeline.config.recipe import BaselineConfig, DistillConfig, LossConfig, OptimConfig, Recipe
 from pipeline.distill import modular_task
 from pipeline.families import family_of
@@ -40,10 +40,10 @@ def test_every_method_at_every_ratio():
 
 
 def test_the_one_granularity_of_an_assembly():
-    assert granularity_of(Assembly.parse("e3.3.1-d3x4")) == 3
+    assert one_granularity(Assembly.parse("e3.3.1-d3x4")) == 3
     for mixed in ("e2x3-d3x2", "e1x6-d6", "e2.2.1.1-d2x3"):
         with pytest.raises(ValueError, match="one granularity"):
-            granularity_of(Assembly.parse(mixed))
+            one_granularity(Assembly.parse(mixed))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

@@ -14,7 +14,7 @@ from pipeline.families import family_of
 from pipeline.footprint.estimate import (
     GIB,
     Machine,
-    choose,
+    choose_ds_config,
     drawn_layers,
     local_flops,
     memory,
@@ -24,7 +24,7 @@ from pipeline.footprint.estimate import (
     traffic,
     useful_flops,
 )
-from pipeline.footprint.sharding import Mode, read_ds_config
+from pipeline.footprint.sharding import Sharding, read_ds_config
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf
 from pipeline.model.modular import ModularModel
 from pipeline.spans.spans import Assembly
@@ -80,18 +80,18 @@ def test_three_granularities_train_about_as_much_as_the_layers_of_the_teacher(t5
 
 def test_memory_by_hand(t5_large):
     """Stage 3 in bf16 on 4 ranks: weights 2 bytes; fp32 weights, moments and gradients 16; shared out."""
-    mode = Mode.of("zero3", 4, 4)
+    mode = Sharding.of("zero3", 4, 4)
     needs = memory(t5_large, mode, 1024, recompute=False)
     total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
     assert needs.device["weights"] == 2 * total / 4
     assert needs.device["fp32 weights and moments"] + needs.device["gradients"] == 16 * trained / 4
     assert not needs.host
-    kept = memory(t5_large, Mode.of("zero3_hpz", 16, 4), 1024, recompute=False)
+    kept = memory(t5_large, Sharding.of("zero3_hpz", 16, 4), 1024, recompute=False)
     assert kept.device["weights kept in the node"] == 2 * total / 4
-    replicated = memory(t5_large, Mode.of("zero2_replicated", 4, 4), 1024, recompute=False)
+    replicated = memory(t5_large, Sharding.of("zero2_replicated", 4, 4), 1024, recompute=False)
     assert replicated.device["weights"] == 2 * total
     assert "gathered layers" not in replicated.device
-    offloaded = memory(t5_large, Mode.of("zero3_offload", 4, 4), 1024, recompute=False)
+    offloaded = memory(t5_large, Sharding.of("zero3_offload", 4, 4), 1024, recompute=False)
     assert offloaded.host_total == pytest.approx(2 * total / 4 + 20 * trained / 4)
     assert offloaded.device_total < needs.device_total - 20 * trained / 4
     assert needs.device["gathered layers"]
@@ -106,13 +106,14 @@ def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, 
     path = tmp_path / "small.json"
     path.write_text(json.dumps(config))
     on_gpu, on_cpu = (
-        memory(t5_large, Mode.of(str(path), 2, 2, is_gpu=gpu), 8, recompute=False) for gpu in (True, False)
+        memory(t5_large, Sharding.of(str(path), 2, 2, is_gpu=gpu), 8, recompute=False) for gpu in (True, False)
     )
     assert on_gpu.device == on_cpu.device
     assert on_gpu.device["gradients to step with"] == 4 * 3e8
     assert not {"activations", "gathered layers"} & on_gpu.device.keys()
     on_gpu, on_cpu = (
-        memory(t5_large, Mode.of(str(path), 2, 2, is_gpu=gpu), 16384, recompute=False).device for gpu in (True, False)
+        memory(t5_large, Sharding.of(str(path), 2, 2, is_gpu=gpu), 16384, recompute=False).device
+        for gpu in (True, False)
     )
     assert "gradients to step with" not in on_gpu
     assert on_gpu["gathered layers"] == 2 * max(t5_large.rest)
@@ -121,7 +122,7 @@ def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, 
 
 def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
     """Of a model below it, which then lies whole on each rank while a pass runs."""
-    mode = Mode.of("zero3", 8, 8)
+    mode = Sharding.of("zero3", 8, 8)
     assert memory(t5_large, mode, 16384, recompute=False).device["gathered layers"] == 2 * (1e9 + max(t5_large.rest))
     needs = memory(mt5_xxl, mode, 16384, recompute=False)
     assert needs.device["gathered layers"] == 2 * (1e9 + max(mt5_xxl.rest))
@@ -134,7 +135,7 @@ def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
 def test_what_a_pass_holds_by_hand(t5_large, is_gpu):
     """T5-large in bf16: a decoder layer has 8 linear maps of 1024 to 1024 and two between 1024 and 4096. On CPUs gloo
     receives gradients into a buffer of its own."""
-    mode = Mode.of("zero3", 4, 4, is_gpu=is_gpu)
+    mode = Sharding.of("zero3", 4, 4, is_gpu=is_gpu)
     width, decoder = 8 * 2048 + 2 * 5120, 8 * 2**20 + 2 * 2**22 + 3 * 1024
     device = memory(t5_large, mode, 16384, recompute=False).device
     assert device["reduction buffer"] == 2 * 2e8
@@ -160,7 +161,7 @@ def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp
     path = tmp_path / "plain.json"
     path.write_text(json.dumps(config))
     ours, plain = (
-        [memory(t5_large, Mode.of(name, 64, 8), 16384, recompute=each).device_total for each in (False, True)]
+        [memory(t5_large, Sharding.of(name, 64, 8), 16384, recompute=each).device_total for each in (False, True)]
         for name in ("zero3", str(path))
     )
     assert plain[0] - ours[0] == pytest.approx(2 * t5_large.num_trained)
@@ -168,7 +169,9 @@ def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp
     coarse = dataclasses.replace(
         t5_large, leaves=tuple(leaf for leaf in t5_large.leaves if not leaf.trained) + t5_large.leaves[-1:]
     )
-    assert memory(coarse, Mode.of(str(path), 64, 8), 16384, recompute=False).device["weights kept for backward"] == (
+    assert memory(coarse, Sharding.of(str(path), 64, 8), 16384, recompute=False).device[
+        "weights kept for backward"
+    ] == (
         2 * t5_large.num_trained  # a path of nearly all teacher layers, which are as many parameters
     )
 
@@ -176,7 +179,7 @@ def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp
 @pytest.mark.parametrize("is_gpu", [True, False])
 def test_the_copy_for_saving_lies_in_the_memory_of_the_host(t5_large, is_gpu):
     """Which on a CPU is the rank's own."""
-    mode = Mode.of("zero3", 4, 4, is_gpu=is_gpu)
+    mode = Sharding.of("zero3", 4, 4, is_gpu=is_gpu)
     alone, beside = (memory(t5_large, mode, 1024, recompute=False, save_beside=each) for each in (False, True))
     copy = 12 * t5_large.num_trained / 4
     assert beside.device_total - alone.device_total == pytest.approx(0 if is_gpu else copy)
@@ -185,16 +188,16 @@ def test_the_copy_for_saving_lies_in_the_memory_of_the_host(t5_large, is_gpu):
 
 def test_traffic_by_hand(t5_large):
     total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
-    sharded = traffic(t5_large, Mode.of("zero3", 16, 8), num_micro_batches=2)
+    sharded = traffic(t5_large, Sharding.of("zero3", 16, 8), num_micro_batches=2)
     assert sharded.gathered == pytest.approx(2 * 2 * total * 2 * 15 / 16)
     assert sharded.reduced == pytest.approx(2 * trained * 2 * 15 / 16)
     assert sharded.between_nodes == pytest.approx((sharded.gathered + sharded.reduced) * (1 / 2) / (15 / 16))
-    replicated = traffic(t5_large, Mode.of("zero2_replicated", 16, 8), num_micro_batches=2)
+    replicated = traffic(t5_large, Sharding.of("zero2_replicated", 16, 8), num_micro_batches=2)
     assert replicated.gathered == pytest.approx(2 * trained * 15 / 16)
-    kept = traffic(t5_large, Mode.of("zero3_hpz", 16, 8), num_micro_batches=2)
+    kept = traffic(t5_large, Sharding.of("zero3_hpz", 16, 8), num_micro_batches=2)
     # frozen weights cross once in a run, trained ones once after each step, gradients in each micro-batch
     assert kept.between_nodes == pytest.approx((2 * trained + 2 * trained * 2) / 2)
-    assert traffic(t5_large, Mode.of("zero3", 8, 8), num_micro_batches=2).between_nodes == 0
+    assert traffic(t5_large, Sharding.of("zero3", 8, 8), num_micro_batches=2).between_nodes == 0
 
 
 @pytest.mark.parametrize(
@@ -220,7 +223,7 @@ def test_auto_takes_what_moves_least_of_what_fits(model, machine, chosen, reques
 
 def test_auto_says_what_to_do_when_nothing_fits(mt5_xxl):
     with pytest.raises(ValueError, match=r"nothing fits into 13.6 GiB .*zero3_offload.*more ranks"):
-        choose(mt5_xxl, gpus(1, gib=16), 16384, recompute=False)
+        choose_ds_config(mt5_xxl, gpus(1, gib=16), 16384, recompute=False)
 
 
 def test_a_named_configuration_stays_and_is_described(t5_large):
@@ -228,12 +231,12 @@ def test_a_named_configuration_stays_and_is_described(t5_large):
     assert name == "zero3"
     assert "as the recipe says" in said
     assert "A checkpoint has 7.88 GiB" in said
-    moved = traffic(t5_large, Mode.of("zero3", 2, 2), BATCH.micro_batches_per_step // 2)
+    moved = traffic(t5_large, Sharding.of("zero3", 2, 2), BATCH.micro_batches_per_step // 2)
     assert f"it receives {moved.gathered / GIB:.2f} GiB of weights" in said
     assert "3.94 GiB of host memory" in said  # the copy of what is saved
     _, alone = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3", save_beside=False))
     assert "of host memory" not in alone
-    mode = Mode.of("zero3_offload", 2, 2)
+    mode = Sharding.of("zero3_offload", 2, 2)
     assert "of host memory" in paragraph(t5_large, mode, BATCH, LoopConfig(), "because")
 
 

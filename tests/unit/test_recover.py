@@ -42,7 +42,7 @@ def test_what_cannot_be_tuned_is_refused_before_an_older_model_is_set_aside(tmp_
 
     _, tuned = stage_of("e3x2-d3x2")
     tuned.begin()
-    tuned.publish([], started_s=0)
+    tuned.publish([], started_at=0)
     mistaken, stage = stage_of("e3x2-d3x3")
     world = World.from_environment()
     with pytest.raises(ValueError, match="assembly e3x2-d3x3 does not fit: the decoder has 6 layers"):

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from data_prep.publish import publishing_folder
 from pipeline.config.recipe import EvaluateConfig, Recipe, fields_of_kind
-from pipeline.rundir.files import publish_folder, write_atomic
+from pipeline.rundir.files import write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.rundir.stage import Stage, StageConflict
 
@@ -30,7 +31,7 @@ def finish(recipe, run):
     stage = Stage.of(recipe, run, "teacher")
     stage.begin()
     write_atomic(stage.folder / "model" / "weights", "x")
-    stage.publish([stage.folder / "model"], started_s=time.time())
+    stage.publish([stage.folder / "model"], started_at=time.time())
     return stage
 
 
@@ -113,11 +114,21 @@ def test_every_field_says_what_changing_it_means():
 
 def test_publishing_a_folder_replaces_the_old_one(tmp_path):
     for text in ("old", "new"):
-        temporary = tmp_path / ".out.tmp"
-        write_atomic(temporary / "file", text)
-        publish_folder(temporary, tmp_path / "out")
-    assert (tmp_path / "out" / "file").read_text() == "new"
-    assert not (tmp_path / ".out.tmp").exists()
+        left_by_a_kill = tmp_path / "out.tmp-elsewhere-1"
+        left_by_a_kill.mkdir()
+        with publishing_folder(tmp_path / "out") as temporary:
+            write_atomic(temporary / "deep" / "file", text)
+    assert (tmp_path / "out" / "deep" / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_folder_is_not_published_on_an_exception_and_the_cause_is_told(tmp_path):
+    """What could not be read elsewhere is not called what could not be written here."""
+    with pytest.raises(FileNotFoundError, match="nowhere"), publishing_folder(tmp_path / "out"):
+        (tmp_path / "nowhere").read_text()
+    with pytest.raises(OSError, match=r"cannot write .*out: No such file"), publishing_folder(tmp_path / "out") as new:
+        (new / "gone" / "file").write_text("")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_retrained_baseline_makes_what_comes_after_it_stale(run):
@@ -127,7 +138,7 @@ def test_a_retrained_baseline_makes_what_comes_after_it_stale(run):
         stage = Stage.of(Recipe(), run, name)
         stage.begin()
         write_atomic(stage.folder / "out", text)
-        stage.publish([stage.folder / "out"], started_s=time.time())
+        stage.publish([stage.folder / "out"], started_at=time.time())
 
     for name in ("teacher", "distill", "baseline", "assemble", "evaluate"):
         make(name)
