@@ -12,10 +12,12 @@ from typing import IO
 
 from data_prep.processes import die_with_parent, mpiexec
 from pipeline.config import SEARCHED, Recipe, recipe_yaml
+from pipeline.exits import EXIT_REQUEUE
 from pipeline.rundir import RunDir, Stage, write_atomic
 
 TRAINING = ("teacher", "distill", "baseline")
 ORDER = ("data", *TRAINING, "search", "assemble", "evaluate", "report")
+SKIP_THEMSELVES = ("data", "report")  # units of data that are there stay; a report is drawn in seconds
 
 
 def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool = False, verbose: bool = False) -> None:
@@ -26,31 +28,26 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
         SystemExit: a stage failed, with its exit code.
     """
     order = [name for name in ORDER if name != "search" or SEARCHED in recipe.assemble.presets]
-    is_done = not dry_run and all(_is_done(recipe, run, name) for name in order[1:-1])
-    if not is_done:
-        from pipeline.planning import check_micro_batches, preflight  # late: with everything done nothing needs torch
+    all_done = all(_is_done(recipe, run, name) for name in order if name not in SKIP_THEMSELVES)
+    if dry_run or not all_done:
+        from pipeline.planning import preflight  # late: with everything done nothing needs torch
 
         preflight(recipe, run, extend=extend)
     if dry_run:
         for name in order:
-            done = name in order[1:-1] and _is_done(recipe, run, name)
-            print(f"{name:<9} {'up to date' if done else shlex.join(stage_command(name, recipe, run))}")
+            command = shlex.join(stage_command(name, recipe, run))
+            print(f"{name:<9} {'up to date' if _is_done(recipe, run, name) else command}")
         return
     run.root.mkdir(parents=True, exist_ok=True)
-    lock = _lock(run)
-    write_recipe(recipe, run)
     started_at = time.monotonic()
-    for name in order:
-        stage_started_at = time.monotonic()
-        done = name in order[1:-1] and _is_done(recipe, run, name)
-        if not done:
-            options = ["--extend"] * (extend and name in TRAINING) + ["--verbose"] * (verbose and name != "data")
-            run_stage(name, recipe, run, options)
-        if name == "data" and not is_done:
-            check_micro_batches(recipe, run)
-        seconds = time.monotonic() - stage_started_at
-        print(f"{name:<9} {'up to date' if done else f'{seconds:6.1f} s'}", flush=True)
-    lock.close()
+    with _lock(run):
+        write_recipe(recipe, run)
+        for name in order:
+            _bring_up_to_date(name, recipe, run, extend=extend, verbose=verbose)
+            if name == "data" and not all_done:
+                from pipeline.planning import check_micro_batches
+
+                check_micro_batches(recipe, run)
     print(f"all done in {time.monotonic() - started_at:.1f} s")
     print(
         f"Look at {run.stage('report') / 'report.html'}; every checkpoint lies in {run.stage('assemble') / 'models'}."
@@ -61,7 +58,21 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
     )
 
 
+def _bring_up_to_date(name: str, recipe: Recipe, run: RunDir, *, extend: bool, verbose: bool) -> None:
+    """Run a stage that is not done, and say how long it took."""
+    if _is_done(recipe, run, name):
+        print(f"{name:<9} up to date", flush=True)
+        return
+    started_at = time.monotonic()
+    options = ["--extend"] * (extend and name in TRAINING) + ["--verbose"] * (verbose and name != "data")
+    run_stage(name, recipe, run, options)
+    print(f"{name:<9} {time.monotonic() - started_at:6.1f} s", flush=True)
+
+
 def _is_done(recipe: Recipe, run: RunDir, name: str) -> bool:
+    """Whether a stage's stamp says so; never of those that decide by themselves when they are started."""
+    if name in SKIP_THEMSELVES:
+        return False
     try:
         return Stage.of(recipe, run, name).stamp() is not None
     except FileNotFoundError:  # of a stage before it
@@ -101,7 +112,7 @@ def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> Non
     result = subprocess.run(command, env=environment, preexec_fn=die_with_parent)
     if requeue.exists():
         print(f"{name} was asked to stop and saved its state: run the same command again to continue")
-        raise SystemExit(85)
+        raise SystemExit(EXIT_REQUEUE)
     if result.returncode:
         raise SystemExit(result.returncode if result.returncode > 0 else 1)
 

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.exits import EXIT_MISTAKE, EXIT_REQUEUE
 from slurm.cause import Failure, first_failure
 
-EXIT_REQUEUE = 85
-EXIT_MISTAKE = 2
 MAX_STUCK_STARTS = 2
 TRAINING = ("teacher", "distill", "baseline")
 LOST = "lost: its node died, or it was preempted or requeued without time to say so"
