@@ -35,14 +35,26 @@ from pipeline.config import Recipe, parse_recipe, recipe_parser, run_program
 from pipeline.exits import EXIT_MISTAKE
 from pipeline.rundir import RunDir, Stage
 
-TRAINING = ("teacher", "distill", "baseline", "recover")
-TOOLS = {  # commands with options of their own: the package that has <command>_command
-    "compare": "pipeline.report",
-    "choose": "pipeline.report",
-    "checkpoint": "pipeline.library",
-    "trim": "pipeline.trim",
+# command -> module:function, imported when it is asked for: a report should not wait for torch
+TRAINING = {
+    "teacher": "pipeline.teacher:train_teacher",
+    "distill": "pipeline.distill:train_modular",
+    "baseline": "pipeline.baselines:train_baseline",
+    "recover": "pipeline.recover:recover",
 }
-STAGES = ("run", "estimate", "fetch", *TRAINING, "label", "search", "assemble", "evaluate", "report", "doctor")
+PROGRAMS = {
+    "search": "pipeline.search:search",
+    "assemble": "pipeline.assemble:assemble",
+    "evaluate": "pipeline.evaluation:evaluate",
+    "report": "pipeline.report:report",
+}
+TOOLS = {  # with options of their own
+    "compare": "pipeline.report:compare_command",
+    "choose": "pipeline.report:choose_command",
+    "checkpoint": "pipeline.library:checkpoint_command",
+    "trim": "pipeline.trim:trim_command",
+}
+STAGES = ("run", "estimate", "fetch", "label", "doctor", *TRAINING, *PROGRAMS)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         bench_main(rest)
         return
     if name in TOOLS:
-        tool = getattr(import_module(TOOLS[name]), f"{name}_command")
+        tool = _imported(TOOLS[name])
         run_program(lambda: tool(rest), verbose="--verbose" in rest)
         return
     if name not in STAGES:
@@ -103,7 +115,7 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
     elif name in TRAINING:
         _train(name, recipe, run, extend=options["extend"])
     else:
-        _program(name)(recipe, run)
+        _imported(PROGRAMS[name])(recipe, run)
 
 
 def _add_machine(parser: ArgumentParser) -> None:
@@ -135,14 +147,7 @@ def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
     from pipeline.training import Watchdog, join_world
     from pipeline.world import World
 
-    if name == "teacher":
-        from pipeline.teacher import train_teacher as train
-    elif name == "distill":
-        from pipeline.distill import train_modular as train
-    elif name == "recover":
-        from pipeline.recover import recover as train
-    else:
-        from pipeline.baselines import train_baseline as train
+    train = _imported(TRAINING[name])
     hang_timeout_s = (recipe.teacher if name == "teacher" else recipe.distill).loop.hang_timeout_s
     heartbeat = run.root / "heartbeat" / name
     with Watchdog(heartbeat, World.from_environment(), hang_timeout_s=hang_timeout_s) as watchdog:
@@ -152,24 +157,10 @@ def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
         world.close()
 
 
-def _program(name: str) -> Callable[[Recipe, RunDir], None]:
-    """Late imports: a report should not wait for torch."""
-    if name == "search":
-        from pipeline.search import search
-
-        return search
-    if name == "assemble":
-        from pipeline.assemble import assemble
-
-        return assemble
-    if name == "evaluate":
-        from pipeline.evaluation import evaluate
-        from pipeline.world import World
-
-        return lambda recipe, run: evaluate(recipe, run, World.from_environment())
-    from pipeline.report import report
-
-    return report
+def _imported(place: str) -> Callable[..., None]:
+    """The function at module:function."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 if __name__ == "__main__":

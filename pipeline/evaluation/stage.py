@@ -43,7 +43,7 @@ TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "ms_per_token", "tok
          "tokens_per_s_high", "peak_memory_bytes")  # fmt: skip
 
 
-def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
+def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
     """Score all systems of a run; worker 0 also measures what they cost and writes scores.csv.
 
     Workers need no connection to each other, only the run directory: start as many as there are devices, on as many
@@ -54,7 +54,7 @@ def evaluate(recipe: Recipe, run: RunDir, world: World) -> None:
         FileNotFoundError: a stage before this one has not published.
         ValueError: an empty test part, a damaged library, an example without a reference, two systems of one name.
     """
-    started_at = time.time()
+    started_at, world = time.time(), world or World.from_environment()
     for library in ("sacrebleu", "transformers", "absl"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
