@@ -1,4 +1,4 @@
-"""One record, two views: metrics.jsonl is the truth, TensorBoard shows the same numbers. And where the time goes."""
+"""Where the time and the memory of a training process go."""
 
 from __future__ import annotations
 
