@@ -27,7 +27,7 @@ def make_run(tmp_path, kind, num_layers=6, granularities=(2, 3, 6)):
     run = RunDir(tmp_path)
     teacher = tiny_model(kind, num_layers, num_layers)
     teacher.save_pretrained(run.teacher_model)
-    modular = modular_of(teacher, granularities=granularities)
+    modular = modular_of(teacher, granularities=(granularities, granularities))
     perturb(modular)
     save_library(modular, run)
     return run, modular

@@ -138,7 +138,7 @@ def test_loading_checks_what_it_reads(tmp_path):
     teacher.save_pretrained(run.teacher_model)
     with pytest.raises(FileNotFoundError, match=r"library.json is missing: run stage distill first"):
         ModuleLibrary.load(run.teacher_model, run.library)
-    modular = modular_of(teacher, granularities=(3,))
+    modular = modular_of(teacher, granularities=((3,), (3,)))
     perturb(modular)
     save_library(modular, run)
     library = ModuleLibrary.load(run.teacher_model, run.library)
