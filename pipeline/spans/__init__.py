@@ -15,7 +15,6 @@ from pipeline.spans.spans import (
     kept_layers,
     modular_spans,
     pure_tiling,
-    teacher_assembly,
 )
 from pipeline.spans.stacks import Stacks
 
@@ -39,6 +38,5 @@ __all__ = [
     "pareto_front",
     "pure_tiling",
     "shape_of",
-    "teacher_assembly",
     "walk",
 ]

@@ -46,7 +46,7 @@ def phases(model, local_steps: int):
 
 def test_both_phases_in_one_run(model):
     found, task = phases(model, local_steps=2)
-    everything = {f"{stack}.{span}" for stack, spans in model[0].spans.items() for span in spans}
+    everything = {f"{stack}.{span}" for stack, _, spans in model[0].stacks for span in spans}
     for parts, trained in found[:2]:
         assert parts == {f"hidden/{name}" for name in everything}
         assert trained == everything
