@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.bench.timing import num_launches
-from pipeline.kernels import HiddenPair, Mode, hidden_cpu, reference
+from pipeline.kernels import HiddenPair, Mode
+from pipeline.kernels.hidden import cpu, reference
 from tests.kernels.oracle import assert_equals_oracle, make_pair
 from tests.kernels.paths import PATHS, module_of
 
@@ -65,13 +66,13 @@ def test_chunks_on_a_cpu(path: Path, dtype: torch.dtype, mode: Mode, monkeypatch
     """Several, of different sizes, with padding in some; the second pair has the cut of the first."""
     if path[0] != "cpu":
         pytest.skip("others have no chunks")
-    monkeypatch.setattr(hidden_cpu, "CHUNK_BYTES", 5 * 4 * 33 // torch.get_num_threads())
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 5 * 4 * 33 // torch.get_num_threads())
     mask_BT = torch.ones(3, 7, dtype=torch.bool)
     mask_BT[0, 3:], mask_BT[2, 6] = False, False
     pairs = [make_pair((3, 7, 33), dtype, mask_BT=mask_BT, seed=seed) for seed in range(2)]
     pairs.append(make_pair((2, 9, 20), dtype))
-    assert len(hidden_cpu._cut(pairs[0].mask_BT, 33, torch.float32).chunks) == 5
-    assert_equals_oracle(pairs, mode, hidden_cpu.hidden_loss(pairs, mode), [1.0, -2.0, 0.5])
+    assert len(cpu._cut(pairs[0].mask_BT, 33, torch.float32).chunks) == 5
+    assert_equals_oracle(pairs, mode, cpu.hidden_loss(pairs, mode), [1.0, -2.0, 0.5])
 
 
 @all_modes
@@ -298,7 +299,7 @@ def test_fused_refuses_float64(path: Path) -> None:
 def test_dispatch_takes_the_path_of_the_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, device = path
     module = module_of(name)
-    chosen = {("cpu", "cpu"): hidden_cpu, ("reference", "cuda"): reference, ("fused", "cuda"): module}.get(path)
+    chosen = {("cpu", "cpu"): cpu, ("reference", "cuda"): reference, ("fused", "cuda"): module}.get(path)
     if chosen is None:
         pytest.skip("dispatch never takes this path on this device")
     monkeypatch.setattr(kernels, "_has_triton", lambda: name == "fused")

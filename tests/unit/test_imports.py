@@ -23,7 +23,7 @@ LADDER: list[set[str]] = [
     # formats
     {
         "data_prep.hub", "data_prep.publish", "data_prep.reader", "data_prep.shards",
-        "pipeline.rundir", "pipeline.world", "pipeline.kernels.reference", "pipeline.checkpoint_format",
+        "pipeline.rundir", "pipeline.world", "pipeline.checkpoint_format",
     },
     # pieces
     {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.attention_reference import (
+from pipeline.kernels.attention.reference import (
     AttentionLoss,
     AttentionPair,
     check_attention,
@@ -21,13 +21,13 @@ from pipeline.kernels.attention_reference import (
     distances,
     position_bias,
 )
-from pipeline.kernels.reference import accumulation_dtype
+from pipeline.kernels.common import accumulation_dtype
 
 CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of one fp32 map; one example at least
 
 
 def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> AttentionLoss:
-    """Same contract as `pipeline.kernels.attention_reference.attention_loss`."""
+    """Same contract as `pipeline.kernels.attention.reference.attention_loss`."""
     check_attention(pairs)
     students = [state for pair in pairs for state in (pair.student_query_BQHK, pair.student_key_BSHK)]
     return AttentionLoss(*_AttentionLoss.apply(pairs, weight, upstream, *students))

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.attention_reference import AttentionLoss, AttentionPair, check_attention, counted_queries
-from pipeline.kernels.hidden_triton import TRITON_DTYPES, rescale
-from pipeline.kernels.reference import USED_UP
+from pipeline.kernels.attention.reference import AttentionLoss, AttentionPair, check_attention, counted_queries
+from pipeline.kernels.common import USED_UP
+from pipeline.kernels.common_gpu import TRITON_DTYPES, rescale
 
 WIDEST = 128  # channels of a head that fits in registers beside the maps
 BLOCK = {2: 64, 4: 32}  # queries or keys of a program, by bytes of an element
@@ -36,14 +36,14 @@ def num_warps(width: int) -> int:
 
 
 def takes(pairs: Sequence[AttentionPair]) -> bool:
-    """Whether the kernels have these dtypes and widths; attention_chunked has all."""
+    """Whether the kernels have these dtypes and widths; attention/cpu.py has all."""
     return len({pair.student_query_BQHK.dtype for pair in pairs}) == 1 and all(
         state.dtype in TRITON_DTYPES and state.shape[-1] <= WIDEST for pair in pairs for state in pair[:4]
     )
 
 
 def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> AttentionLoss:
-    """Same contract as `pipeline.kernels.attention_reference.attention_loss`, for pairs that `takes` says yes to; never
+    """Same contract as `pipeline.kernels.attention.reference.attention_loss`, for pairs that `takes` says yes to; never
     waits for the device. Backward runs once."""
     check_attention(pairs)
     students = [state for pair in pairs for state in (pair.student_query_BQHK, pair.student_key_BSHK)]

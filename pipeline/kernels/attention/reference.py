@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.kernels.reference import accumulation_dtype
+from pipeline.kernels.common import accumulation_dtype
 
 
 class AttentionPair(NamedTuple):
@@ -57,7 +57,7 @@ def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream
 
     Args:
         weight: factor of share_P.
-        upstream: as in `pipeline.kernels.reference.hidden_loss`. No meaning here.
+        upstream: as in `pipeline.kernels.hidden.reference.hidden_loss`. No meaning here.
 
     Raises:
         ValueError: what `check_attention` refuses.

@@ -2,7 +2,7 @@
 
 For each chunk: one GEMM makes the logits of student and teacher (one read of the weight for both), a pass over the rows
 makes the losses and puts the gradient of the logits in the place of the student's logits, and a second GEMM takes it to
-the states. The GEMMs are the BLAS library's, the pass over rows is a Triton kernel or, on a CPU, head_rows_cpu.py.
+the states. The GEMMs are the BLAS library's, the pass over rows is a Triton kernel (gpu.py) or plain PyTorch (cpu.py).
 
 Shapes: N tokens, D channels, V vocabulary, M tokens of a chunk.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import HeadLoss, HeadObjective, accumulation_dtype, check_head
+from pipeline.kernels.common import accumulation_dtype
+from pipeline.kernels.head.reference import HeadLoss, HeadObjective, check_head
 
 LOGIT_BYTES = {"cuda": 2**30, "cpu": 128 * 2**20}  # of the logits of one chunk; a GEMM of few rows re-reads the weight
 ROW_ALIGNMENT = {"cuda": 64, "cpu": 1}  # elements: rows of logits start where vector loads can
@@ -55,7 +56,7 @@ def head_sums(
     with_gradient: bool,
     row_pass: RowPass,
 ) -> HeadSums:
-    """What `reference.head_loss` defines. Takes LOGIT_BYTES and twice the chunk's states beyond its results."""
+    """What `head.reference.head_loss` defines. Takes LOGIT_BYTES and twice the chunk's states beyond its results."""
     check_head(student_ND, teacher_ND, weight_VD, labels_N, objective)
     num_tokens, device = len(student_ND), student_ND.device
     copies = 1 if teacher_ND is None else 2

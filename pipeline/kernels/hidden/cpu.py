@@ -15,22 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import (
-    MIN_DENOMINATOR,
-    MIN_NORM,
-    USED_UP,
-    HiddenLoss,
-    HiddenPair,
-    Mode,
-    accumulation_dtype,
-    check_pairs,
-)
+from pipeline.kernels.common import USED_UP, accumulation_dtype
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenPair, Mode, check_pairs
 
 CHUNK_BYTES = 2**19  # of one fp32 buffer, for each thread; two or three of these share a core's L2 cache
 
 
 def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
-    """Same contract as `pipeline.kernels.reference.hidden_loss`; CPU tensors only. States whose batch and token
+    """Same contract as `pipeline.kernels.hidden.reference.hidden_loss`; CPU tensors only. States whose batch and token
     dimensions cannot be seen as one are copied first."""
     check_pairs(pairs, mode)
     return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
