@@ -18,7 +18,7 @@ from pipeline.kernels.head.chunks import HeadSums, attach
 from pipeline.kernels.head.reference import HeadLoss, HeadObjective, distribution_loss
 from pipeline.kernels.hidden import cpu as hidden_cpu
 from pipeline.kernels.hidden import reference as hidden_reference
-from pipeline.kernels.hidden.reference import HiddenLoss, HiddenPair, Mode
+from pipeline.kernels.hidden.reference import HiddenLoss, HiddenMode, HiddenPair
 
 __all__ = [
     "AttentionLoss",
@@ -27,8 +27,8 @@ __all__ = [
     "HeadObjective",
     "HeadSums",
     "HiddenLoss",
+    "HiddenMode",
     "HiddenPair",
-    "Mode",
     "attach",
     "attention_loss",
     "distances",
@@ -47,7 +47,7 @@ def is_fused(device_type: str) -> bool:
 
 
 def hidden_loss(
-    pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
 ) -> HiddenLoss:
     """Hidden-state loss of each pair; the contract is `hidden.reference.hidden_loss`.
 

@@ -67,7 +67,7 @@ def test_refuses_to_time_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", ["mse", "span", "cosine"])
-def test_baseline_loop_computes_the_same_loss(mode: kernels.Mode) -> None:
+def test_baseline_loop_computes_the_same_loss(mode: kernels.HiddenMode) -> None:
     pairs = kernels.make_pairs(kernels.Case(3, (2, 10, 16), torch.float32), "cpu", valid=0.7)
     torch.testing.assert_close(
         kernels.eager_loop(pairs, mode), hidden_loss(pairs, mode, kernels.WEIGHT, eager=True).share_P.sum()

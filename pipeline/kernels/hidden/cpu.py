@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.kernels.common import USED_UP, accumulation_dtype
-from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenPair, Mode, check_pairs
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenMode, HiddenPair, check_pairs
 
 CHUNK_BYTES = 2**19  # of one fp32 buffer, for each thread; two or three of these share a core's L2 cache
 
 
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
+def hidden_loss(
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
+) -> HiddenLoss:
     """Same contract as `pipeline.kernels.hidden.reference.hidden_loss`; CPU tensors only. States whose batch and token
     dimensions cannot be seen as one are copied first."""
     check_pairs(pairs, mode)
@@ -48,7 +50,7 @@ class _Cut(NamedTuple):
 class _HiddenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
+        ctx: Any, pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float, upstream: float, *students: Tensor
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(students[0], pairs[0].teacher_BTD)
         pass_over = {"mse": _mse_pass, "span": _span_pass, "cosine": _cosine_pass}[mode]

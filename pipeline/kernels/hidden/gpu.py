@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.kernels.common import USED_UP
 from pipeline.kernels.common_gpu import ALIGNMENT, TILE_ELEMENTS, TRITON_DTYPES, max_registers, rescale, to_device
-from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenPair, Mode, check_pairs
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenMode, HiddenPair, check_pairs
 
 TILES = 4
 WIDEST = 16384  # channels of a row that fits in the registers of one program
@@ -33,7 +33,9 @@ FIELDS = tl.constexpr(TABLE_FIELDS)
 STUDENT, TEACHER, START, GRADIENT = tl.constexpr(4), tl.constexpr(7), tl.constexpr(10), tl.constexpr(13)
 
 
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
+def hidden_loss(
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
+) -> HiddenLoss:
     """Same contract as `hidden.reference.hidden_loss`, for bf16, fp16 and fp32; never waits for the device.
 
     Raises ValueError for what `check_pairs` refuses, for other dtypes and for more than 16,384 channels.
@@ -51,7 +53,7 @@ def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, up
 class _HiddenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
+        ctx: Any, pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float, upstream: float, *students: Tensor
     ) -> tuple[Tensor, Tensor]:
         gradients = [
             torch.empty(state.shape, dtype=state.dtype, device=state.device) if wanted else None
@@ -124,7 +126,7 @@ def rows_of_tile(cols: int) -> int:
     return max(2, TILE_ELEMENTS // cols)
 
 
-def _launch(plan: _Plan, mode: Mode, weight: float, upstream: float) -> tuple[Tensor, Tensor]:
+def _launch(plan: _Plan, mode: HiddenMode, weight: float, upstream: float) -> tuple[Tensor, Tensor]:
     """(weight x losses, losses), both fp32 [P]; writes the gradients."""
     num_pairs, device = len(plan.table), plan.table.device
     partials = torch.empty(2, num_pairs, plan.num_blocks, dtype=torch.float32, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.kernels.common import accumulation_dtype
 
-Mode = Literal["mse", "span", "cosine"]
+HiddenMode = Literal["mse", "span", "cosine"]
 
 # Only an all-padding batch, or a span that changes nothing at all, comes near this: real denominators are >> 1.
 MIN_DENOMINATOR = 1e-12
@@ -47,7 +47,9 @@ class HiddenLoss(NamedTuple):
     loss_P: Tensor
 
 
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
+def hidden_loss(
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
+) -> HiddenLoss:
     """Loss of each pair, normalised over the real tokens of this batch.
 
     mode "mse":     sum (student - teacher)^2 / (real tokens x D)
@@ -100,7 +102,7 @@ def square_distance(left_BTD: Tensor, right_BTD: Tensor, mask_BT: Tensor) -> Ten
 
 
 @torch.no_grad()
-def denominator(pair: HiddenPair, mode: Mode) -> Tensor:
+def denominator(pair: HiddenPair, mode: HiddenMode) -> Tensor:
     """What the error of a pair is divided by: a scalar, at least MIN_DENOMINATOR, without gradient."""
     if mode == "mse":
         dtype = accumulation_dtype(pair.student_BTD, pair.teacher_BTD)
@@ -111,10 +113,10 @@ def denominator(pair: HiddenPair, mode: Mode) -> Tensor:
     return total.clamp(min=MIN_DENOMINATOR)
 
 
-def check_pairs(pairs: Sequence[HiddenPair], mode: Mode) -> None:
+def check_pairs(pairs: Sequence[HiddenPair], mode: HiddenMode) -> None:
     """Refuse, with ValueError, what no path can compute. Looks at shapes and flags only: no device sync."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"unknown hidden loss mode {mode!r}; use one of {', '.join(get_args(Mode))}")
+    if mode not in get_args(HiddenMode):
+        raise ValueError(f"unknown hidden loss mode {mode!r}; use one of {', '.join(get_args(HiddenMode))}")
     if not pairs:
         raise ValueError("hidden_loss needs at least one pair; skip the call when a draw has no modular layer")
     first = pairs[0]
@@ -129,7 +131,7 @@ def check_pairs(pairs: Sequence[HiddenPair], mode: Mode) -> None:
                 )
 
 
-def _check_pair(index: int, pair: HiddenPair, mode: Mode) -> None:
+def _check_pair(index: int, pair: HiddenPair, mode: HiddenMode) -> None:
     student_BTD, teacher_BTD, mask_BT, start_BTD = pair
     if mode == "span" and start_BTD is None:
         raise ValueError(f'pair {index}: mode "span" needs start_BTD, the teacher state where the span starts')
