@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipeline.kernels.attention import cpu as attention_cpu
 from pipeline.kernels.attention import reference as attention_reference
-from pipeline.kernels.attention.reference import AttentionLoss, AttentionPair, distances, position_bias
+from pipeline.kernels.attention.reference import AttentionPair, distances, position_bias
+from pipeline.kernels.common import PairLosses, needs_gradient
 from pipeline.kernels.head import chunks
 from pipeline.kernels.head import cpu as head_cpu
 from pipeline.kernels.head import reference as head_reference
@@ -18,17 +19,16 @@ from pipeline.kernels.head.chunks import HeadSums, attach
 from pipeline.kernels.head.reference import HeadLoss, HeadObjective, distribution_loss
 from pipeline.kernels.hidden import cpu as hidden_cpu
 from pipeline.kernels.hidden import reference as hidden_reference
-from pipeline.kernels.hidden.reference import HiddenLoss, HiddenMode, HiddenPair
+from pipeline.kernels.hidden.reference import HiddenMode, HiddenPair
 
 __all__ = [
-    "AttentionLoss",
     "AttentionPair",
     "HeadLoss",
     "HeadObjective",
     "HeadSums",
-    "HiddenLoss",
     "HiddenMode",
     "HiddenPair",
+    "PairLosses",
     "attach",
     "attention_loss",
     "distances",
@@ -48,7 +48,7 @@ def is_fused(device_type: str) -> bool:
 
 def hidden_loss(
     pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
-) -> HiddenLoss:
+) -> PairLosses:
     """Hidden-state loss of each pair; the contract is `hidden.reference.hidden_loss`.
 
     CUDA: all pairs in two launches (mode "span": three), and one in backward (needs triton; without it the definition).
@@ -87,8 +87,8 @@ def head_loss(
     """
     if eager or not is_fused(student_ND.device.type):
         return head_reference.head_loss(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V)
-    with_gradient = student_ND.requires_grad
-    sums = head_sums(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, with_gradient)
+    wanted = needs_gradient(student_ND)
+    sums = head_sums(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, wanted)
     return attach(student_ND, sums, objective, upstream)
 
 
@@ -116,7 +116,7 @@ def head_sums(
 
 def attention_loss(
     pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
-) -> AttentionLoss:
+) -> PairLosses:
     """Attention loss of each pair; the contract is `attention.reference.attention_loss`.
 
     CUDA: two launches a pair, in which maps exist tile by tile (without triton, in fp64 or with wider heads than the

@@ -31,11 +31,11 @@ def rescale(gradients: Sequence[Tensor | None], grad_P: Tensor, upstream: float)
     num_blocks = triton.cdiv(max(line[1] for line in lines), TILE_ELEMENTS)
     aligned = not any(value % ALIGNMENT for line in lines for value in line)
     dtype = next(gradient.dtype for gradient in gradients if gradient is not None)
-    table = to_device(lines, grad_P.device)
-    rescale_kernel[(len(lines) * num_blocks,)](
-        table, grad_P, grad_P.stride(0), upstream, len(lines),
-        DTYPE=TRITON_DTYPES[dtype], ALIGNED=aligned, ROWS=4, COLS=TILE_ELEMENTS // 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad_P):
+        rescale_kernel[(len(lines) * num_blocks,)](
+            to_device(lines, grad_P.device), grad_P, grad_P.stride(0), upstream, len(lines),
+            DTYPE=TRITON_DTYPES[dtype], ALIGNED=aligned, ROWS=4, COLS=TILE_ELEMENTS // 4,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["grad_stride", "num_pairs"])

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.kernels import HiddenLoss, HiddenMode, HiddenPair
+from pipeline.kernels import HiddenMode, HiddenPair, PairLosses
 
 # Loss: sums of positive terms in fp32. Gradient: one rounding to the storage dtype. The interpreter cuts bf16 off where
 # the hardware rounds to nearest, so bf16 gets two half-units here.
@@ -84,7 +84,7 @@ def make_pair(
 
 
 def assert_equals_oracle(
-    pairs: Sequence[HiddenPair], mode: HiddenMode, got: HiddenLoss, grad_P: Sequence[float], upstream: float = 1.0
+    pairs: Sequence[HiddenPair], mode: HiddenMode, got: PairLosses, grad_P: Sequence[float], upstream: float = 1.0
 ) -> None:
     """Backpropagate grad_P through the shares (of weight 1), and compare losses and gradients with the oracle.
 

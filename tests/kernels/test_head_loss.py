@@ -206,6 +206,17 @@ def test_equal_bit_for_bit_over_ten_runs(path: Path) -> None:
         assert all(torch.equal(got, first) for got, first in zip(result, results[0], strict=True))
 
 
+def test_backward_twice_is_right_or_refused(path: Path) -> None:
+    inputs = make_inputs((7, 16, 33), device=path[1])
+    loss = loss_of(path, *inputs[:4], OBJECTIVES["both"], 1.0, None)
+    (first_ND,) = torch.autograd.grad(loss.share, inputs.student_ND, retain_graph=True)
+    if path[0] == "reference":
+        assert torch.equal(first_ND, torch.autograd.grad(loss.share, inputs.student_ND)[0])
+    else:
+        with pytest.raises(RuntimeError, match="call it again"):
+            torch.autograd.grad(loss.share, inputs.student_ND)
+
+
 @pytest.mark.gpu
 def test_never_waits_for_the_device(path: Path) -> None:
     if path != ("fused", "cuda"):

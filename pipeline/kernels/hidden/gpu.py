@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.common import USED_UP
+from pipeline.kernels.common import PairLosses, empty_gradient, needs_gradient, with_gradients
 from pipeline.kernels.common_gpu import ALIGNMENT, TILE_ELEMENTS, TRITON_DTYPES, max_registers, rescale, to_device
-from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenLoss, HiddenMode, HiddenPair, check_pairs
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenMode, HiddenPair, check_pairs
 
 TILES = 4
 WIDEST = 16384  # channels of a row that fits in the registers of one program
@@ -35,7 +34,7 @@ STUDENT, TEACHER, START, GRADIENT = tl.constexpr(4), tl.constexpr(7), tl.constex
 
 def hidden_loss(
     pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
-) -> HiddenLoss:
+) -> PairLosses:
     """Same contract as `hidden.reference.hidden_loss`, for bf16, fp16 and fp32; never waits for the device.
 
     Raises ValueError for what `check_pairs` refuses, for other dtypes and for more than 16,384 channels.
@@ -47,36 +46,11 @@ def hidden_loss(
     widest = max(pair.student_BTD.shape[-1] for pair in pairs)
     if widest > WIDEST:
         raise ValueError(f"the fused hidden loss has at most {WIDEST} channels, not {widest}; call it with eager=True")
-    return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
-
-
-class _HiddenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float, upstream: float, *students: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gradients = [
-            torch.empty(state.shape, dtype=state.dtype, device=state.device) if wanted else None
-            for state, wanted in zip(students, ctx.needs_input_grad[4:], strict=True)
-        ]
-        with torch.cuda.device_of(students[0]):
-            share_P, loss_P = _launch(_plan(pairs, gradients), mode, weight, upstream)
-        ctx.save_for_backward(*gradients)
-        ctx.upstream, ctx.used_up = upstream, False
-        ctx.mark_non_differentiable(loss_P)
-        return share_P, loss_P
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used_up:
-            raise RuntimeError(USED_UP)
-        ctx.used_up = True
-        # Under saved-tensor hooks these are other tensors than forward wrote, so their addresses are taken now.
-        gradients = ctx.saved_tensors
-        with torch.cuda.device_of(grad_P):
-            rescale(gradients, grad_P, ctx.upstream)
-        return (None, None, None, None, *gradients)
+    students = [pair.student_BTD for pair in pairs]
+    gradients = [empty_gradient(student_BTD) if needs_gradient(student_BTD) else None for student_BTD in students]
+    with torch.no_grad(), torch.cuda.device_of(students[0]):
+        share_P, loss_P = _launch(_plan(pairs, gradients), mode, weight, upstream)
+    return PairLosses(with_gradients(share_P, students, gradients, upstream, rescale), loss_P)
 
 
 class _Plan(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pipeline.kernels.common import accumulation_dtype
+from pipeline.kernels.common import PairLosses, accumulation_dtype
 
 HiddenMode = Literal["mse", "span", "cosine"]
 
@@ -36,20 +36,9 @@ class HiddenPair(NamedTuple):
     start_BTD: Tensor | None = None
 
 
-class HiddenLoss(NamedTuple):
-    """Both fp32 [P] (fp64 for fp64 students).
-
-    share_P  weight x loss: what to sum up and run backward from.
-    loss_P   the losses, detached, to log.
-    """
-
-    share_P: Tensor
-    loss_P: Tensor
-
-
 def hidden_loss(
     pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
-) -> HiddenLoss:
+) -> PairLosses:
     """Loss of each pair, normalised over the real tokens of this batch.
 
     mode "mse":     sum (student - teacher)^2 / (real tokens x D)
@@ -79,7 +68,7 @@ def hidden_loss(
             error = square_distance(pair.student_BTD, pair.teacher_BTD, pair.mask_BT)
             losses.append(error / denominator(pair, mode).to(error.dtype))
     loss_P = torch.stack(losses)
-    return HiddenLoss(loss_P * weight, loss_P.detach())
+    return PairLosses(loss_P * weight, loss_P.detach())
 
 
 def _cosine_loss(pair: HiddenPair) -> Tensor:
