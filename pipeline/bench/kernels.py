@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from pipeline.bench import Measure, kernels_attention, kernels_head, report
 from pipeline.bench.timing import Step, median_ms, num_launches, peak_mib, works
-from pipeline.kernels import HiddenPair, Mode, hidden_loss, reference
+from pipeline.kernels import HiddenMode, HiddenPair, hidden_loss
 
-Loss = Callable[[Sequence[HiddenPair], Mode], Tensor]  # the sum over pairs, times WEIGHT
+Loss = Callable[[Sequence[HiddenPair], HiddenMode], Tensor]  # the sum over pairs, times WEIGHT
 
 LOSSES = ("hidden", "head", "attention")
 LOSS_RTOL = 1e-4
@@ -78,7 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
     if "hidden" in arguments.only:
         for case in GPU_CASES if on_gpu else CPU_CASES:
             pairs = make_pairs(case, arguments.device, arguments.valid)
-            for mode in get_args(Mode):
+            for mode in get_args(HiddenMode):
                 measures += measure_case(case, pairs, mode, arguments.rounds)
             measures += compare_ours(case, pairs, arguments.valid, arguments.rounds)
     if "head" in arguments.only:
@@ -113,9 +113,9 @@ def make_mask(case: Case, device: str, valid: float) -> Tensor:
     return mask_T.expand(num_batch, num_tokens).contiguous()
 
 
-def measure_case(case: Case, pairs: Sequence[HiddenPair], mode: Mode, rounds: int) -> list[Measure]:
+def measure_case(case: Case, pairs: Sequence[HiddenPair], mode: HiddenMode, rounds: int) -> list[Measure]:
     """Time and peak memory of ours and of every baseline; ours must equal the definition first."""
-    expected = reference.hidden_loss(pairs, mode, WEIGHT).share_P.detach().sum()
+    expected = hidden_loss(pairs, mode, WEIGHT, eager=True).share_P.detach().sum()
     torch.testing.assert_close(fused(pairs, mode).detach(), expected, rtol=LOSS_RTOL, atol=0.0)
     device = expected.device
     losses: dict[str, Loss] = {"ours": fused, "eager_fp32": eager_loop}
@@ -172,15 +172,15 @@ def bare_copy(pairs: Sequence[HiddenPair]) -> Step:
     return partial(torch.empty_like(source).copy_, source)
 
 
-def step(loss: Loss, pairs: Sequence[HiddenPair], mode: Mode) -> object:
+def step(loss: Loss, pairs: Sequence[HiddenPair], mode: HiddenMode) -> object:
     return torch.autograd.grad(loss(pairs, mode), [pair.student_BTD for pair in pairs])
 
 
-def fused(pairs: Sequence[HiddenPair], mode: Mode) -> Tensor:
+def fused(pairs: Sequence[HiddenPair], mode: HiddenMode) -> Tensor:
     return hidden_loss(pairs, mode, WEIGHT).share_P.sum()
 
 
-def eager_loop(pairs: Sequence[HiddenPair], mode: Mode, upcast: bool = True) -> Tensor:
+def eager_loop(pairs: Sequence[HiddenPair], mode: HiddenMode, upcast: bool = True) -> Tensor:
     """The loop over pairs that distillation toolkits write: mse_loss (cosine_similarity), times the mask, over the
     count."""
     losses = []

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from pipeline.bench import Measure
 from pipeline.bench.timing import Step, median_ms, peak_mib, works
-from pipeline.kernels import AttentionPair, attention_chunked, attention_loss, attention_reference
+from pipeline.kernels import AttentionPair, attention_loss, distances, position_bias
+from pipeline.kernels.attention import cpu as in_chunks
 
 Loss = Callable[[Sequence[AttentionPair]], Tensor]  # the sum over pairs, times WEIGHT
 
@@ -79,7 +80,7 @@ def measure_case(case: Case, device_type: str, valid: float, rounds: int) -> lis
     pairs = make_pairs(case, device_type, valid)
     device = pairs[0].student_query_BQHK.device
     with torch.no_grad():
-        expected = WEIGHT * attention_reference.attention_loss(pairs).loss_P.sum()
+        expected = WEIGHT * attention_loss(pairs, eager=True).loss_P.sum()
         torch.testing.assert_close(ours(pairs), expected, rtol=LOSS_RTOL[case.dtype], atol=0.0)
     bias_HQS = whole_bias(pairs[0])
     losses: dict[str, Loss] = {"ours": ours, "eager": partial(eager, bias_HQS=bias_HQS)}
@@ -111,12 +112,12 @@ def ours(pairs: Sequence[AttentionPair]) -> Tensor:
 
 
 def chunks(pairs: Sequence[AttentionPair]) -> Tensor:
-    return attention_chunked.attention_loss(pairs, WEIGHT).share_P.sum()
+    return in_chunks.attention_loss(pairs, WEIGHT).share_P.sum()
 
 
 def whole_bias(pair: AttentionPair) -> Tensor | None:
     """The bias as T5 in transformers hands it to its layers: made once, for all of them."""
-    return attention_reference.position_bias(pair, pair.bias_HR.dtype) if pair.bias_HR is not None else None
+    return position_bias(pair, pair.bias_HR.dtype) if pair.bias_HR is not None else None
 
 
 def eager(pairs: Sequence[AttentionPair], bias_HQS: Tensor | None) -> Tensor:
@@ -125,7 +126,7 @@ def eager(pairs: Sequence[AttentionPair], bias_HQS: Tensor | None) -> Tensor:
     for pair in pairs:
         hidden_BHQS = ~pair.key_mask_BS[:, None, None, :]
         if pair.causal:
-            hidden_BHQS = hidden_BHQS | (attention_reference.distances(pair) > 0)
+            hidden_BHQS = hidden_BHQS | (distances(pair) > 0)
         logs = []
         for query_BQHK, key_BSHK in (pair[0:2], pair[2:4]):
             scores_BHQS = query_BQHK.transpose(1, 2) @ key_BSHK.permute(0, 2, 3, 1) * pair.scale

@@ -64,7 +64,7 @@ class VocabularyHead(nn.Module):
         *,
         eager: bool,
     ) -> HeadLoss:
-        """The objective for N tokens; see pipeline.kernels.reference.head_loss.
+        """The objective for N tokens; see pipeline.kernels.head_loss.
 
         Args:
             eager: make all logits and take the definition.

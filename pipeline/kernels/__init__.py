@@ -1,4 +1,4 @@
-"""Fused losses. Each function takes the fastest path for the device; `reference` is the definition of all paths."""
+"""Fused losses. Each function takes the fastest path for the device; reference.py of a loss is its definition."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from pipeline.kernels import attention_chunked, attention_reference, head, head_rows_cpu, hidden_cpu, reference
-from pipeline.kernels.attention_reference import AttentionLoss, AttentionPair
-from pipeline.kernels.head import HeadSums, attach
-from pipeline.kernels.reference import HeadLoss, HeadObjective, HiddenLoss, HiddenPair, Mode, distribution_loss
+from pipeline.kernels.attention import cpu as attention_cpu
+from pipeline.kernels.attention import reference as attention_reference
+from pipeline.kernels.attention.reference import AttentionPair, distances, position_bias
+from pipeline.kernels.common import PairLosses, needs_gradient
+from pipeline.kernels.head import chunks
+from pipeline.kernels.head import cpu as head_cpu
+from pipeline.kernels.head import reference as head_reference
+from pipeline.kernels.head.chunks import HeadSums, attach
+from pipeline.kernels.head.reference import HeadLoss, HeadObjective, distribution_loss
+from pipeline.kernels.hidden import cpu as hidden_cpu
+from pipeline.kernels.hidden import reference as hidden_reference
+from pipeline.kernels.hidden.reference import HiddenMode, HiddenPair
 
 __all__ = [
-    "AttentionLoss",
     "AttentionPair",
     "HeadLoss",
     "HeadObjective",
     "HeadSums",
-    "HiddenLoss",
+    "HiddenMode",
     "HiddenPair",
-    "Mode",
+    "PairLosses",
     "attach",
     "attention_loss",
+    "distances",
     "distribution_loss",
     "head_loss",
     "head_sums",
     "hidden_loss",
     "is_fused",
+    "position_bias",
 ]
 
 
@@ -38,9 +47,9 @@ def is_fused(device_type: str) -> bool:
 
 
 def hidden_loss(
-    pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
-) -> HiddenLoss:
-    """Hidden-state loss of each pair; the contract is `reference.hidden_loss`.
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
+) -> PairLosses:
+    """Hidden-state loss of each pair; the contract is `hidden.reference.hidden_loss`.
 
     CUDA: all pairs in two launches (mode "span": three), and one in backward (needs triton; without it the definition).
     CPU: plain PyTorch in chunks that stay in the cache.
@@ -50,12 +59,12 @@ def hidden_loss(
     """
     device_type = pairs[0].student_BTD.device.type if pairs else "cpu"
     if eager or not is_fused(device_type):
-        return reference.hidden_loss(pairs, mode, weight, upstream)
+        return hidden_reference.hidden_loss(pairs, mode, weight, upstream)
     if device_type == "cpu":
         return hidden_cpu.hidden_loss(pairs, mode, weight, upstream)
-    from pipeline.kernels import hidden_triton  # late: importing triton takes a second, and a CPU has no use for it
+    from pipeline.kernels.hidden import gpu  # late: importing triton takes a second, and a CPU has no use for it
 
-    return hidden_triton.hidden_loss(pairs, mode, weight, upstream)
+    return gpu.hidden_loss(pairs, mode, weight, upstream)
 
 
 def head_loss(
@@ -69,7 +78,7 @@ def head_loss(
     *,
     eager: bool = False,
 ) -> HeadLoss:
-    """Losses of the vocabulary head; the contract is `reference.head_loss`.
+    """Losses of the vocabulary head; the contract is `head.reference.head_loss`.
 
     CUDA: two GEMMs and a Triton kernel for each chunk of tokens. CPU: the same with plain PyTorch for the kernel.
 
@@ -77,9 +86,9 @@ def head_loss(
         eager: take the definition, whatever the device.
     """
     if eager or not is_fused(student_ND.device.type):
-        return reference.head_loss(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V)
-    with_gradient = student_ND.requires_grad
-    sums = head_sums(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, with_gradient)
+        return head_reference.head_loss(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V)
+    wanted = needs_gradient(student_ND)
+    sums = head_sums(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, wanted)
     return attach(student_ND, sums, objective, upstream)
 
 
@@ -95,20 +104,20 @@ def head_sums(
 ) -> HeadSums:
     """The part of `head_loss` that needs the weight; `attach` makes the loss of it, where the weight may be gone."""
     if student_ND.device.type == "cuda":
-        from pipeline.kernels import head_triton
+        from pipeline.kernels.head import gpu
 
-        row_pass = head_triton.row_pass
+        row_pass = gpu.row_pass
     else:
-        row_pass = head_rows_cpu.row_pass
-    return head.head_sums(
+        row_pass = head_cpu.row_pass
+    return chunks.head_sums(
         student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, with_gradient, row_pass
     )
 
 
 def attention_loss(
     pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0, *, eager: bool = False
-) -> AttentionLoss:
-    """Attention loss of each pair; the contract is `attention_reference.attention_loss`.
+) -> PairLosses:
+    """Attention loss of each pair; the contract is `attention.reference.attention_loss`.
 
     CUDA: two launches a pair, in which maps exist tile by tile (without triton, in fp64 or with wider heads than the
     kernels take: as on a CPU). CPU: plain PyTorch in chunks of examples.
@@ -119,11 +128,11 @@ def attention_loss(
     if eager:
         return attention_reference.attention_loss(pairs, weight, upstream)
     if pairs and pairs[0].student_query_BQHK.device.type == "cuda" and _has_triton():
-        from pipeline.kernels import attention_triton
+        from pipeline.kernels.attention import gpu
 
-        if attention_triton.takes(pairs):
-            return attention_triton.attention_loss(pairs, weight, upstream)
-    return attention_chunked.attention_loss(pairs, weight, upstream)
+        if gpu.takes(pairs):
+            return gpu.attention_loss(pairs, weight, upstream)
+    return attention_cpu.attention_loss(pairs, weight, upstream)
 
 
 @cache

@@ -22,8 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from pipeline.kernels import attention_triton, head_triton, hidden_triton
-from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM
+from pipeline.kernels import common_gpu
+from pipeline.kernels.attention import gpu as attention_gpu
+from pipeline.kernels.head import gpu as head_gpu
+from pipeline.kernels.hidden import gpu as hidden_gpu
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM
 
 ARCHITECTURES = (80, 90)
 POINTERS = {tl.bfloat16: "*bf16", tl.float16: "*fp16", tl.float32: "*fp32"}
@@ -40,7 +43,7 @@ class Variant(NamedTuple):
     aligned: tuple[str, ...] = ()
     """Arguments that are multiples of 16, which a launch would find out."""
     max_registers: int | None = None
-    """Of a thread; None: hidden_triton.max_registers."""
+    """Of a thread; None: common_gpu.max_registers."""
 
 
 def variants() -> Iterator[Variant]:
@@ -51,29 +54,27 @@ def variants() -> Iterator[Variant]:
             tile = {
                 "T_DTYPE": dtype,
                 "ALIGNED": True,
-                "TILES": hidden_triton.TILES,
-                "ROWS": (rows := hidden_triton.rows_of_tile(cols)),
+                "TILES": hidden_gpu.TILES,
+                "ROWS": (rows := hidden_gpu.rows_of_tile(cols)),
                 "COLS": cols,
             }
             sums = {"table": "*i64", "partials": "*fp32", "num_pairs": "i32", "num_blocks": "i32"}
             suffix, num_warps = f"{dtype} d{cols}", rows * cols // 1024
-            yield Variant(f"change {suffix}", hidden_triton.change_kernel, sums, tile, num_warps)
-            tile |= {"S_DTYPE": dtype, "EPS": MIN_DENOMINATOR, "NORM_EPS": MIN_NORM, "LANES": hidden_triton.LANES}
+            yield Variant(f"change {suffix}", hidden_gpu.change_kernel, sums, tile, num_warps)
+            tile |= {"S_DTYPE": dtype, "EPS": MIN_DENOMINATOR, "NORM_EPS": MIN_NORM, "LANES": hidden_gpu.LANES}
             for mode in ("mse", "span", "cosine"):
                 types = {**sums, "scale": "fp32"}
-                yield Variant(
-                    f"loss {mode} {suffix}", hidden_triton.loss_kernel, types, {"MODE": mode, **tile}, num_warps
-                )
+                yield Variant(f"loss {mode} {suffix}", hidden_gpu.loss_kernel, types, {"MODE": mode, **tile}, num_warps)
         types = {"table": "*i64", "grad_P": "*fp32", "grad_stride": "i32", "upstream": "fp32", "num_pairs": "i32"}
-        constants = {"DTYPE": dtype, "ALIGNED": True, "ROWS": 4, "COLS": hidden_triton.TILE_ELEMENTS // 4}
-        yield Variant(f"rescale {dtype}", hidden_triton.rescale_kernel, types, constants)
+        constants = {"DTYPE": dtype, "ALIGNED": True, "ROWS": 4, "COLS": common_gpu.TILE_ELEMENTS // 4}
+        yield Variant(f"rescale {dtype}", common_gpu.rescale_kernel, types, constants)
         if dtype != tl.float16:
             yield from _head_variants(dtype)
     for dtype, width in ((tl.bfloat16, 64), (tl.bfloat16, 128), (tl.float32, 64)):
         yield from _attention_variants(dtype, width)
     types = {"partials": "*fp32", "share_P": "*fp32", "loss_P": "*fp32", "num_pairs": "i32", "num_blocks": "i32"}
-    constants = {"EPS": MIN_DENOMINATOR, "LANES": hidden_triton.LANES}
-    yield Variant("reduce", hidden_triton.reduce_kernel, {**types, "weight": "fp32"}, constants)
+    constants = {"EPS": MIN_DENOMINATOR, "LANES": hidden_gpu.LANES}
+    yield Variant("reduce", hidden_gpu.reduce_kernel, {**types, "weight": "fp32"}, constants)
 
 
 def _attention_variants(dtype: Any, width: int) -> Iterator[Variant]:
@@ -86,20 +87,20 @@ def _attention_variants(dtype: Any, width: int) -> Iterator[Variant]:
     constants = {
         "WITH_BIAS": True,
         "CAUSAL": True,
-        "BLOCK": attention_triton.BLOCK[size],
-        "STEP": attention_triton.STEP[size],
+        "BLOCK": attention_gpu.BLOCK[size],
+        "STEP": attention_gpu.STEP[size],
         "WIDTH": width,
         "S_DOT": dtype,
         "T_DOT": dtype,
     }
     aligned = (*states, "logs", "num_heads", "width", "gradient")
-    warps = attention_triton.num_warps(width)
-    name, kernel = f"attention keys {dtype} k{width}", attention_triton.keys_kernel
-    of_keys = Variant(name, kernel, types, constants, warps, aligned, max_registers=attention_triton.MAX_REGISTERS)
+    warps = attention_gpu.num_warps(width)
+    name, kernel = f"attention keys {dtype} k{width}", attention_gpu.keys_kernel
+    of_keys = Variant(name, kernel, types, constants, warps, aligned, max_registers=attention_gpu.MAX_REGISTERS)
     yield of_keys
     yield of_keys._replace(
         name=f"attention queries {dtype} k{width}",
-        kernel=attention_triton.queries_kernel,
+        kernel=attention_gpu.queries_kernel,
         types={**types, "partials": "*fp32"},
         constants={**constants, "WITH_GRADIENT": True},
     )
@@ -118,11 +119,11 @@ def _head_variants(dtype: Any) -> Iterator[Variant]:
                 "TEMPERED": tempered,
                 "REVERSE": reverse,
                 "WITH_GRADIENT": True,
-                "BLOCK": head_triton.BLOCK,
+                "BLOCK": head_gpu.BLOCK,
             }
             name = f"head {dtype}{' tempered' * tempered}{' reverse' * reverse}"
             aligned = ("student_MV", "teacher_MV", "row_stride")
-            yield Variant(name, head_triton.rows_kernel, types, constants, head_triton.NUM_WARPS, aligned)
+            yield Variant(name, head_gpu.rows_kernel, types, constants, head_gpu.NUM_WARPS, aligned)
 
 
 def measure(variant: Variant, architecture: int) -> dict[str, int]:
@@ -131,7 +132,7 @@ def measure(variant: Variant, architecture: int) -> dict[str, int]:
     names = variant.kernel.arg_names
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=divisible)
-    most = variant.max_registers or hidden_triton.max_registers(variant.num_warps)
+    most = variant.max_registers or common_gpu.max_registers(variant.num_warps)
     options = {"num_warps": variant.num_warps, "maxnreg": most}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import LossConfig
-from pipeline.kernels import HeadObjective, HiddenLoss, Mode, attention_loss, hidden_loss
+from pipeline.kernels import HeadObjective, HiddenMode, PairLosses, attention_loss, hidden_loss
 from pipeline.model.modular import ModularOutputs, Wanted, granularity_of
 from pipeline.schedule import weight_at
 
@@ -116,8 +116,8 @@ class Objectives:
                 parts[f"attention_{kind}"] = loss.loss_P.sum() * scale
         return total
 
-    def _hidden(self, outputs: ModularOutputs, weight: float, counts: GlobalCounts) -> HiddenLoss:
-        pairs, mode = list(outputs.pairs.values()), cast(Mode, self.config.hidden_mode)
+    def _hidden(self, outputs: ModularOutputs, weight: float, counts: GlobalCounts) -> PairLosses:
+        pairs, mode = list(outputs.pairs.values()), cast(HiddenMode, self.config.hidden_mode)
         return hidden_loss(pairs, mode, weight, counts.upstream, eager=not self.config.fused)
 
 

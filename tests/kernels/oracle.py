@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.kernels import HiddenLoss, HiddenPair, Mode
+from pipeline.kernels import HiddenMode, HiddenPair, PairLosses
 
 # Loss: sums of positive terms in fp32. Gradient: one rounding to the storage dtype. The interpreter cuts bf16 off where
 # the hardware rounds to nearest, so bf16 gets two half-units here.
@@ -27,7 +27,7 @@ GRADIENT_ATOL = {
 }  # fp16 has subnormal gradients
 
 
-def oracle(pairs: Sequence[HiddenPair], mode: Mode, grad_P: Sequence[float]) -> tuple[list[float], list[Tensor]]:
+def oracle(pairs: Sequence[HiddenPair], mode: HiddenMode, grad_P: Sequence[float]) -> tuple[list[float], list[Tensor]]:
     """Losses of all pairs, and the gradients for the gradient grad_P of the losses; token by token, padding skipped."""
     losses, gradients = [], []
     for pair, grad in zip(pairs, grad_P, strict=True):
@@ -84,7 +84,7 @@ def make_pair(
 
 
 def assert_equals_oracle(
-    pairs: Sequence[HiddenPair], mode: Mode, got: HiddenLoss, grad_P: Sequence[float], upstream: float = 1.0
+    pairs: Sequence[HiddenPair], mode: HiddenMode, got: PairLosses, grad_P: Sequence[float], upstream: float = 1.0
 ) -> None:
     """Backpropagate grad_P through the shares (of weight 1), and compare losses and gradients with the oracle.
 

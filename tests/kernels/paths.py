@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline.kernels import hidden_cpu, reference
+from pipeline.kernels.hidden import cpu, reference
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -31,12 +31,12 @@ PATHS = [
 
 def module_of(path: str) -> ModuleType:
     if path != "fused":
-        return {"reference": reference, "cpu": hidden_cpu}[path]
+        return {"reference": reference, "cpu": cpu}[path]
     import triton.language as tl
     from triton.runtime.jit import JITFunction
 
     if not HAS_CUDA and isinstance(tl.sum, JITFunction):
         pytest.fail("triton was imported before tests/kernels/conftest.py; set TRITON_INTERPRET=1 for this run")
-    from pipeline.kernels import hidden_triton
+    from pipeline.kernels.hidden import gpu
 
-    return hidden_triton
+    return gpu

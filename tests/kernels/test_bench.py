@@ -12,7 +12,7 @@ import torch
 from pipeline.bench import Measure, kernels, kernels_attention, kernels_head
 from pipeline.bench.__main__ import main
 from pipeline.bench.timing import peak_mib
-from pipeline.kernels import attention_reference, reference
+from pipeline.kernels import attention_loss, hidden_loss
 
 ATTENTION = kernels_attention.Case("cross", 2, (2, 5, 7, 2, 4), torch.float32)
 KEYS = ["bench", "measure", "ours", "baseline", "baseline_name", "ratio", "unit", "floor"]
@@ -67,10 +67,10 @@ def test_refuses_to_time_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", ["mse", "span", "cosine"])
-def test_baseline_loop_computes_the_same_loss(mode: kernels.Mode) -> None:
+def test_baseline_loop_computes_the_same_loss(mode: kernels.HiddenMode) -> None:
     pairs = kernels.make_pairs(kernels.Case(3, (2, 10, 16), torch.float32), "cpu", valid=0.7)
     torch.testing.assert_close(
-        kernels.eager_loop(pairs, mode), reference.hidden_loss(pairs, mode, kernels.WEIGHT).share_P.sum()
+        kernels.eager_loop(pairs, mode), hidden_loss(pairs, mode, kernels.WEIGHT, eager=True).share_P.sum()
     )
     assert pairs[1].start_BTD is pairs[0].teacher_BTD
     assert pairs[0].mask_BT.sum() == 14
@@ -101,7 +101,7 @@ def test_baseline_of_attention_computes_the_same_loss(kind: str) -> None:
     pairs = kernels_attention.make_pairs(ATTENTION._replace(kind=kind), "cpu", valid=0.7)
     states = [state for pair in pairs for state in pair[:2]]
     eager = kernels_attention.eager(pairs, kernels_attention.whole_bias(pairs[0]))
-    expected = kernels_attention.WEIGHT * attention_reference.attention_loss(pairs).share_P.sum()
+    expected = kernels_attention.WEIGHT * attention_loss(pairs, eager=True).share_P.sum()
     torch.testing.assert_close(eager, expected)
     gradients = torch.autograd.grad(eager, states)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, states), rtol=1e-4, atol=1e-7)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
-from pipeline.kernels import HeadLoss, HeadObjective, head, head_rows_cpu, reference
+from pipeline.kernels import HeadLoss, HeadObjective
+from pipeline.kernels.head import chunks, cpu, reference
 from tests.kernels.paths import PATHS, module_of
 
 pytestmark = pytest.mark.parametrize("path", PATHS)
@@ -60,16 +61,16 @@ def loss_of(path: Path, *arguments) -> HeadLoss:
         return reference.head_loss(*arguments)
     student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V = arguments
     if name == "cpu":
-        row_pass = head_rows_cpu.row_pass
+        row_pass = cpu.row_pass
     else:
         module_of(name)  # fails where triton compiles in spite of a missing GPU
-        from pipeline.kernels import head_triton
+        from pipeline.kernels.head import gpu
 
-        row_pass = head_triton.row_pass
-    sums = head.head_sums(
+        row_pass = gpu.row_pass
+    sums = chunks.head_sums(
         student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, student_ND.requires_grad, row_pass
     )
-    return head.attach(student_ND, sums, objective, upstream)
+    return chunks.attach(student_ND, sums, objective, upstream)
 
 
 def oracle(inputs: Inputs, objective: HeadObjective, with_teacher: bool, with_bias: bool) -> SimpleNamespace:
@@ -140,9 +141,9 @@ def test_chunks_of_tokens_bias_and_an_upstream_gradient_that_was_not_told(
     path: Path, objective: HeadObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_inputs((20, 24, 100), device=path[1])
-    for device_type in head.LOGIT_BYTES:
-        monkeypatch.setitem(head.LOGIT_BYTES, device_type, 7 * 2 * 128 * 4)
-    monkeypatch.setattr(head_rows_cpu, "SLAB_BYTES", 3 * 100 * 4)
+    for device_type in chunks.LOGIT_BYTES:
+        monkeypatch.setitem(chunks.LOGIT_BYTES, device_type, 7 * 2 * 128 * 4)
+    monkeypatch.setattr(cpu, "SLAB_BYTES", 3 * 100 * 4)
     assert_equals_oracle(path, inputs, objective, upstream=0.5, grad=-3.0, with_bias=True)
 
 
@@ -205,6 +206,17 @@ def test_equal_bit_for_bit_over_ten_runs(path: Path) -> None:
         assert all(torch.equal(got, first) for got, first in zip(result, results[0], strict=True))
 
 
+def test_backward_twice_is_right_or_refused(path: Path) -> None:
+    inputs = make_inputs((7, 16, 33), device=path[1])
+    loss = loss_of(path, *inputs[:4], OBJECTIVES["both"], 1.0, None)
+    (first_ND,) = torch.autograd.grad(loss.share, inputs.student_ND, retain_graph=True)
+    if path[0] == "reference":
+        assert torch.equal(first_ND, torch.autograd.grad(loss.share, inputs.student_ND)[0])
+    else:
+        with pytest.raises(RuntimeError, match="call it again"):
+            torch.autograd.grad(loss.share, inputs.student_ND)
+
+
 @pytest.mark.gpu
 def test_never_waits_for_the_device(path: Path) -> None:
     if path != ("fused", "cuda"):
@@ -251,7 +263,7 @@ def test_dispatch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunk_size_fills_the_budget_evenly(path: Path) -> None:
     assert path
-    assert head.chunk_size(4096, 2 * 250_112 * 2, "cuda") == 1024
-    assert head.chunk_size(1100, 2**20, "cuda") == 550
-    assert head.chunk_size(100, 2**40, "cuda") == 1
-    assert head.chunk_size(0, 1, "cpu") == 1
+    assert chunks.chunk_size(4096, 2 * 250_112 * 2, "cuda") == 1024
+    assert chunks.chunk_size(1100, 2**20, "cuda") == 550
+    assert chunks.chunk_size(100, 2**40, "cuda") == 1
+    assert chunks.chunk_size(0, 1, "cpu") == 1

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.bench.timing import num_launches
-from pipeline.kernels import HiddenPair, Mode, hidden_cpu, reference
+from pipeline.kernels import HiddenMode, HiddenPair
+from pipeline.kernels.hidden import cpu, reference
 from tests.kernels.oracle import assert_equals_oracle, make_pair
 from tests.kernels.paths import PATHS, module_of
 
@@ -25,7 +26,7 @@ Path = tuple[str, str]
 @all_modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_oracle(path: Path, shape: tuple[int, int, int], dtype: torch.dtype, mode: Mode) -> None:
+def test_equals_oracle(path: Path, shape: tuple[int, int, int], dtype: torch.dtype, mode: HiddenMode) -> None:
     name, device = path
     pairs = [make_pair(shape, dtype, device)]
     assert_equals_oracle(pairs, mode, module_of(name).hidden_loss(pairs, mode, upstream=-3.25), [-3.25], upstream=-3.25)
@@ -33,7 +34,7 @@ def test_equals_oracle(path: Path, shape: tuple[int, int, int], dtype: torch.dty
 
 @all_modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_upstream_gradient_that_was_not_told_is_right_too(path: Path, dtype: torch.dtype, mode: Mode) -> None:
+def test_an_upstream_gradient_that_was_not_told_is_right_too(path: Path, dtype: torch.dtype, mode: HiddenMode) -> None:
     name, device = path
     shapes = [(3, 7, 33), (2, 5, 96), (4, 2, 33)]
     pairs = [make_pair(shape, dtype, device, seed=seed) for seed, shape in enumerate(shapes)]
@@ -41,7 +42,7 @@ def test_an_upstream_gradient_that_was_not_told_is_right_too(path: Path, dtype: 
 
 
 @all_modes
-def test_weight_is_a_factor_of_the_share(path: Path, mode: Mode) -> None:
+def test_weight_is_a_factor_of_the_share(path: Path, mode: HiddenMode) -> None:
     name, device = path
     pair = make_pair((3, 7, 33), device=device)
     plain, weighted = (module_of(name).hidden_loss([pair], mode, weight, 2.0) for weight in (1.0, 0.25))
@@ -52,7 +53,7 @@ def test_weight_is_a_factor_of_the_share(path: Path, mode: Mode) -> None:
 
 
 @all_modes
-def test_pairs_of_different_shapes_in_one_call(path: Path, mode: Mode) -> None:
+def test_pairs_of_different_shapes_in_one_call(path: Path, mode: HiddenMode) -> None:
     name, device = path
     shapes = [(2, 9, 64), (3, 130, 64), (1, 4, 33), (2, 9, 96)]
     pairs = [make_pair(shape, device=device, seed=seed) for seed, shape in enumerate(shapes)]
@@ -61,22 +62,22 @@ def test_pairs_of_different_shapes_in_one_call(path: Path, mode: Mode) -> None:
 
 @all_modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_on_a_cpu(path: Path, dtype: torch.dtype, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_on_a_cpu(path: Path, dtype: torch.dtype, mode: HiddenMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several, of different sizes, with padding in some; the second pair has the cut of the first."""
     if path[0] != "cpu":
         pytest.skip("others have no chunks")
-    monkeypatch.setattr(hidden_cpu, "CHUNK_BYTES", 5 * 4 * 33 // torch.get_num_threads())
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 5 * 4 * 33 // torch.get_num_threads())
     mask_BT = torch.ones(3, 7, dtype=torch.bool)
     mask_BT[0, 3:], mask_BT[2, 6] = False, False
     pairs = [make_pair((3, 7, 33), dtype, mask_BT=mask_BT, seed=seed) for seed in range(2)]
     pairs.append(make_pair((2, 9, 20), dtype))
-    assert len(hidden_cpu._cut(pairs[0].mask_BT, 33, torch.float32).chunks) == 5
-    assert_equals_oracle(pairs, mode, hidden_cpu.hidden_loss(pairs, mode), [1.0, -2.0, 0.5])
+    assert len(cpu._cut(pairs[0].mask_BT, 33, torch.float32).chunks) == 5
+    assert_equals_oracle(pairs, mode, cpu.hidden_loss(pairs, mode), [1.0, -2.0, 0.5])
 
 
 @all_modes
 @pytest.mark.parametrize("num_pairs", [1, 50])
-def test_number_of_pairs_that_share_a_mask(path: Path, num_pairs: int, mode: Mode) -> None:
+def test_number_of_pairs_that_share_a_mask(path: Path, num_pairs: int, mode: HiddenMode) -> None:
     name, device = path
     mask_BT = torch.tensor([[True] * 5, [True, True, False, False, False]])
     pairs = [make_pair((2, 5, 32), torch.float32, device, mask_BT, seed) for seed in range(num_pairs)]
@@ -85,7 +86,7 @@ def test_number_of_pairs_that_share_a_mask(path: Path, num_pairs: int, mode: Mod
 
 
 @all_modes
-def test_gradient_of_a_sum(path: Path, mode: Mode) -> None:
+def test_gradient_of_a_sum(path: Path, mode: HiddenMode) -> None:
     """`sum` hands one expanded scalar (stride 0) to backward, with memory for one number only."""
     name, device = path
     pairs = [make_pair((3, 7, 33), device=device, seed=seed) for seed in range(3)]
@@ -100,7 +101,7 @@ def test_gradient_of_a_sum(path: Path, mode: Mode) -> None:
 
 
 @all_modes
-def test_student_and_teacher_of_different_dtypes(path: Path, mode: Mode) -> None:
+def test_student_and_teacher_of_different_dtypes(path: Path, mode: HiddenMode) -> None:
     name, device = path
     half = make_pair((3, 7, 48), torch.bfloat16, device)
     pairs = [half._replace(student_BTD=half.student_BTD.detach().float().requires_grad_())]
@@ -108,7 +109,7 @@ def test_student_and_teacher_of_different_dtypes(path: Path, mode: Mode) -> None
 
 
 @all_modes
-def test_padding_only_gives_zero(path: Path, mode: Mode) -> None:
+def test_padding_only_gives_zero(path: Path, mode: HiddenMode) -> None:
     name, device = path
     padded = make_pair((2, 3, 40), device=device, mask_BT=torch.zeros(2, 3, dtype=torch.bool))
     pairs = [padded, make_pair((2, 3, 40), device=device)]
@@ -126,7 +127,7 @@ def test_span_loss_of_a_student_that_copies_its_input_is_one(path: Path) -> None
 
 
 @all_modes
-def test_inputs_with_strides(path: Path, mode: Mode) -> None:
+def test_inputs_with_strides(path: Path, mode: HiddenMode) -> None:
     """Swapped batch and tokens, a slice of the channels (aligned or not), channels that are not the last stride."""
     name, device = path
     mask_BT = torch.ones(3, 7, dtype=torch.bool)
@@ -150,7 +151,7 @@ def test_inputs_with_strides(path: Path, mode: Mode) -> None:
 
 
 @all_modes
-def test_equal_bit_for_bit_over_ten_runs(path: Path, mode: Mode) -> None:
+def test_equal_bit_for_bit_over_ten_runs(path: Path, mode: HiddenMode) -> None:
     name, device = path
     results = []
     for _ in range(10):
@@ -163,7 +164,7 @@ def test_equal_bit_for_bit_over_ten_runs(path: Path, mode: Mode) -> None:
 
 
 @all_modes
-def test_backward_reads_what_saved_tensor_hooks_return(path: Path, mode: Mode) -> None:
+def test_backward_reads_what_saved_tensor_hooks_return(path: Path, mode: HiddenMode) -> None:
     """Activation checkpointing returns other tensors than were saved; stale addresses would read freed memory."""
     name, device = path
     pair = make_pair((3, 7, 33), device=device)
@@ -185,7 +186,7 @@ def test_backward_reads_what_saved_tensor_hooks_return(path: Path, mode: Mode) -
 
 
 @all_modes
-def test_backward_twice_is_right_or_refused(path: Path, mode: Mode) -> None:
+def test_backward_twice_is_right_or_refused(path: Path, mode: HiddenMode) -> None:
     """The fused paths hand out the one gradient that they made in forward."""
     name, device = path
     pair = make_pair((3, 7, 33), device=device)
@@ -199,7 +200,7 @@ def test_backward_twice_is_right_or_refused(path: Path, mode: Mode) -> None:
 
 
 @all_modes
-def test_only_students_that_require_grad_get_one(path: Path, mode: Mode) -> None:
+def test_only_students_that_require_grad_get_one(path: Path, mode: HiddenMode) -> None:
     name, device = path
     pairs = [make_pair((3, 7, 33), device=device, seed=seed) for seed in range(2)]
     expected = module_of(name).hidden_loss(pairs, mode)
@@ -213,7 +214,7 @@ def test_only_students_that_require_grad_get_one(path: Path, mode: Mode) -> None
 
 
 @pytest.mark.parametrize("mode", ["mse", "cosine"])
-def test_strides_beyond_two_to_the_31(path: Path, mode: Mode) -> None:
+def test_strides_beyond_two_to_the_31(path: Path, mode: HiddenMode) -> None:
     """Elements more than 2^31 apart, in memory that is reserved and almost nowhere touched."""
     name, device = path
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
@@ -256,7 +257,7 @@ def test_refuses_bad_input(path: Path) -> None:
 
 @pytest.mark.gpu
 @all_modes
-def test_never_waits_for_the_device(path: Path, mode: Mode) -> None:
+def test_never_waits_for_the_device(path: Path, mode: HiddenMode) -> None:
     name, device = path
     if device != "cuda":
         pytest.skip("nothing to wait for")
@@ -273,7 +274,9 @@ def test_never_waits_for_the_device(path: Path, mode: Mode) -> None:
 
 @pytest.mark.gpu
 @all_modes
-def test_launches_do_not_grow_with_the_number_of_pairs(path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_do_not_grow_with_the_number_of_pairs(
+    path: Path, mode: HiddenMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, device = path
     if path != ("fused", "cuda"):
         pytest.skip("of the kernels on a GPU")
@@ -298,7 +301,7 @@ def test_fused_refuses_float64(path: Path) -> None:
 def test_dispatch_takes_the_path_of_the_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, device = path
     module = module_of(name)
-    chosen = {("cpu", "cpu"): hidden_cpu, ("reference", "cuda"): reference, ("fused", "cuda"): module}.get(path)
+    chosen = {("cpu", "cpu"): cpu, ("reference", "cuda"): reference, ("fused", "cuda"): module}.get(path)
     if chosen is None:
         pytest.skip("dispatch never takes this path on this device")
     monkeypatch.setattr(kernels, "_has_triton", lambda: name == "fused")

@@ -9,13 +9,12 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.bench import tokens
 from pipeline.bench.__main__ import main as bench
-from pipeline.decoding import decoder, together
+from pipeline.decoding import decoder, padded_sources, together
 from pipeline.decoding.greedy import NOTHING, lay_out_drafts
 from pipeline.decoding.plain import up_to_end
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import LayerCalls, Member, decode_together
 from pipeline.decoding.views import load_pool
-from pipeline.evaluation.cost import padded
 from pipeline.spans.prefixes import count_layers, count_prefixes
 from pipeline.spans.spans import Assembly
 from tests.tiny import KINDS
@@ -57,7 +56,7 @@ def members() -> list[Member]:
 
 def by_transformers(folder, sources, settings) -> list[list[int]]:
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    source_BS, mask_BS = padded(sources, model)
+    source_BS, mask_BS = padded_sources(model, sources)
     ids_BT = model.generate(input_ids=source_BS, attention_mask=mask_BS, max_new_tokens=MAX_NEW, **settings)[:, 1:]
     return [up_to_end(ids, {model.config.eos_token_id}) for ids in ids_BT.tolist()]
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pipeline.families import family_of
-from pipeline.kernels import HeadObjective
-from pipeline.kernels.attention_reference import distances, position_bias
+from pipeline.kernels import HeadObjective, distances, position_bias
 from pipeline.model.modular import ModularModel, Wanted
 from pipeline.spans.spans import Assembly, Span, teacher_assembly
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model, tiny_t5

@@ -15,7 +15,6 @@ from rich.console import Console
 from pipeline.config.recipe import Recipe
 from pipeline.evaluation.stage import csv_text
 from pipeline.report.data import (
-    METRICS,
     Row,
     count_text,
     frontier,
@@ -28,6 +27,7 @@ from pipeline.report.data import (
 from pipeline.report.page import SHAPES, Axis, bleu_axis, nice_ticks, render_page
 from pipeline.report.stage import cells, markdown, print_table, report
 from pipeline.rundir.run_dir import RunDir
+from pipeline.scoring import METRICS
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "line", "rect", "polyline"}

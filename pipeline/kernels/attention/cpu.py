@@ -7,71 +7,43 @@ Shapes: P pairs, B batch, Q queries, S keys, H heads, K width of a head, C examp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.attention_reference import (
-    AttentionLoss,
+from pipeline.kernels.attention.reference import (
     AttentionPair,
     check_attention,
     counted_queries,
     distances,
     position_bias,
 )
-from pipeline.kernels.reference import accumulation_dtype
+from pipeline.kernels.common import PairLosses, accumulation_dtype, empty_gradient, needs_gradient, with_gradients
 
 CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of one fp32 map; one example at least
 
 
-def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> AttentionLoss:
-    """Same contract as `pipeline.kernels.attention_reference.attention_loss`."""
+def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> PairLosses:
+    """Same contract as `pipeline.kernels.attention.reference.attention_loss`."""
     check_attention(pairs)
     students = [state for pair in pairs for state in (pair.student_query_BQHK, pair.student_key_BSHK)]
-    return AttentionLoss(*_AttentionLoss.apply(pairs, weight, upstream, *students))
+    gradients = [empty_gradient(student) for student in students if needs_gradient(*students)]
+    losses = [
+        _pass_over(pair, weight * upstream, gradients[2 * index : 2 * index + 2]) for index, pair in enumerate(pairs)
+    ]
+    loss_P = torch.stack(losses)
+    return PairLosses(with_gradients(loss_P * weight, students, gradients, upstream), loss_P)
 
 
-class _AttentionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pairs: Sequence[AttentionPair], weight: float, upstream: float, *students: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        wanted = any(ctx.needs_input_grad)
-        losses, gradients = [], list[Tensor]()
-        for pair in pairs:
-            loss, *both = _pass_over(pair, weight * upstream, wanted)
-            losses.append(loss)
-            gradients += both
-        ctx.save_for_backward(*gradients)
-        ctx.upstream = upstream
-        loss_P = torch.stack(losses)
-        ctx.mark_non_differentiable(loss_P)
-        return loss_P * weight, loss_P
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # no test for a factor of 1: on a GPU that would wait for the device, and these are few bytes beside the maps
-        factors = (grad_P / ctx.upstream).repeat_interleave(2).unbind()
-        gradients = (gradient * factor for gradient, factor in zip(ctx.saved_tensors, factors, strict=True))
-        return (None, None, None, *gradients)
-
-
-def _pass_over(pair: AttentionPair, scale: float, with_gradient: bool) -> tuple[Tensor, ...]:
-    """(loss, gradient of the queries, gradient of the keys), the gradients for a gradient `scale` of the loss."""
+@torch.no_grad()
+def _pass_over(pair: AttentionPair, scale: float, gradients: Sequence[Tensor]) -> Tensor:
+    """The loss; writes the gradients of queries and keys, if there are any, for a gradient `scale` of the loss."""
     num_batch, num_queries_each, num_heads, _ = pair.student_query_BQHK.shape
     num_keys, dtype = pair.student_key_BSHK.shape[1], accumulation_dtype(pair.student_query_BQHK)
     counted_BQ = counted_queries(pair)
     num_rows = (counted_BQ.sum() * num_heads).clamp(min=1).to(dtype)
     bias_HQS = position_bias(pair, dtype) if pair.bias_HR is not None else None
     later_QS = distances(pair) > 0 if pair.causal else None
-    gradients = [
-        torch.empty(state.shape, dtype=state.dtype, device=state.device)
-        for state in (pair.student_query_BQHK, pair.student_key_BSHK)
-        if with_gradient
-    ]
     device_type = pair.student_query_BQHK.device.type
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
     size = max(1, budget // max(1, 4 * num_heads * num_queries_each * num_keys))
@@ -89,12 +61,12 @@ def _pass_over(pair: AttentionPair, scale: float, with_gradient: bool) -> tuple[
         divergence_CHQ = torch.linalg.vecdot(probability_CHQS, teacher_CHQS.sub_(student_CHQS))
         counted_C1Q = counted_BQ[chunk, None, :]
         loss += torch.where(counted_C1Q, divergence_CHQ, 0).sum()
-        if with_gradient:
+        if gradients:
             pull_CHQS = student_CHQS.exp_().sub_(probability_CHQS)
             factor_C1Q1 = torch.where(counted_C1Q, pair.scale * scale / num_rows, 0)[..., None]
             gradients[0][chunk] = (pull_CHQS @ student_key_CHSK).mul_(factor_C1Q1).transpose(1, 2)
             gradients[1][chunk] = (pull_CHQS.mT @ student_query_CHQK.mul_(factor_C1Q1)).transpose(1, 2)
-    return (loss / num_rows, *gradients)
+    return loss / num_rows
 
 
 def _heads_first(state_CLHK: Tensor, mask_CL: Tensor, dtype: torch.dtype) -> Tensor:

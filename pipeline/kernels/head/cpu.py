@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.kernels.reference import HeadObjective
+from pipeline.kernels.head.reference import HeadObjective
 
 SLAB_BYTES = 2**22  # of one of the two or three fp32 buffers of a slab
 
@@ -22,7 +22,7 @@ def row_pass(
     objective: HeadObjective,
     with_gradient: bool,
 ) -> None:
-    """See pipeline.kernels.head.RowPass. Overwrites the teacher's logits, too."""
+    """See pipeline.kernels.head.chunks.RowPass. Overwrites the teacher's logits, too."""
     size = max(1, SLAB_BYTES // (student_MV.shape[1] * task_M.element_size()))
     for first in range(0, len(student_MV), size):
         rows = slice(first, first + size)

@@ -16,15 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import MIN_DENOMINATOR, MIN_NORM, USED_UP, HiddenLoss, HiddenPair, Mode, check_pairs
+from pipeline.kernels.common import PairLosses, empty_gradient, needs_gradient, with_gradients
+from pipeline.kernels.common_gpu import ALIGNMENT, TILE_ELEMENTS, TRITON_DTYPES, max_registers, rescale, to_device
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenMode, HiddenPair, check_pairs
 
-TILE_ELEMENTS = 4096  # ROWS x COLS: 32 elements a thread and input with 4 warps, more warps where rows are longer
 TILES = 4
 WIDEST = 16384  # channels of a row that fits in the registers of one program
 LANES = 1024  # of a program that adds up partial sums or counts a mask: few rounds, each waits for the L2 cache
-ALIGNMENT = 16  # bytes of one vector load; strides and D must be multiples of as many elements
 
 # The table that the kernels read, one line of int64 a pair: rows, T, D, mask address, then (address, batch stride,
 # token stride) of four tensors: student, teacher, start, gradient; address 0 for what there is none of.
@@ -32,51 +31,26 @@ TABLE_FIELDS = 16
 FIELDS = tl.constexpr(TABLE_FIELDS)
 STUDENT, TEACHER, START, GRADIENT = tl.constexpr(4), tl.constexpr(7), tl.constexpr(10), tl.constexpr(13)
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
-    """Same contract as `pipeline.kernels.reference.hidden_loss`, for bf16, fp16 and fp32; never waits for the device.
+def hidden_loss(
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
+) -> PairLosses:
+    """Same contract as `hidden.reference.hidden_loss`, for bf16, fp16 and fp32; never waits for the device.
 
     Raises ValueError for what `check_pairs` refuses, for other dtypes and for more than 16,384 channels.
     """
     check_pairs(pairs, mode)
     for dtype in (pairs[0].student_BTD.dtype, pairs[0].teacher_BTD.dtype):
         if dtype not in TRITON_DTYPES:
-            raise ValueError(f"the fused hidden loss has no {dtype}; use pipeline.kernels.reference.hidden_loss")
+            raise ValueError(f"the fused hidden loss has no {dtype}; call it with eager=True")
     widest = max(pair.student_BTD.shape[-1] for pair in pairs)
     if widest > WIDEST:
-        raise ValueError(f"the fused hidden loss has at most {WIDEST} channels, not {widest}; use the reference")
-    return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
-
-
-class _HiddenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gradients = [
-            torch.empty(state.shape, dtype=state.dtype, device=state.device) if wanted else None
-            for state, wanted in zip(students, ctx.needs_input_grad[4:], strict=True)
-        ]
-        with torch.cuda.device_of(students[0]):
-            share_P, loss_P = _launch(_plan(pairs, gradients), mode, weight, upstream)
-        ctx.save_for_backward(*gradients)
-        ctx.upstream, ctx.used_up = upstream, False
-        ctx.mark_non_differentiable(loss_P)
-        return share_P, loss_P
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used_up:
-            raise RuntimeError(USED_UP)
-        ctx.used_up = True
-        # Under saved-tensor hooks these are other tensors than forward wrote, so their addresses are taken now.
-        gradients = ctx.saved_tensors
-        with torch.cuda.device_of(grad_P):
-            rescale(gradients, grad_P, ctx.upstream)
-        return (None, None, None, None, *gradients)
+        raise ValueError(f"the fused hidden loss has at most {WIDEST} channels, not {widest}; call it with eager=True")
+    students = [pair.student_BTD for pair in pairs]
+    gradients = [empty_gradient(student_BTD) if needs_gradient(student_BTD) else None for student_BTD in students]
+    with torch.no_grad(), torch.cuda.device_of(students[0]):
+        share_P, loss_P = _launch(_plan(pairs, gradients), mode, weight, upstream)
+    return PairLosses(with_gradients(share_P, students, gradients, upstream, rescale), loss_P)
 
 
 class _Plan(NamedTuple):
@@ -118,12 +92,7 @@ def _plan(pairs: Sequence[HiddenPair], gradients: Sequence[Tensor | None]) -> _P
     }
     num_blocks = max(1, *(triton.cdiv(line[0], rows * TILES) for line in lines))
     device = pairs[0].student_BTD.device
-    return _Plan(_to_device(lines, device), num_blocks, rows * cols // 1024, compile_time, held)
-
-
-def max_registers(num_warps: int) -> int:
-    """Registers that a thread may take: by itself ptxas spills a few values for the next step of occupancy."""
-    return min(160, 65_536 // (32 * num_warps))  # a multiprocessor has 65,536
+    return _Plan(to_device(lines, device), num_blocks, rows * cols // 1024, compile_time, held)
 
 
 def rows_of_tile(cols: int) -> int:
@@ -131,12 +100,7 @@ def rows_of_tile(cols: int) -> int:
     return max(2, TILE_ELEMENTS // cols)
 
 
-def _to_device(lines: list[list[int]], device: torch.device) -> Tensor:
-    # From pinned memory the copy is queued like a kernel; from pageable memory the host would wait for it.
-    return torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _launch(plan: _Plan, mode: Mode, weight: float, upstream: float) -> tuple[Tensor, Tensor]:
+def _launch(plan: _Plan, mode: HiddenMode, weight: float, upstream: float) -> tuple[Tensor, Tensor]:
     """(weight x losses, losses), both fp32 [P]; writes the gradients."""
     num_pairs, device = len(plan.table), plan.table.device
     partials = torch.empty(2, num_pairs, plan.num_blocks, dtype=torch.float32, device=device)
@@ -154,20 +118,6 @@ def _launch(plan: _Plan, mode: Mode, weight: float, upstream: float) -> tuple[Te
     )  # fmt: skip
     reduce_kernel[(num_pairs,)](partials, share_P, loss_P, *sizes, weight, EPS=MIN_DENOMINATOR, LANES=LANES)
     return share_P, loss_P
-
-
-def rescale(gradients: Sequence[Tensor | None], grad_P: Tensor, upstream: float) -> None:
-    """Multiply contiguous gradients, made for `upstream`, in place by grad_P / upstream; one launch for all of them,
-    which reads nothing where the factor is 1."""
-    lines = [[gradient.data_ptr(), gradient.numel()] if gradient is not None else [0, 0] for gradient in gradients]
-    num_blocks = triton.cdiv(max(line[1] for line in lines), TILE_ELEMENTS)
-    aligned = not any(value % ALIGNMENT for line in lines for value in line)
-    dtype = next(gradient.dtype for gradient in gradients if gradient is not None)
-    table = _to_device(lines, grad_P.device)
-    rescale_kernel[(len(lines) * num_blocks,)](
-        table, grad_P, grad_P.stride(0), upstream, len(lines),
-        DTYPE=TRITON_DTYPES[dtype], ALIGNED=aligned, ROWS=4, COLS=TILE_ELEMENTS // 4,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -335,32 +285,3 @@ def reduce_kernel(
     loss = _sum(errors, num_blocks, LANES) / tl.maximum(_sum(totals, num_blocks, LANES), EPS)
     tl.store(loss_P + pair, loss.to(tl.float32))
     tl.store(share_P + pair, (loss * weight).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["grad_stride", "num_pairs"])
-def rescale_kernel(
-    table: tl.tensor,
-    grad_P: tl.tensor,
-    grad_stride: tl.tensor,
-    upstream: tl.tensor,
-    num_pairs: tl.tensor,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> None:
-    """gradient *= grad / upstream, where that is not 1. The table has (address, elements) of each gradient."""
-    pair = tl.program_id(0) % num_pairs
-    block = tl.program_id(0) // num_pairs
-    factor = tl.load(grad_P + pair * grad_stride) / upstream  # grad_P is often one expanded scalar (stride 0)
-    if factor != 1.0:
-        num_elements = tl.load(table + pair * 2 + 1)
-        first = (block.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]) * COLS
-        rows = tl.load(table + pair * 2).to(tl.pointer_type(DTYPE)) + first
-        if ALIGNED:
-            num_elements = tl.multiple_of(num_elements, 16)
-            rows = tl.multiple_of(rows, [16, 16])
-        col = tl.arange(0, COLS)[None, :]
-        keep = first + col < num_elements
-        value = tl.load(rows + col, mask=keep, other=0.0).to(tl.float32)
-        tl.store(rows + col, (value * factor).to(DTYPE), mask=keep)

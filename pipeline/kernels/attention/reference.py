@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.kernels.reference import accumulation_dtype
+from pipeline.kernels.common import PairLosses, accumulation_dtype
 
 
 class AttentionPair(NamedTuple):
@@ -37,18 +37,7 @@ class AttentionPair(NamedTuple):
     scale: float = 1.0
 
 
-class AttentionLoss(NamedTuple):
-    """Both fp32 [P] (fp64 for fp64 students).
-
-    share_P  weight x loss: what to sum up and run backward from.
-    loss_P   the losses, detached, to log.
-    """
-
-    share_P: Tensor
-    loss_P: Tensor
-
-
-def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> AttentionLoss:
+def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> PairLosses:
     """KL(teacher's attention || student's), in nats, mean over heads and real queries of this batch.
 
     Padded keys have no probability in either distribution, and padded queries count nowhere; both are selected away,
@@ -57,7 +46,7 @@ def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream
 
     Args:
         weight: factor of share_P.
-        upstream: as in `pipeline.kernels.reference.hidden_loss`. No meaning here.
+        upstream: as in `pipeline.kernels.hidden.reference.hidden_loss`. No meaning here.
 
     Raises:
         ValueError: what `check_attention` refuses.
@@ -83,7 +72,7 @@ def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream
         num_rows = (counted_queries(pair).sum() * student_BHQS.shape[1]).clamp(min=1)
         losses.append(torch.where(keep_BHQS, terms_BHQS, 0).sum() / num_rows)
     loss_P = torch.stack(losses)
-    return AttentionLoss(loss_P * weight, loss_P.detach())
+    return PairLosses(loss_P * weight, loss_P.detach())
 
 
 def counted_queries(pair: AttentionPair) -> Tensor:

@@ -18,11 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.attention_reference import AttentionLoss, AttentionPair, check_attention, counted_queries
-from pipeline.kernels.hidden_triton import TRITON_DTYPES, rescale
-from pipeline.kernels.reference import USED_UP
+from pipeline.kernels.attention.reference import AttentionPair, check_attention, counted_queries
+from pipeline.kernels.common import PairLosses, empty_gradient, needs_gradient, with_gradients
+from pipeline.kernels.common_gpu import TRITON_DTYPES, rescale
 
 WIDEST = 128  # channels of a head that fits in registers beside the maps
 BLOCK = {2: 64, 4: 32}  # queries or keys of a program, by bytes of an element
@@ -36,57 +35,39 @@ def num_warps(width: int) -> int:
 
 
 def takes(pairs: Sequence[AttentionPair]) -> bool:
-    """Whether the kernels have these dtypes and widths; attention_chunked has all."""
+    """Whether the kernels have these dtypes and widths; attention/cpu.py has all."""
     return len({pair.student_query_BQHK.dtype for pair in pairs}) == 1 and all(
         state.dtype in TRITON_DTYPES and state.shape[-1] <= WIDEST for pair in pairs for state in pair[:4]
     )
 
 
-def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> AttentionLoss:
-    """Same contract as `pipeline.kernels.attention_reference.attention_loss`, for pairs that `takes` says yes to; never
+def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> PairLosses:
+    """Same contract as `pipeline.kernels.attention.reference.attention_loss`, for pairs that `takes` says yes to; never
     waits for the device. Backward runs once."""
     check_attention(pairs)
     students = [state for pair in pairs for state in (pair.student_query_BQHK, pair.student_key_BSHK)]
-    return AttentionLoss(*_AttentionLoss.apply(pairs, weight, upstream, *students))
+    gradients = [empty_gradient(student) for student in students if needs_gradient(*students)]
+    loss_P = _losses(pairs, weight * upstream, gradients)
+    return PairLosses(with_gradients(loss_P * weight, students, gradients, upstream, rescale), loss_P)
 
 
-class _AttentionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pairs: Sequence[AttentionPair], weight: float, upstream: float, *students: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        with_gradient = any(ctx.needs_input_grad)
-        gradients = [
-            torch.empty(state.shape, dtype=state.dtype, device=state.device) for state in students if with_gradient
-        ]
-        # masks as int32: of 8 bits, the compiler would lay out the states as if they had 8 bits, too
-        counted = {
-            _masks_of(pair): (counted_queries(pair).int().contiguous(), pair.key_mask_BS.int().contiguous())
-            for pair in pairs
-        }
-        num_counted = {masks: counted_BQ.sum() for masks, (counted_BQ, _) in counted.items()}
-        num_programs = max(math.prod(_grid(pair.student_query_BQHK)) for pair in pairs)
-        partials = torch.zeros(len(pairs), num_programs, dtype=torch.float32, device=students[0].device)
-        with torch.cuda.device_of(students[0]):
-            for index, pair in enumerate(pairs):
-                masks, own = _masks_of(pair), gradients[2 * index : 2 * index + 2]
-                _launch(pair, *counted[masks], num_counted[masks], weight * upstream, partials[index], own)
-        ctx.save_for_backward(*gradients)
-        ctx.upstream, ctx.used_up = upstream, False
-        loss_P = partials.sum(1, dtype=torch.float64).float()
-        ctx.mark_non_differentiable(loss_P)
-        return loss_P * weight, loss_P
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used_up:
-            raise RuntimeError(USED_UP)
-        ctx.used_up = True
-        gradients = ctx.saved_tensors
-        with torch.cuda.device_of(grad_P):
-            rescale(gradients, grad_P.repeat_interleave(2), ctx.upstream)
-        return (None, None, None, *gradients)
+@torch.no_grad()
+def _losses(pairs: Sequence[AttentionPair], pull: float, gradients: Sequence[Tensor]) -> Tensor:
+    """Loss of each pair; writes the gradients, if there are any, for a gradient `pull` of each."""
+    # masks as int32: of 8 bits, the compiler would lay out the states as if they had 8 bits, too
+    counted = {
+        _masks_of(pair): (counted_queries(pair).int().contiguous(), pair.key_mask_BS.int().contiguous())
+        for pair in pairs
+    }
+    num_counted = {masks: counted_BQ.sum() for masks, (counted_BQ, _) in counted.items()}
+    num_programs = max(math.prod(_grid(pair.student_query_BQHK)) for pair in pairs)
+    device = pairs[0].student_query_BQHK.device
+    partials = torch.zeros(len(pairs), num_programs, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(partials):
+        for index, pair in enumerate(pairs):
+            masks, own = _masks_of(pair), gradients[2 * index : 2 * index + 2]
+            _launch(pair, *counted[masks], num_counted[masks], pull, partials[index], own)
+    return partials.sum(1, dtype=torch.float64).float()
 
 
 def _masks_of(pair: AttentionPair) -> tuple[int, int]:

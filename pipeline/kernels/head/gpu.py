@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.hidden_triton import max_registers
-from pipeline.kernels.reference import HeadObjective
+from pipeline.kernels.common_gpu import max_registers
+from pipeline.kernels.head.reference import HeadObjective
 
 BLOCK = 2048  # logits of a row that a program holds at once: 8 a thread and tensor, one 16-byte load in 16 bits
 NUM_WARPS = 8
@@ -27,9 +27,9 @@ def row_pass(
     objective: HeadObjective,
     with_gradient: bool,
 ) -> None:
-    """See pipeline.kernels.head.RowPass; bf16, fp16 and fp32, no wait for the device."""
+    """See pipeline.kernels.head.chunks.RowPass; bf16, fp16 and fp32, no wait for the device."""
     if student_MV.dtype == torch.float64:
-        raise ValueError("the fused head loss has no torch.float64; use pipeline.kernels.reference.head_loss")
+        raise ValueError("the fused head loss has no torch.float64; call it with eager=True")
     vocabulary = student_MV.shape[1]
     with torch.cuda.device_of(student_MV):
         rows_kernel[(len(student_MV),)](
@@ -67,7 +67,7 @@ def _sums(
     u_sum = tl.zeros([BLOCK], dtype=tl.float32)
     mixed = tl.zeros([BLOCK], dtype=tl.float32)  # sum of e^(first - max) (first - second)
     first = vocabulary * 0
-    while first < vocabulary:  # not range: see hidden_triton
+    while first < vocabulary:  # not range: see hidden/gpu.py
         col = first + lanes
         keep = col < vocabulary  # loads go to the end of the row, whose length is a multiple of a vector's
         student = tl.load(student_row + col, mask=col < row_stride, other=0.0).to(tl.float32)

@@ -2,20 +2,20 @@
 
 For each chunk: one GEMM makes the logits of student and teacher (one read of the weight for both), a pass over the rows
 makes the losses and puts the gradient of the logits in the place of the student's logits, and a second GEMM takes it to
-the states. The GEMMs are the BLAS library's, the pass over rows is a Triton kernel or, on a CPU, head_rows_cpu.py.
+the states. The GEMMs are the BLAS library's, the pass over rows is a Triton kernel (gpu.py) or plain PyTorch (cpu.py).
 
 Shapes: N tokens, D channels, V vocabulary, M tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import HeadLoss, HeadObjective, accumulation_dtype, check_head
+from pipeline.kernels.common import accumulation_dtype, empty_gradient, with_gradients
+from pipeline.kernels.head.reference import HeadLoss, HeadObjective, check_head
 
 LOGIT_BYTES = {"cuda": 2**30, "cpu": 128 * 2**20}  # of the logits of one chunk; a GEMM of few rows re-reads the weight
 ROW_ALIGNMENT = {"cuda": 64, "cpu": 1}  # elements: rows of logits start where vector loads can
@@ -55,7 +55,7 @@ def head_sums(
     with_gradient: bool,
     row_pass: RowPass,
 ) -> HeadSums:
-    """What `reference.head_loss` defines. Takes LOGIT_BYTES and twice the chunk's states beyond its results."""
+    """What `head.reference.head_loss` defines. Takes LOGIT_BYTES and twice the chunk's states beyond its results."""
     check_head(student_ND, teacher_ND, weight_VD, labels_N, objective)
     num_tokens, device = len(student_ND), student_ND.device
     copies = 1 if teacher_ND is None else 2
@@ -64,7 +64,7 @@ def head_sums(
     size = chunk_size(num_tokens, copies * row_stride * student_ND.element_size(), device.type)
     logits = student_ND.new_empty(copies * size, row_stride)[:, : len(weight_VD)]
     task_N, logit_N = student_ND.new_zeros(2, num_tokens, dtype=accumulation_dtype(student_ND)).unbind()
-    gradient_ND = torch.empty_like(student_ND, memory_format=torch.contiguous_format) if with_gradient else None
+    gradient_ND = empty_gradient(student_ND) if with_gradient else None
     # gradients of logits are made for the larger weight 1 and scaled in the second GEMM: nothing underflows in fp16
     largest = max(abs(objective.task), abs(objective.logit)) or 1.0
     relative = objective._replace(task=objective.task / largest, logit=objective.logit / largest)
@@ -91,23 +91,6 @@ def chunk_size(num_tokens: int, bytes_per_token: int, device_type: str) -> int:
 
 
 def attach(student_ND: Tensor, sums: HeadSums, objective: HeadObjective, upstream: float) -> HeadLoss:
-    """The loss whose gradient for `student_ND` was made beforehand."""
+    """The loss whose gradient for `student_ND` was made beforehand; of one `sums` only once."""
     share = objective.task * sums.task + objective.logit * sums.logit
-    if sums.gradient_ND is not None:
-        share = _Given.apply(student_ND, share, sums.gradient_ND, upstream)
-    return HeadLoss(share, sums.task, sums.logit)
-
-
-class _Given(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student_ND: Tensor, share: Tensor, gradient_ND: Tensor, upstream: float) -> Tensor:
-        ctx.save_for_backward(gradient_ND)
-        ctx.upstream = upstream
-        return share.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_ND,) = ctx.saved_tensors
-        # no test for a factor of 1: that would wait for the device, and these are few bytes beside the logits
-        return gradient_ND * (grad / ctx.upstream), None, None, None
+    return HeadLoss(with_gradients(share, [student_ND], [sums.gradient_ND], upstream), sums.task, sums.logit)

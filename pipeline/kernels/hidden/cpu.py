@@ -9,31 +9,27 @@ Shapes: P pairs, B batch, T tokens, D channels, R = B x T rows, C rows of a chun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pipeline.kernels.reference import (
-    MIN_DENOMINATOR,
-    MIN_NORM,
-    USED_UP,
-    HiddenLoss,
-    HiddenPair,
-    Mode,
-    accumulation_dtype,
-    check_pairs,
-)
+from pipeline.kernels.common import PairLosses, accumulation_dtype, empty_gradient, needs_gradient, with_gradients
+from pipeline.kernels.hidden.reference import MIN_DENOMINATOR, MIN_NORM, HiddenMode, HiddenPair, check_pairs
 
 CHUNK_BYTES = 2**19  # of one fp32 buffer, for each thread; two or three of these share a core's L2 cache
 
 
-def hidden_loss(pairs: Sequence[HiddenPair], mode: Mode, weight: float = 1.0, upstream: float = 1.0) -> HiddenLoss:
-    """Same contract as `pipeline.kernels.reference.hidden_loss`; CPU tensors only. States whose batch and token
+def hidden_loss(
+    pairs: Sequence[HiddenPair], mode: HiddenMode, weight: float = 1.0, upstream: float = 1.0
+) -> PairLosses:
+    """Same contract as `pipeline.kernels.hidden.reference.hidden_loss`; CPU tensors only. States whose batch and token
     dimensions cannot be seen as one are copied first."""
     check_pairs(pairs, mode)
-    return HiddenLoss(*_HiddenLoss.apply(pairs, mode, weight, upstream, *(pair.student_BTD for pair in pairs)))
+    students = [pair.student_BTD for pair in pairs]
+    gradients = [empty_gradient(student_BTD) if needs_gradient(student_BTD) else None for student_BTD in students]
+    loss_P = _losses(pairs, mode, weight * upstream, gradients)
+    return PairLosses(with_gradients(loss_P * weight, students, gradients, upstream), loss_P)
 
 
 class _Chunk(NamedTuple):
@@ -53,40 +49,20 @@ class _Cut(NamedTuple):
     num_valid: int
 
 
-class _HiddenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pairs: Sequence[HiddenPair], mode: Mode, weight: float, upstream: float, *students: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(students[0], pairs[0].teacher_BTD)
-        pass_over = {"mse": _mse_pass, "span": _span_pass, "cosine": _cosine_pass}[mode]
-        cuts: dict[tuple[int, int], _Cut] = {}  # pairs of one stack share theirs
-        losses, gradients = [], []
-        for pair, student_BTD, wanted in zip(pairs, students, ctx.needs_input_grad[4:], strict=True):
-            contiguous = torch.contiguous_format
-            gradient_BTD = torch.empty_like(student_BTD, memory_format=contiguous) if wanted else None
-            key = (id(pair.mask_BT), student_BTD.shape[-1])
-            if key not in cuts:
-                cuts[key] = _cut(pair.mask_BT, student_BTD.shape[-1], dtype)
-            losses.append(pass_over(pair, cuts[key], weight * upstream, gradient_BTD))
-            gradients.append(gradient_BTD)
-        ctx.save_for_backward(*gradients)
-        ctx.upstream, ctx.used_up = upstream, False
-        loss_P = torch.tensor(losses, dtype=dtype)
-        ctx.mark_non_differentiable(loss_P)
-        return loss_P * weight, loss_P
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used_up:
-            raise RuntimeError(USED_UP)
-        ctx.used_up = True
-        gradients = ctx.saved_tensors
-        for gradient_BTD, grad in zip(gradients, grad_P.tolist(), strict=True):
-            if grad != ctx.upstream and gradient_BTD is not None:
-                gradient_BTD.mul_(grad / ctx.upstream)
-        return (None, None, None, None, *gradients)
+@torch.no_grad()
+def _losses(pairs: Sequence[HiddenPair], mode: HiddenMode, scale: float, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Loss of each pair; writes the gradients for a gradient `scale` of each."""
+    dtype = accumulation_dtype(pairs[0].student_BTD, pairs[0].teacher_BTD)
+    pass_over = {"mse": _mse_pass, "span": _span_pass, "cosine": _cosine_pass}[mode]
+    cuts: dict[tuple[int, int], _Cut] = {}  # pairs of one stack share theirs
+    losses = []
+    for pair, gradient_BTD in zip(pairs, gradients, strict=True):
+        width = pair.student_BTD.shape[-1]
+        key = (id(pair.mask_BT), width)
+        if key not in cuts:
+            cuts[key] = _cut(pair.mask_BT, width, dtype)
+        losses.append(pass_over(pair, cuts[key], scale, gradient_BTD))
+    return torch.tensor(losses, dtype=dtype)
 
 
 # The passes over a pair. Each returns its loss, and writes the gradient for a gradient `scale` of the loss.

@@ -1,0 +1,1 @@
+"""The loss between attention maps of the student and of the teacher."""

@@ -1,0 +1,1 @@
+"""The loss between hidden states of the student and of the teacher."""
