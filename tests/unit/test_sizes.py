@@ -72,7 +72,7 @@ def test_ratios_are_of_the_teacher():
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_the_documented_tables_are_what_the_presets_do(name):
-    text = (Path(pipeline.__file__).parent / "presets.md").read_text(encoding="utf-8")
+    text = (Path(pipeline.__file__).parent / "spans" / "presets.md").read_text(encoding="utf-8")
     sizes = DOCUMENTED[name]
     assert f"## {name}\n\n{preset_table(sizes, (2, 3, 6), RATIOS)}\n" in text
     millions = sizes.parameters(teacher_assembly(*sizes.num_layers)) / 1e6
