@@ -26,7 +26,7 @@ from data_prep.config import DataConfig, identity_settings
 from data_prep.hub import names_data
 from data_prep.partition import Unit, share_of_rank
 from data_prep.plan import PLAN, SPLITS, Plan, RecordReader, make_plan, read_plan, refuse_difference, unit_name
-from data_prep.publish import make_folder, publish_bytes, temporary_name
+from data_prep.publish import is_temporary, make_folder, publish_bytes, temporary_name
 from data_prep.shards import FORMAT_VERSION, MANIFEST, Ledger, Manifest, ShardEntry, Split, publish_index, read_manifest
 from data_prep.units import UnitMaker, published, sidecar_path
 
@@ -152,6 +152,11 @@ def _failure_note(out: Path) -> Path:
     return temporary_name(out / "failure")  # a temporary name, so that the next run removes it
 
 
+def _is_being_written(note: Path) -> bool:
+    """Whether a note of a failed rank is not whole yet: it then has a second temporary name behind the first."""
+    return is_temporary(note.with_name(note.name.removeprefix(_FAILURE)))
+
+
 def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s: float) -> None:
     """Until every missing unit stands; ValueError where a rank failed, or where nothing new came for `patience_s`."""
     pending = list(missing)
@@ -161,7 +166,7 @@ def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s:
         if not still:
             return
         for note in out.glob(_FAILURE + "*"):
-            if note.name.count(_FAILURE[-5:]) == 1:  # published whole
+            if not _is_being_written(note):
                 raise ValueError(note.read_text(encoding="utf-8"))
         if len(still) < len(pending):
             last_news = time.monotonic()

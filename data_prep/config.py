@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, cast
+import operator
+from typing import Any, ClassVar, TypedDict, TypeVar, Unpack, cast
 
 MAX_LENGTH = 65_535  # shards.py stores lengths as uint16
 
@@ -12,23 +13,80 @@ MAX_SUM_OF_WEIGHTS = 10_000
 T = TypeVar("T")
 
 
-def identity(default: T) -> T:
+class Limits(TypedDict, total=False):
+    """What a field may hold; of a tuple, each of its values."""
+
+    low: float
+    above: float
+    high: float
+    below: float
+    choices: tuple[str, ...]
+
+
+LIMITS = {
+    "low": (operator.ge, "at least {}"),
+    "above": (operator.gt, "more than {}"),
+    "high": (operator.le, "at most {}"),
+    "below": (operator.lt, "less than {}"),
+    "choices": (lambda value, choices: value in choices, "one of {}"),
+}
+"""(whether a value keeps to the limit, the limit in words)"""
+
+
+def identity(default: T, **limits: Unpack[Limits]) -> T:
     """A field that says WHAT is made: another value makes another output and is refused in a half-finished one."""
-    return _field(default, "identity")
+    return _field(default, "identity", limits)
 
 
-def schedule(default: T) -> T:
+def schedule(default: T, **limits: Unpack[Limits]) -> T:
     """A field that says HOW LONG: a finished stage may be continued with another value."""
-    return _field(default, "schedule")
+    return _field(default, "schedule", limits)
 
 
-def operational(default: T) -> T:
+def operational(default: T, **limits: Unpack[Limits]) -> T:
     """A field that says HOW it is run: another value changes no output."""
-    return _field(default, "operational")
+    return _field(default, "operational", limits)
 
 
-def _field(default: T, kind: str) -> T:
-    return cast(T, dataclasses.field(default=default, metadata={"kind": kind}))
+def _field(default: T, kind: str, limits: Limits) -> T:
+    return cast(T, dataclasses.field(default=default, metadata={"kind": kind, "limits": limits}))
+
+
+def check_limits(config_class: type[Any], values: Any, place: str = "") -> None:
+    """Hold every field of a settings dataclass, at any depth, against its limits.
+
+    Args:
+        values: has the dataclass's fields as attributes.
+        place: what stands before a field's name in messages.
+
+    Raises:
+        ValueError: names the field, its value and what to choose.
+    """
+    for field in dataclasses.fields(config_class):
+        value, name = getattr(values, field.name), f"{place}{field.name}"
+        if field.default_factory is not dataclasses.MISSING:
+            check_limits(type(field.default_factory()), value, f"{name}.")
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                _check(name, each, field.metadata["limits"])
+
+
+def _check(name: str, value: Any, limits: dict[str, Any]) -> None:
+    if value is not None and not all(LIMITS[limit][0](value, bound) for limit, bound in limits.items()):
+        bounds = {limit: ", ".join(bound) if limit == "choices" else bound for limit, bound in limits.items()}
+        words = [LIMITS[limit][1].format(bound) for limit, bound in bounds.items()]
+        raise ValueError(f"{name} is {value!r}: choose {' and '.join(words)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A section of a recipe: all its fields keep to their limits."""
+
+    place: ClassVar[str] = ""
+    """What stands before a field's name in messages."""
+
+    def __post_init__(self) -> None:
+        check_limits(type(self), self, self.place)
 
 
 def identity_settings(config: Any) -> dict[str, Any]:
@@ -42,8 +100,10 @@ TASKS = ("pairs", "span_corruption")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SetConfig:
+class SetConfig(Settings):
     """One set of a mixture. Its files are of the same kinds as data.train."""
+
+    place: ClassVar[str] = "data.sets: "
 
     name: str = identity("data")
     """Name of the set in messages and statistics."""
@@ -57,7 +117,7 @@ class SetConfig:
     test: tuple[str, ...] = identity(())
     """Files of the test part."""
 
-    task: str = identity("pairs")
+    task: str = identity("pairs", choices=TASKS)
     """"pairs" reads a source and a target; "span_corruption" makes T5's denoising task of the texts in source_field."""
 
     source_field: str = identity("source")
@@ -73,33 +133,36 @@ class SetConfig:
     licence: str = identity("")
     """Where the files come from and under what terms; kept in the manifest."""
 
-    weight: int = identity(0)
+    weight: int = identity(0, low=0)
     """Share in the mixture: of every sum-of-weights examples, this many are of this set, exactly. 0 in all sets: by
     size."""
 
     def __post_init__(self) -> None:
-        _check_set(self, "data.sets: ")
+        super().__post_init__()
+        _check_set(self, self.place)
         if not self.train:
             raise ValueError(f"data.sets: set {self.name!r} has no train files; name at least one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """The `data:` section of a recipe. Files of a single set are named here; those of a mixture in `sets`."""
 
-    corpus: str = identity("demo")
+    place: ClassVar[str] = "data."
+
+    corpus: str = identity("demo", choices=("demo", "files"))
     """"demo" generates the built-in English-German corpus; "files" reads the files named below."""
 
-    num_demo_pairs: int = identity(34_000)
+    num_demo_pairs: int = identity(34_000, low=1, high=10_000_000)
     """Distinct pairs of the built-in corpus, all parts together."""
 
-    num_validation: int = identity(500)
+    num_validation: int = identity(500, low=1, high=1_000_000)
     """Pairs of the built-in corpus kept for validation."""
 
-    num_test: int = identity(500)
+    num_test: int = identity(500, low=1, high=1_000_000)
     """Pairs of the built-in corpus kept for the test; 40 % of them combine kinds that training never combines."""
 
-    seed: int = identity(0)
+    seed: int = identity(0, low=0, high=2**63 - 1)
     """Seed of the built-in corpus and of span corruption."""
 
     train: tuple[str, ...] = identity(())
@@ -113,7 +176,7 @@ class DataConfig:
     test: tuple[str, ...] = identity(())
     """Files of the test part."""
 
-    task: str = identity("pairs")
+    task: str = identity("pairs", choices=TASKS)
     """"pairs" reads a source and a target; "span_corruption" makes T5's denoising task of the texts in source_field."""
 
     source_field: str = identity("source")
@@ -138,72 +201,54 @@ class DataConfig:
     drop_duplicates: bool = identity(False)
     """Leave out records whose source and target have occurred in the same part before, and count them."""
 
-    max_line_bytes: int = identity(1_000_000)
+    max_line_bytes: int = identity(1_000_000, low=1, high=2**40)
     """Longest line of a text file; a longer one is refused, because it is rarely what it should be."""
 
     tokenizer: str = identity("")
     """Folder with spiece.model or tokenizer.json, or hub:owner/name[@revision]; empty trains SentencePiece on the
     training part."""
 
-    vocab_size: int = identity(512)
+    vocab_size: int = identity(512, low=64, high=1_000_000)
     """Pieces of a trained SentencePiece model (an upper limit: a small corpus may give fewer)."""
 
     split_digits: bool = identity(True)
     """Whether a trained SentencePiece model makes every digit its own piece."""
 
-    max_source_tokens: int = identity(512)
+    max_source_tokens: int = identity(512, low=2, high=MAX_LENGTH)
     """Longer sources are truncated to this many tokens, end-of-sequence included, and counted. Span corruption makes
     every source this long."""
 
-    max_target_tokens: int = identity(128)
+    max_target_tokens: int = identity(128, low=2, high=MAX_LENGTH)
     """Longer targets are truncated to this many tokens, end-of-sequence included, and counted."""
 
-    noise_density: float = identity(0.15)
+    noise_density: float = identity(0.15, low=0.001, high=0.999)
     """Span corruption: share of the tokens that are masked."""
 
-    mean_span_tokens: float = identity(3.0)
+    mean_span_tokens: float = identity(3.0, low=1, high=1000)
     """Span corruption: mean length of a masked span."""
 
-    examples_per_block: int = identity(256)
+    examples_per_block: int = identity(256, low=1, high=65_536)
     """Examples in one block (one tar member)."""
 
-    blocks_per_shard: int = identity(16)
+    blocks_per_shard: int = identity(16, low=1, high=65_536)
     """Blocks in one shard (one tar file, the unit of work of a rank)."""
 
     compress: bool = identity(False)
     """Compress blocks with zstd: smaller files, slower reading."""
 
-    patience_s: float = operational(300.0)
+    patience_s: float = operational(300.0, low=0)
     """Seconds without a new shard after which rank 0 takes the missing ranks for dead."""
 
     def __post_init__(self) -> None:
         """Check every range, so that a bad recipe fails before any work."""
-        if self.corpus not in ("demo", "files"):
-            raise ValueError(f'data.corpus is {self.corpus!r}: choose "demo" or "files"')
+        super().__post_init__()
         if self.corpus == "files" and not self.train and not self.sets:
             raise ValueError('data.train is empty: name at least one file, or set data.corpus to "demo"')
         if self.sets and (self.train or self.validation or self.test):
             raise ValueError("data.sets and data.train are both given: move all files into data.sets")
         if self.sets and self.corpus == "demo":
             raise ValueError('data.sets is given but data.corpus is "demo": set data.corpus to "files"')
-        for name, low, high in (
-            ("num_demo_pairs", 1, 10_000_000),
-            ("num_validation", 1, 1_000_000),
-            ("num_test", 1, 1_000_000),
-            ("seed", 0, 2**63 - 1),
-            ("vocab_size", 64, 1_000_000),
-            ("max_line_bytes", 1, 2**40),
-            ("max_source_tokens", 2, MAX_LENGTH),
-            ("max_target_tokens", 2, MAX_LENGTH),
-            ("noise_density", 0.001, 0.999),
-            ("mean_span_tokens", 1, 1000),
-            ("examples_per_block", 1, 65_536),
-            ("blocks_per_shard", 1, 65_536),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"data.{name} is {value}: choose a value from {low} to {high}")
-        _check_set(self, "data.")
+        _check_set(self, self.place)
         self._check_mixture()
         num_held_back = self.num_validation + self.num_test
         if self.corpus == "demo" and self.num_demo_pairs <= num_held_back:
@@ -235,8 +280,6 @@ class DataConfig:
 
 
 def _check_set(config: SetConfig | DataConfig, place: str) -> None:
-    if config.task not in TASKS:
-        raise ValueError(f"{place}task is {config.task!r}: choose {' or '.join(TASKS)}")
     for name in ("source_field", "target_field"):
         if not all(getattr(config, name).split(".")):
             raise ValueError(f"{place}{name} is {getattr(config, name)!r}: give a field name such as translation.en")
@@ -244,5 +287,3 @@ def _check_set(config: SetConfig | DataConfig, place: str) -> None:
         raise ValueError(f"{place}task is span_corruption, which has no test texts and no prefix: leave them empty")
     if config.task == "pairs" and config.source_field == config.target_field:
         raise ValueError(f"{place}source_field and target_field are both {config.source_field!r}: name two fields")
-    if isinstance(config, SetConfig) and config.weight < 0:
-        raise ValueError(f"{place}weight is {config.weight}: choose 0 or more")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from pipeline.config.ranges import check_ranges
+from data_prep.config import check_limits
 from pipeline.config.recipe import Recipe
 from pipeline.exits import EXIT_MISTAKE
 
@@ -56,10 +56,11 @@ def parse_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Reci
         ValueError: an unknown key, a value of the wrong type or out of range, a missing file.
     """
     parsed = parser.parse_args(_with_recipe_paths(arguments))
+    check_limits(Recipe, parsed)  # here with full names, before a section by itself says "num_steps"
+    if not parsed.name or "/" in parsed.name:
+        raise ValueError(f"name is {parsed.name!r}: give a name without a slash, and the folder as run_dir")
     values = parser.instantiate(parsed)
-    recipe = Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe)})
-    check_ranges(recipe)
-    return recipe, values
+    return Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe)}), values
 
 
 def run_program(program: Callable[[], None], *, verbose: bool) -> None:

@@ -11,15 +11,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.config import DataConfig, identity, operational, schedule
+from data_prep.config import DataConfig, Settings, identity, operational, schedule
 from pipeline.config.search import SearchConfig
 from pipeline.spans import PRESETS, Stacks
 
-HIDDEN_MODES = ("span", "mse", "cosine")
-BASELINES = ("finetune", "logit", "theseus")
-DIRECTIONS = ("forward", "reverse")
 SEARCHED = "searched"
-INITS = ("first", "middle", "last", "average")
 SAMPLERS = (
     "stratified",
     "uniform",
@@ -37,56 +33,41 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """AdamW and its schedule."""
 
-    num_steps: int = schedule(1000)
+    num_steps: int = schedule(1000, low=0)
     """Optimizer steps."""
-    learning_rate: float = schedule(1e-3)
+    learning_rate: float = schedule(1e-3, above=0)
     """Peak learning rate, before the factors that the model family gives to groups of parameters."""
-    warmup_steps: int = schedule(100)
+    warmup_steps: int = schedule(100, low=0)
     """Steps of linear warm-up; linear decay to 2 % of the peak follows."""
-    weight_decay: float = identity(0.0)
+    weight_decay: float = identity(0.0, low=0)
     """AdamW's decoupled weight decay."""
-    beta1: float = identity(0.9)
+    beta1: float = identity(0.9, low=0, below=1)
     """Decay of AdamW's first moment."""
-    beta2: float = identity(0.98)
+    beta2: float = identity(0.98, low=0, below=1)
     """Decay of AdamW's second moment."""
-    max_grad_norm: float = identity(1.0)
+    max_grad_norm: float = identity(1.0, above=0)
     """Gradient norm above which gradients are scaled down, counted for each modular layer (the whole model for a
     teacher) by itself."""
     family_lr_factors: bool = identity(True)
     """Multiply learning rates by the family's factors for groups of parameters. Needed to train a T5 from scratch or at
     high rates; turn off to fine-tune a pretrained teacher at the field's usual rates."""
 
-    def __post_init__(self) -> None:
-        _require(self.num_steps >= 0, f"num_steps must be 0 or more, not {self.num_steps}")
-        _require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
-        _require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, not {self.max_grad_norm}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
+class BatchConfig(Settings):
     """The global batch. It does not depend on the number of ranks."""
 
-    tokens_per_micro_batch: int = identity(4096)
+    tokens_per_micro_batch: int = identity(4096, low=1)
     """Largest padded size of a micro-batch: examples x (longest source + longest target), in tokens."""
-    micro_batches_per_step: int = identity(8)
+    micro_batches_per_step: int = identity(8, low=1)
     """Micro-batches of one optimizer step over all ranks; the number of ranks must divide it."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.tokens_per_micro_batch > 0,
-            f"tokens_per_micro_batch must be above 0, not {self.tokens_per_micro_batch}",
-        )
-        _require(
-            self.micro_batches_per_step > 0,
-            f"micro_batches_per_step must be above 0, not {self.micro_batches_per_step}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """Cadence of a training loop."""
 
     ds_config: str = operational("zero3")
@@ -94,59 +75,55 @@ class LoopConfig:
     of those that fit into memory."""
     recompute_activations: bool = operational(False)
     """Activation checkpointing: keep the input of each layer only and compute the rest again in backward."""
-    log_every_steps: int = operational(10)
+    log_every_steps: int = operational(10, low=1)
     """Steps between two records in metrics.jsonl and TensorBoard."""
-    validate_every_steps: int = operational(200)
+    validate_every_steps: int = operational(200, low=1)
     """Steps between two validation losses."""
-    validation_examples: int = operational(256)
+    validation_examples: int = operational(256, low=1)
     """Examples of the validation part that a validation loss is computed on."""
-    validation_bleu_examples: int = operational(0)
+    validation_bleu_examples: int = operational(0, low=0)
     """Examples of the validation part that are decoded greedily at every validation, for a small BLEU of the teacher,
     the finest, a 2x and the coarsest assembly; 0 for none. Each token of an output costs a forward pass."""
-    save_every_steps: int = operational(200)
+    save_every_steps: int = operational(200, low=1)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = operational(2)
+    keep_checkpoints: int = operational(2, low=1)
     """Newest checkpoints to keep."""
-    keep_every_steps: int = operational(0)
+    keep_every_steps: int = operational(0, low=0)
     """Keep the checkpoints of every so many steps, too; 0 keeps none for that."""
     keep_best: bool = operational(True)
     """Keep the checkpoint with the lowest mean validation loss, too (of those saved at a step that was validated)."""
     save_beside: bool = operational(True)
     """Write checkpoints beside training, from a copy of a rank's share in host memory; false copies none, and waits."""
-    stop_before_end_s: float = operational(120.0)
+    stop_before_end_s: float = operational(120.0, low=0)
     """Seconds before the end of a SLURM job's time at which training saves and asks for another start; at most half of
     the time that is left when it starts. Longer than two steps, a validation and a save."""
-    hang_timeout_s: float = operational(600.0)
+    hang_timeout_s: float = operational(600.0, low=1)
     """Seconds without progress, or of waiting for others at the start, after which a rank takes the run for hung, says
     where every rank is, and leaves. Longer than any forward, backward or save. Ranks that died are found sooner."""
 
-    def __post_init__(self) -> None:
-        for name in ("log_every_steps", "validate_every_steps", "save_every_steps", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ArchitectureConfig:
+class ArchitectureConfig(Settings):
     """Sizes of a T5 v1.1 teacher that is trained from scratch; unused when teacher.folder is given."""
 
-    d_model: int = identity(96)
+    d_model: int = identity(96, low=1)
     """Width of the residual stream."""
-    d_kv: int = identity(24)
+    d_kv: int = identity(24, low=1)
     """Width of one attention head."""
-    d_ff: int = identity(192)
+    d_ff: int = identity(192, low=1)
     """Width of the gated feed-forward layer."""
-    num_heads: int = identity(4)
+    num_heads: int = identity(4, low=1)
     """Attention heads of a layer."""
-    num_layers: int = identity(6)
+    num_layers: int = identity(6, low=1)
     """Encoder layers."""
-    num_decoder_layers: int = identity(6)
+    num_decoder_layers: int = identity(6, low=1)
     """Decoder layers."""
-    dropout: float = identity(0.0)
+    dropout: float = identity(0.0, low=0, below=1)
     """Dropout while the teacher trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """The large model: trained from scratch, fine-tuned from a folder, or taken as it is."""
 
     folder: str = identity("")
@@ -159,6 +136,7 @@ class TeacherConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             bool(self.folder) or self.optim.num_steps > 0,
             "teacher.optim.num_steps is 0 and teacher.folder is empty: give one of the two",
@@ -166,18 +144,18 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Settings):
     """The objectives. A weight is a number, or points [[step, weight], ...] with straight lines between them. The local
     phase has the hidden-state loss, with weight 1, and the attention losses."""
 
     hidden: float | tuple[tuple[int, float], ...] = identity(1.0)
     """Hidden-state loss at the ends of the drawn spans."""
-    hidden_mode: str = identity("span")
+    hidden_mode: str = identity("span", choices=("span", "mse", "cosine"))
     """How states are compared: span (squared error over what the teacher's span changes), mse (squared error) or
     cosine (1 - cosine of student and teacher, token by token)."""
     logit: float | tuple[tuple[int, float], ...] = identity(1.0)
     """Kullback-Leibler divergence from the teacher's output distribution."""
-    logit_direction: str = identity("forward")
+    logit_direction: str = identity("forward", choices=("forward", "reverse"))
     """forward: KL(teacher || student); reverse: KL(student || teacher)."""
     task: float | tuple[tuple[int, float], ...] = identity(1.0)
     """Cross entropy with the references."""
@@ -185,16 +163,14 @@ class LossConfig:
     """Kullback-Leibler divergence of self-attention, in both stacks, from the last teacher layer of the span."""
     attention_cross: float | tuple[tuple[int, float], ...] = identity(0.0)
     """The same for cross-attention."""
-    temperature: float = identity(1.0)
+    temperature: float = identity(1.0, above=0)
     """Temperature of the logit distillation; the loss is multiplied by its square."""
     fused: bool = operational(True)
     """Take the fused losses of pipeline/kernels; false takes their definitions in plain PyTorch, which equal them but
     for rounding."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
-        for name, known in (("hidden_mode", HIDDEN_MODES), ("logit_direction", DIRECTIONS)):
-            _require(getattr(self, name) in known, f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
+        super().__post_init__()
         for name in ("hidden", "logit", "task", "attention_self", "attention_cross"):
             weight = getattr(self, name)
             points = ((0, weight),) if isinstance(weight, (int, float)) else weight
@@ -205,23 +181,23 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """Training of the modular layers over the frozen teacher."""
 
-    granularities: tuple[int, ...] = identity((2, 3, 6))
+    granularities: tuple[int, ...] = identity((2, 3, 6), low=2)
     """Teacher layers that a modular layer stands for; each granularity covers both stacks."""
-    encoder_granularities: tuple[int, ...] | None = identity(None)
+    encoder_granularities: tuple[int, ...] | None = identity(None, low=2)
     """The encoder's own granularities, instead of those above; [] leaves the encoder whole."""
-    decoder_granularities: tuple[int, ...] | None = identity(None)
+    decoder_granularities: tuple[int, ...] | None = identity(None, low=2)
     """The decoder's own granularities, instead of those above; [] leaves the decoder whole."""
-    init: str = identity("first")
+    init: str = identity("first", choices=("first", "middle", "last", "average"))
     """What a modular layer starts from: the first, middle or last teacher layer of its span (of two middle layers the
     earlier one), or the average of all of them."""
-    local_steps: int = identity(400)
+    local_steps: int = identity(400, low=0)
     """Steps of the local phase, where each modular layer learns its span from the teacher's own states; the steps after
     it are the replacing phase, where draws put modular layers into the teacher and the whole path is trained. 0
     leaves the local phase out, optim.num_steps the replacing phase."""
-    sampler: str = identity("stratified")
+    sampler: str = identity("stratified", choices=SAMPLERS)
     """How the replacing phase draws an assembly for each micro-batch:
     stratified (a stack takes one granularity throughout or any tiling, see coarse_weight),
     uniform (any tiling is as likely as any other),
@@ -231,12 +207,12 @@ class DistillConfig:
     the end of the ramp or rises to 1 over it, as in BERT-of-Theseus),
     coarse-to-fine, fine-to-coarse (stratified over some granularities: the coarsest or the finest at first, one more
     in each equal part of the ramp, all of them after it)."""
-    coarse_weight: float = identity(0.5)
+    coarse_weight: float = identity(0.5, low=0, high=1)
     """For stratified draws and the curricula: share of the draws in which a stack takes one granularity throughout,
     chosen in proportion to its size; the rest is uniform over all tilings."""
-    replace_rate: float = identity(0.5)
+    replace_rate: float = identity(0.5, above=0, high=1)
     """For the theseus samplers: chance that a span is replaced at the start of the replacing phase."""
-    ramp: float = identity(0.5)
+    ramp: float = identity(0.5, low=0, high=1)
     """For the theseus samplers and the curricula: share of the replacing phase after which every span is replaced, or
     every granularity is admitted."""
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -245,18 +221,14 @@ class DistillConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(len(self.all_granularities) > 0, "granularities must name at least one granularity, such as [2, 3, 6]")
-        _require(min(self.all_granularities) >= 2, f"granularities start at 2, not {min(self.all_granularities)}")
-        _require(self.init in INITS, f"unknown init {self.init!r}: choose from {', '.join(INITS)}")
-        _require(self.sampler in SAMPLERS, f"unknown sampler {self.sampler!r}: choose from {', '.join(SAMPLERS)}")
         _require(self.optim.num_steps > 0, "distill.optim.num_steps is 0: there would be no modular layers")
         _require(
-            0 <= self.local_steps <= self.optim.num_steps,
-            f"local_steps must lie in 0..{self.optim.num_steps} (optim.num_steps), not {self.local_steps}",
+            self.local_steps <= self.optim.num_steps,
+            f"distill.local_steps is {self.local_steps}: choose at most distill.optim.num_steps, "
+            f"which is {self.optim.num_steps}",
         )
-        _require(0 <= self.coarse_weight <= 1, f"coarse_weight must lie in 0..1, not {self.coarse_weight}")
-        _require(0 < self.replace_rate <= 1, f"replace_rate must lie above 0 and up to 1, not {self.replace_rate}")
-        _require(0 <= self.ramp <= 1, f"ramp must lie in 0..1, not {self.ramp}")
 
     def granularities_of(self, stack: str) -> tuple[int, ...]:
         """Granularities of "encoder" or "decoder"; none for a stack that is left whole."""
@@ -279,27 +251,21 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
+class BaselineConfig(Settings):
     """Small models trained one by one on the same data, each with the depth of an assembly to stand beside."""
 
-    methods: tuple[str, ...] = identity(("finetune",))
+    methods: tuple[str, ...] = identity(("finetune",), choices=("finetune", "logit", "theseus"))
     """finetune (shrink and fine-tune: kept teacher layers, task loss), logit (the same with logit distillation, weights
     as in distill.losses), theseus (BERT-of-Theseus: one granularity, task loss only)."""
-    ratios: tuple[float, ...] = identity(())
+    ratios: tuple[float, ...] = identity((), above=1)
     """Ratios of layers at which each method makes a model, as size-first takes them; empty: that of the coarsest
     assembly."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Training of each small model; num_steps = 0 leaves the baselines out."""
 
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            _require(method in BASELINES, f"unknown baseline {method!r}: choose from {', '.join(BASELINES)}")
-        for ratio in self.ratios:
-            _require(ratio > 1, f"baseline.ratios start above 1, not {ratio}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverConfig:
+class RecoverConfig(Settings):
     """A short fine-tuning of one assembly (python -m pipeline recover), published only if it is not worse for it."""
 
     assembly: str = identity("")
@@ -308,68 +274,61 @@ class RecoverConfig:
         default_factory=lambda: OptimConfig(num_steps=300, learning_rate=1e-4, warmup_steps=30)
     )
     """Training of all its layers on the references, with the batch of distill."""
-    validation_examples: int = identity(500)
+    validation_examples: int = identity(500, low=1)
     """Validation examples whose BLEU and loss decide; they are decoded as evaluate says."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleConfig:
+class AssembleConfig(Settings):
     """Which checkpoints to put together."""
 
-    ratios: tuple[float, ...] = identity((1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0))
+    ratios: tuple[float, ...] = identity((1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0), low=1)
     """Ratios of layers; ratio r asks for round(layers / r) layers, encoder and decoder together."""
-    presets: tuple[str, ...] = identity(PRESETS)
+    presets: tuple[str, ...] = identity(PRESETS, choices=(*PRESETS, SEARCHED))
     """Ways to choose an assembly for a ratio: size-first, speed-first, searched (see the section search)."""
     assemblies: tuple[str, ...] = identity(())
     """Further assemblies by their text form, such as e2x3-d6."""
 
-    def __post_init__(self) -> None:
-        for preset in self.presets:
-            known = (*PRESETS, SEARCHED)
-            _require(preset in known, f"unknown preset {preset!r}: choose from {', '.join(known)}")
-        for ratio in self.ratios:
-            _require(ratio >= 1, f"ratio {ratio} would make a model larger than the teacher: ratios start at 1")
-
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Scoring of all systems in one batch."""
 
-    max_examples: int = identity(1000)
+    max_examples: int = identity(1000, low=1)
     """Test examples to score, from the start of the test part."""
-    max_new_tokens: int = identity(128)
+    max_new_tokens: int = identity(128, low=1)
     """Longest output, in tokens."""
-    num_beams: int = identity(1)
+    num_beams: int = identity(1, low=1)
     """Beams; 1 is greedy."""
     folders: tuple[str, ...] = identity(())
     """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
-    tokens_per_batch: int = operational(8192)
+    tokens_per_batch: int = operational(8192, low=1)
     """Largest padded size of a decoding batch, in tokens."""
-    latency_examples: int = operational(20)
+    latency_examples: int = operational(20, low=1)
     """Examples decoded one at a time to measure latency."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
+class LaunchConfig(Settings):
     """How many processes `python -m pipeline run` starts on this machine."""
 
-    num_ranks: int = operational(1)
+    num_ranks: int = operational(1, low=1)
     """Training processes (torchrun); on GPUs one for each."""
-    num_mpi_ranks: int = operational(2)
+    num_mpi_ranks: int = operational(2, low=1)
     """MPI ranks that prepare data."""
-    threads_per_rank: int = operational(1)
+    threads_per_rank: int = operational(1, low=1)
     """CPU threads of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """Everything that describes a run."""
 
     name: str = operational("run")
     """Name in reports and job names."""
     run_dir: str = operational("")
     """Folder of the run; empty: runs/<name>."""
-    seed: int = identity(0)
+    seed: int = identity(0, low=0)
     """Seed of every random choice."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
@@ -382,6 +341,7 @@ class Recipe:
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             not self.teacher.folder or bool(self.data.tokenizer),
             f"teacher.folder is {self.teacher.folder} but data.tokenizer is empty: give the teacher's folder there too",

@@ -126,7 +126,7 @@ def test_bad_inputs_are_one_line_and_publish_nothing(
     ("data", "options", "message"),
     [
         ({"vocab_sise": 9}, [], "data has no setting 'vocab_sise'; did you mean 'vocab_size'?"),
-        ({"vocab_size": 9}, [], "data.vocab_size is 9: choose a value from 64"),
+        ({"vocab_size": 9}, [], "data.vocab_size is 9: choose at least 64"),
         ({"corpus": "files"}, [], "data.train is empty"),
         ({"corpus": "files", "train": ["nowhere.jsonl"]}, [], "nowhere.jsonl: no such file"),
         ({"seed": "x"}, [], "seed"),
@@ -134,7 +134,7 @@ def test_bad_inputs_are_one_line_and_publish_nothing(
         ({"tokenizer": "nowhere"}, [], "nowhere: neither spiece.model nor tokenizer.json"),
         ({"corpus": "files", "train": ["hub:datasets/a/b/train.jsonl"]}, [], "all 40 digits of a commit"),
         ({"corpus": "files", "sets": [{"train": ["a"], "weight": 2}, {"train": ["b"]}]}, [], "two sets of one name"),
-        ({"task": "spans"}, [], "data.task is 'spans': choose pairs or span_corruption"),
+        ({"task": "spans"}, [], "data.task is 'spans': choose one of pairs, span_corruption"),
     ],
 )
 def test_mistakes_in_a_recipe_are_one_line(tmp_path: Path, data: dict, options: list[str], message: str) -> None:

@@ -35,7 +35,7 @@ def test_every_method_at_every_ratio():
     assert asked("theseus", ratios=(2.0, 3.0)) == ["theseus-e2x3-d2x3", "theseus-e3x2-d3x2"]
     with pytest.raises(ValueError, match=r"theseus has one granularity, which does not make e1x4\.2-d1x4\.2"):
         asked("theseus", ratios=(1.2,))
-    with pytest.raises(ValueError, match="unknown baseline 'kd'"):
+    with pytest.raises(ValueError, match="methods is 'kd': choose one of finetune"):
         asked("kd")
 
 

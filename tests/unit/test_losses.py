@@ -143,9 +143,9 @@ def test_all_losses_of_a_step_equal_their_definitions(kind, direction):
         ({"hidden": -1.0}, "hidden has a weight below 0"),
         ({"task": ((5, 1.0), (5, 2.0))}, "the steps of task must rise"),
         ({"logit": ()}, "logit has no points"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"hidden_mode": "l1"}, "hidden_mode must be span or mse or cosine"),
-        ({"logit_direction": "both"}, "forward or reverse"),
+        ({"temperature": 0.0}, "temperature is 0.0: choose more than 0"),
+        ({"hidden_mode": "l1"}, "hidden_mode is 'l1': choose one of span, mse, cosine"),
+        ({"logit_direction": "both"}, "choose one of forward, reverse"),
     ],
 )
 def test_wrong_settings_are_refused(settings, words):
