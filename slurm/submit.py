@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.hub import PREFIX, local_folder
-from pipeline.config import SEARCHED, BatchConfig, Recipe, recipe_yaml
-from pipeline.rundir import STAGES, RunDir, Stage, read_json, write_atomic
+from pipeline.config import BatchConfig, Recipe, recipe_yaml
+from pipeline.rundir import STAGES, RunDir, Stage, left_out, read_json, write_atomic
 from slurm.cluster import STAGE_JOBS, Cluster, find_cluster, load_cluster
 from slurm.controller import Job, jobs_of_run, sbatch, sbatch_words, scancel, test_only
 from slurm.render import Nodes, Script, render
@@ -25,7 +25,7 @@ CHAIN = tuple(STAGE_JOBS)
 
 def chain_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages of a recipe, in order."""
-    return tuple(stage for stage in CHAIN if stage != "search" or SEARCHED in recipe.assemble.presets)
+    return tuple(stage for stage in CHAIN if stage not in left_out(recipe))
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ def done_stages(plan: Plan, alive: dict[str, int]) -> set[str]:
 
 def left_alone(plan: Plan, alive: dict[str, int]) -> dict[str, str]:
     """Of each stage of the plan that there is nothing to submit of: why."""
-    done, chain = done_stages(plan, alive), chain_of(plan.recipe)
+    done = done_stages(plan, alive)
     why = {stage: "done" for stage in done} | {stage: f"in the queue as {number}" for stage, number in alive.items()}
-    why |= {stage: f"left out: assemble.presets does not name {SEARCHED!r}" for stage in CHAIN if stage not in chain}
+    why |= {stage: f"left out: {reason}" for stage, reason in left_out(plan.recipe).items()}
     return {stage: why[stage] for stage in plan.stages if stage in why}
 
 
