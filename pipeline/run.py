@@ -11,9 +11,9 @@ import time
 from typing import IO
 
 from data_prep.processes import die_with_parent, mpiexec
-from pipeline.config import SEARCHED, Recipe, recipe_yaml
+from pipeline.config import Recipe, recipe_yaml
 from pipeline.exits import EXIT_REQUEUE
-from pipeline.rundir import RunDir, Stage, write_atomic
+from pipeline.rundir import RunDir, Stage, left_out, write_atomic
 
 TRAINING = ("teacher", "distill", "baseline")
 ORDER = ("data", *TRAINING, "search", "assemble", "evaluate", "report")
@@ -21,13 +21,13 @@ SKIP_THEMSELVES = ("data", "report")  # units of data that are there stay; a rep
 
 
 def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool = False, verbose: bool = False) -> None:
-    """Run every stage that is not done yet; a dry run only checks the recipe and says what it would do.
+    """Run every stage of the recipe that is not done yet; a dry run only checks the recipe and says what it would do.
 
     Raises:
         ValueError, FileNotFoundError, PermissionError: a mistake in the recipe, or another process works in this run.
         SystemExit: a stage failed, with its exit code.
     """
-    order = [name for name in ORDER if name != "search" or SEARCHED in recipe.assemble.presets]
+    order = [name for name in ORDER if name not in left_out(recipe)]
     all_done = all(_is_done(recipe, run, name) for name in order if name not in SKIP_THEMSELVES)
     if dry_run or not all_done:
         from pipeline.planning import preflight  # late: with everything done nothing needs torch

@@ -23,6 +23,7 @@ from slurm.controller import jobs_of_run
 from slurm.discover import discover
 from slurm.doctor import examine
 from slurm.render import Nodes, render
+from slurm.stages import stage_of
 from slurm.status import check_run, newest_log, screen
 from slurm.submit import CHAIN, Plan, alive_stages, cancel, describe, left_alone, plan_of, submit
 from slurm.sweep import points_of, submit_sweep
@@ -76,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and submit nothing")
     which = added.add_mutually_exclusive_group()
     which.add_argument(
-        "--from", dest="first", choices=CHAIN, metavar="STAGE", help=f"leave out the stages before this of {stages}"
-    )
-    which.add_argument("--only", choices=CHAIN, metavar="STAGE", help="submit this stage alone")
+        "--from", dest="first", type=stage_of, choices=CHAIN, metavar="STAGE",
+        help=f"leave out the stages before this of {stages}",
+    )  # fmt: skip
+    which.add_argument("--only", type=stage_of, choices=CHAIN, metavar="STAGE", help="submit this stage alone")
 
     added = command("sweep", _sweep, "the same for many points: some fields varied, data and teacher shared")
     _add_plan_options(added)
@@ -94,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command("logs", _logs, "print what a rank wrote in the newest start")
     _add_run_argument(added)
-    added.add_argument("--stage", choices=CHAIN, metavar="STAGE", help=f"{stages} (default: the stage that wrote last)")
+    added.add_argument(
+        "--stage", type=stage_of, choices=CHAIN, metavar="STAGE", help=f"{stages} (default: the stage that wrote last)"
+    )
     added.add_argument("--rank", type=int, default=0, help="rank (default 0)")
     added.add_argument("--launcher", action="store_true", help="what srun and torchrun say instead of a rank")
     added.add_argument("--follow", action="store_true", help="go on as the file grows")
@@ -102,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_argument(command("cancel", _cancel, "cancel all jobs of a run"))
 
     added = command("render", _render, "print the batch script of one stage")
-    added.add_argument("stage", choices=CHAIN, metavar="STAGE", help=stages)
+    added.add_argument("stage", type=stage_of, choices=CHAIN, metavar="STAGE", help=stages)
     _add_plan_options(added)
     return parser
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slurm.stages import FORMER_NAMES, stage_of
+
 # stage -> shape of its job: the name of a template, and of a [jobs.NAME] table in a cluster file
 STAGE_JOBS = {
-    "prepare": "prepare",
+    "data": "data",
     "teacher": "train",
     "distill": "train",
     "baseline": "train",
@@ -42,7 +44,7 @@ class JobShape:
     nodes: int
     """Nodes, unless --nodes says otherwise; of evaluate: tasks of the array, one node each."""
     processes_per_node: int
-    """Processes on a node: MPI ranks (prepare), torchrun workers (train), decoding workers (evaluate)."""
+    """Processes on a node: MPI ranks (data), torchrun workers (train), decoding workers (evaluate)."""
     cpus_per_process: int
     """CPUs of a process; also its OMP_NUM_THREADS."""
     gpus_per_node: int
@@ -93,7 +95,7 @@ class Cluster:
     environment: dict[str, str]
     """[environment]: variables to export."""
     jobs: dict[str, JobShape]
-    """[jobs.prepare], [jobs.train], [jobs.evaluate], [jobs.single]."""
+    """[jobs.data], [jobs.train], [jobs.evaluate], [jobs.single]."""
     time_limits: dict[str, str]
     """[time_limits]: one for each stage, as [D-]HH:MM:SS."""
 
@@ -121,6 +123,7 @@ def load_cluster(path: Path) -> Cluster:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
+    table |= {key: _renamed(table[key], f"{path} [{key}]") for key in ("jobs", "time_limits") if key in table}
     jobs = _take(table, "jobs", dict, str(path))
     known_jobs = tuple(dict.fromkeys(STAGE_JOBS.values()))
     _refuse_unknown(jobs, known_jobs, f"{path} [jobs]")
@@ -143,6 +146,17 @@ def seconds_of(time_limit: str) -> int:
         raise ValueError(f"time limit {time_limit!r} is not of the form [D-]HH:MM:SS, such as 1-00:00:00 or 08:00:00")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _renamed(table: Any, where: str) -> Any:
+    """A table by stages with today's words for the former ones."""
+    if not isinstance(table, dict):
+        return table
+    renamed = {stage_of(word): value for word, value in table.items()}
+    if len(renamed) < len(table):
+        former = ", ".join(table.keys() & FORMER_NAMES.keys())
+        raise ValueError(f"{where}: remove {former}, the former name of {stage_of(former)}, which is there too")
+    return renamed
 
 
 def _read_fields(settings: type, table: dict[str, Any], where: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.stages import stage_of
+
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 )  # fmt: skip
@@ -66,7 +68,7 @@ def jobs_of_run(run_dir: Path) -> list[Job]:
 def _job_of_line(line: str) -> Job:
     label, number, state, reason, start, nodes, name, folder = line.split("\t")
     # the script runs in RUN/slurm and is named <name of the run>-<stage>
-    return Job(label, int(number), state, reason, start, nodes, name.rpartition("-")[2], Path(folder).parent)
+    return Job(label, int(number), state, reason, start, nodes, stage_of(name.rpartition("-")[2]), Path(folder).parent)
 
 
 def test_only(script: str) -> None:

@@ -14,7 +14,7 @@ from slurm.controller import run_command
 from slurm.render import TEMPLATES
 
 # what the templates ask for, where the partition allows it
-WANTED = {"prepare": "08:00:00", "train": "1-00:00:00", "evaluate": "08:00:00", "single": "02:00:00"}
+WANTED = {"data": "08:00:00", "train": "1-00:00:00", "evaluate": "08:00:00", "single": "02:00:00"}
 _GRES = re.compile(r"gpu(?::(?P<type>[A-Za-z][\w.-]*))?:(?P<count>\d+)")
 _LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
@@ -84,7 +84,7 @@ def cluster_file(partitions: list[Partition], *, mpi: str, account: str, python:
         num_processes=num_processes,
         cpus_per_process=max(1, train.cpus // num_processes),
         num_nodes=min(2, train.num_nodes),
-        prepare_processes=min(other.cpus, 32) if mpi != "none" else 1,
+        data_processes=min(other.cpus, 32) if mpi != "none" else 1,
         mpi=mpi,
         account=account,
         python=python,

@@ -110,7 +110,6 @@ def render(script: Script) -> str:
     cluster, shape = script.cluster, script.shape
     return TEMPLATES.get_template(f"{script.template}.sbatch.j2").render(
         stage=script.stage,
-        folder="data" if script.stage == "prepare" else script.stage,
         cluster=cluster,
         shape=shape,
         options=_sbatch_options(script),
@@ -136,10 +135,10 @@ def _check(script: Script) -> None:
     if nodes.least != nodes.most and job not in ("train", "doctor"):
         raise ValueError(f"stage {stage} takes a number of nodes, not a range: {nodes}")
     num_ranks = nodes.most * shape.processes_per_node
-    if job == "prepare" and script.cluster.mpi == "none" and num_ranks > 1:
+    if job == "data" and script.cluster.mpi == "none" and num_ranks > 1:
         raise ValueError(
-            f"stage prepare would start {num_ranks} MPI ranks, but the cluster file says mpi = 'none': set mpi to "
-            f"pmi2, pmix or mpiexec, or [jobs.prepare] to one process on one node"
+            f"stage data would start {num_ranks} MPI ranks, but the cluster file says mpi = 'none': set mpi to "
+            f"pmi2, pmix or mpiexec, or [jobs.data] to one process on one node"
         )
     for label, path in (("run_dir", script.run_dir), ("code_dir", script.code_dir)):
         if not path.is_absolute():

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.exits import EXIT_MISTAKE, EXIT_REQUEUE
 from slurm.cause import Failure, first_failure
+from slurm.stages import stage_of
 
+EXIT_MISTAKE, EXIT_REQUEUE = 2, 85  # as in pipeline/exits.py, which the Python of a batch host may be too old for
 MAX_STUCK_STARTS = 2
 TRAINING = ("teacher", "distill", "baseline")
 LOST = "lost: its node died, or it was preempted or requeued without time to say so"
@@ -31,18 +32,19 @@ EARLY_S = 90
 
 
 def stage_folder(run: Path, stage: str) -> Path:
-    return run / ("data" if stage == "prepare" else stage)
+    return run / stage_of(stage)
 
 
 def progress(run: Path, stage: str) -> str:
     """How far a stage has come, as a text that changes when it comes further."""
+    stage = stage_of(stage)
     folder = stage_folder(run, stage)
     if stage in TRAINING:
         published = (folder.glob(f"{inside}checkpoints/step_*/manifest.json") for inside in ("", "*/"))
         newest = {path.parents[2]: path.parent.name for path in sorted(path for found in published for path in found)}
         return ", ".join(newest.values()) or "no checkpoint"  # a baseline's methods have a folder each
     patterns, unit = {
-        "prepare": (["*/*.tar"], "shards"),
+        "data": (["*/*.tar"], "shards"),
         "search": (["*"], "files"),
         "assemble": (["models/*/config.json"], "models"),
         "evaluate": (["units/*", "scores/*.json"], "units and scores"),
@@ -57,6 +59,7 @@ class Job:
 
     run: Path
     stage: str
+    """As its script calls it: the logs of the script lie under that name."""
     label: str
     """Its number; of a task of an array, as <array>_<index>."""
     start: int

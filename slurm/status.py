@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from pipeline.config import Recipe, parse_recipe, recipe_parser
-from pipeline.rundir import RunDir, read_json
+from pipeline.rundir import RunDir
 from slurm.controller import Job, jobs_of_run
+from slurm.stages import words_for
 from slurm.starts import TRAINING, Start, progress, read_starts, stage_folder
-from slurm.submit import CHAIN, chain_of, is_done
+from slurm.submit import CHAIN, chain_of, is_done, written_jobs
 
 NUM_STARTS_SHOWN = 4
-SHARED_STAGES = ("prepare", "teacher", "baseline")  # of a sweep: its points share them
+SHARED_STAGES = ("data", "teacher", "baseline")  # of a sweep: its points share them
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def recipe_of(run_dir: Path) -> Recipe:
 def rows(recipe: Recipe, run_dir: Path, jobs: list[Job]) -> list[Row]:
     """One row for each stage."""
     run = RunDir(run_dir)
-    written = read_json(run_dir / "slurm" / "jobs.json") or {}
+    written = written_jobs(run_dir)
     found = []
     done = True
     for stage in chain_of(recipe):
@@ -142,16 +144,19 @@ def last_words(run_dir: Path, stage: str, number: int) -> str:
 
 def histories(run_dir: Path, stage: str, number: int | str = "") -> list[tuple[str, list[Start]]]:
     """(label of a job, its starts) for the jobs of a stage, oldest first."""
-    folders = sorted((run_dir / "logs").glob(f"{stage}-{number}*/"), key=lambda path: path.stat().st_mtime)
-    return [(folder.name.removeprefix(f"{stage}-"), read_starts(folder)) for folder in folders]
+    folders = _by_age(path for word in words_for(stage) for path in run_dir.glob(f"logs/{word}-{number}*/"))
+    return [(folder.name.partition("-")[2], read_starts(folder)) for folder in folders]
+
+
+def _by_age(paths: Iterable[Path]) -> list[Path]:
+    """Paths, what was written last at the end."""
+    return sorted(paths, key=lambda path: path.stat().st_mtime)
 
 
 def training_figures(recipe: Recipe, run_dir: Path, stage: str, number: int, running: bool) -> dict[str, str]:
     """Step, loss, speed, time left and checkpoint of a training stage; of its newest training, where it has several."""
     whole = stage_folder(run_dir, stage)
-    files = sorted(
-        [*whole.glob("metrics.jsonl"), *whole.glob("*/metrics.jsonl")], key=lambda path: path.stat().st_mtime
-    )
+    files = _by_age([*whole.glob("metrics.jsonl"), *whole.glob("*/metrics.jsonl")])
     folder = files[-1].parent if files else whole
     optim = getattr(recipe, stage).optim
     figures = {"progress": "", "checkpoint": checkpoint_age(folder)}
@@ -250,7 +255,8 @@ def newest_log(run_dir: Path, stage: str | None, rank: int | None) -> Path:
     check_run(run_dir)
     if points_of_sweep(run_dir):
         raise ValueError(f"{run_dir} is a sweep: name the folder of a point, such as {points_of_sweep(run_dir)[0]}")
-    folders = sorted(run_dir.glob(f"logs/{stage or '*'}-*/start-*"), key=lambda path: path.stat().st_mtime)
+    words = words_for(stage) if stage else ("*",)
+    folders = _by_age(path for word in words for path in run_dir.glob(f"logs/{word}-*/start-*"))
     if not folders:
         raise FileNotFoundError(f"no job of {stage or run_dir} has started yet: `python -m slurm status {run_dir}`")
     name = "launch.log" if rank is None else f"rank-{rank}.log"

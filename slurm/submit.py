@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.hub import PREFIX, local_folder
-from pipeline.config import SEARCHED, BatchConfig, Recipe, recipe_yaml
-from pipeline.rundir import STAGES, RunDir, Stage, read_json, write_atomic
+from pipeline.config import BatchConfig, Recipe, recipe_yaml
+from pipeline.rundir import STAGES, RunDir, Stage, left_out, read_json, write_atomic
 from slurm.cluster import STAGE_JOBS, Cluster, find_cluster, load_cluster
 from slurm.controller import Job, jobs_of_run, sbatch, sbatch_words, scancel, test_only
 from slurm.render import Nodes, Script, render
+from slurm.stages import stage_of
 
 CHAIN = tuple(STAGE_JOBS)
 
 
 def chain_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages of a recipe, in order."""
-    return tuple(stage for stage in CHAIN if stage != "search" or SEARCHED in recipe.assemble.presets)
+    return tuple(stage for stage in CHAIN if stage not in left_out(recipe))
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,21 @@ def done_stages(plan: Plan, alive: dict[str, int]) -> set[str]:
 
 def left_alone(plan: Plan, alive: dict[str, int]) -> dict[str, str]:
     """Of each stage of the plan that there is nothing to submit of: why."""
-    done, chain = done_stages(plan, alive), chain_of(plan.recipe)
+    done = done_stages(plan, alive)
     why = {stage: "done" for stage in done} | {stage: f"in the queue as {number}" for stage, number in alive.items()}
-    why |= {stage: f"left out: assemble.presets does not name {SEARCHED!r}" for stage in CHAIN if stage not in chain}
+    why |= {stage: f"left out: {reason}" for stage, reason in left_out(plan.recipe).items()}
     return {stage: why[stage] for stage in plan.stages if stage in why}
 
 
 def needs(stage: str) -> set[str]:
     """Stages whose output a stage reads."""
-    return {"prepare" if name == "data" else name for name in STAGES[stage][1]} if stage in STAGES else set()
+    return set(STAGES[stage][1]) if stage in STAGES else set()
 
 
 def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:
     """Whether a stage has published an output that fits the recipe."""
-    if stage == "prepare":
-        return run.output_hash("data") is not None
+    if stage == "data":
+        return run.output_hash(stage) is not None
     if stage == "report":  # a view of the scores
         html = run.stage("report") / "report.html"
         return html.is_file() and run.scores.is_file() and html.stat().st_mtime >= run.scores.stat().st_mtime
@@ -237,7 +238,7 @@ def _refuse_other_settings(plan: Plan, alive: dict[str, int]) -> None:
     """Jobs in the queue read RUN/recipe.yaml when they start: it must not change under them."""
     recipe_file, cluster_file = plan.run_dir / "recipe.yaml", plan.run_dir / "slurm" / "cluster.toml"
     same_recipe = recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == _recipe_text(plan)
-    same_cluster = cluster_file.is_file() and cluster_file.read_bytes() == plan.cluster_file.read_bytes()
+    same_cluster = cluster_file.is_file() and load_cluster(cluster_file) == plan.cluster
     if not (same_recipe and same_cluster):
         jobs = ", ".join(f"{stage} {number}" for stage, number in alive.items())
         what = "recipe" if not same_recipe else "cluster file"
@@ -275,8 +276,16 @@ def _submit_chain(plan: Plan, todo: Sequence[str], alive: dict[str, int]) -> dic
 
 def write_jobs(run_dir: Path, submitted: dict[str, int]) -> None:
     """Add job numbers to RUN/slurm/jobs.json: what `status` shows when SLURM has forgotten a job."""
-    path = run_dir / "slurm" / "jobs.json"
-    write_atomic(path, json.dumps({**(read_json(path) or {}), **submitted}, indent=1))
+    write_atomic(_jobs_file(run_dir), json.dumps({**written_jobs(run_dir), **submitted}, indent=1))
+
+
+def written_jobs(run_dir: Path) -> dict[str, int]:
+    """The newest job number of each stage that RUN/slurm/jobs.json knows."""
+    return {stage_of(word): number for word, number in (read_json(_jobs_file(run_dir)) or {}).items()}
+
+
+def _jobs_file(run_dir: Path) -> Path:
+    return run_dir / "slurm" / "jobs.json"
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from slurm.render import Script, render
 from slurm.status import SHARED_STAGES
 from slurm.submit import Plan, chain_of, check_ranks, locked, submit, write_jobs
 
-SHARED_FOLDERS = ("data", "teacher", "baseline")
 POINT_STAGES = ("distill", "search", "assemble", "evaluate", "report")
 VARIED = ("distill.", "assemble.", "evaluate.", "seed")
 
@@ -129,7 +128,7 @@ def _write(run_dir: Path, points: Sequence[Point]) -> None:
         root = folder / point.name
         root.mkdir(exist_ok=True)
         write_atomic(root / "recipe.yaml", recipe_yaml(dataclasses.replace(point.recipe, run_dir=str(root))))
-        for name in SHARED_FOLDERS:
+        for name in set(SHARED_STAGES) & set(chain_of(point.recipe)):
             if not (root / name).is_symlink():
                 (root / name).symlink_to(Path("..", "..", name))
         (root / "STOP").unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from pipeline.footprint import AUTO, read_ds_config
 from pipeline.model import check_lengths
 from pipeline.planning.disk import check_disk
 from pipeline.planning.planned import Planned, check_fit
-from pipeline.rundir import RunDir, Stage
+from pipeline.rundir import RunDir, Stage, left_out
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
 from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
@@ -190,7 +190,8 @@ def _check_budgets(planned: Planned) -> None:
 
 def _check_stages(recipe: Recipe, run: RunDir, extend: bool) -> None:
     """Refuse a stage that was begun with other settings, as far as the stages before it stand."""
-    for name in CHECKED_STAGES:
+    unused = left_out(recipe)
+    for name in (each for each in CHECKED_STAGES if each not in unused):
         try:
             stage = Stage.of(recipe, run, name)
         except FileNotFoundError:

@@ -25,6 +25,16 @@ from pipeline.rundir.run_dir import STAGES, RunDir
 FORMAT_VERSION = 1
 
 
+def left_out(recipe: Recipe) -> dict[str, str]:
+    """Stages that a recipe has no use for, and why."""
+    why = {}
+    if recipe.baseline.optim.num_steps == 0:
+        why["baseline"] = "baseline.optim.num_steps is 0"
+    if SEARCHED not in recipe.assemble.presets:
+        why["search"] = f"assemble.presets does not name {SEARCHED!r}"
+    return why
+
+
 class StageConflict(ValueError):
     """The recipe no longer fits a stage that is half done."""
 
@@ -46,7 +56,6 @@ class Stage:
             FileNotFoundError: a stage before this one has not published its output.
         """
         prefixes, upstream = STAGES[name]
-        upstream = tuple(other for other in upstream if other != "search" or SEARCHED in recipe.assemble.presets)
         identity, schedule = (
             {field: value for field, value in fields_of_kind(recipe, kind).items() if field.startswith(prefixes)}
             for kind in ("identity", "schedule")
@@ -54,11 +63,16 @@ class Stage:
         identity |= {"format": FORMAT_VERSION, "seed": recipe.seed}
         if name == "teacher" and recipe.teacher.folder:
             identity["teacher files"] = _files_of(local_folder(recipe.teacher.folder))
+        unused = left_out(recipe)
         for other in upstream:
-            output_hash = run.output_hash(other)
-            if output_hash is None:
-                raise FileNotFoundError(f"stage {name} needs the output of stage {other}: run that first")
-            identity[f"output of {other}"] = output_hash
+            if other not in unused:
+                output_hash = run.output_hash(other)
+                if output_hash is None:
+                    raise FileNotFoundError(f"stage {name} needs the output of stage {other}: run that first")
+                identity[f"output of {other}"] = output_hash
+            elif other == "baseline":
+                # what the stage publishes when it is run all the same, as every run once did: their stamps still hold
+                identity[f"output of {other}"] = Stage.of(recipe, run, other).outputs_hash({})
         return Stage(run, name, identity, schedule)
 
     @property
@@ -141,12 +155,16 @@ class Stage:
             "stage": self.name,
             "inputs": self.inputs,
             "outputs": files,
-            # of the inputs too: what a stage only refers to, as a list of models does, is not among its files
-            "outputs_hash": hashlib.sha256(json.dumps([self.inputs, files], sort_keys=True).encode()).hexdigest(),
+            "outputs_hash": self.outputs_hash(files),
             "seconds": round(time.time() - started_at, 1),
             **(extra or {}),
         }
         write_atomic(self.folder / "stage.json", json.dumps(stamp, indent=1))
+
+    def outputs_hash(self, files: dict[str, dict[str, Any]]) -> str:
+        """Hash of outputs, and of the inputs too: what a stage only refers to, as a list of models does, is not among
+        its files."""
+        return hashlib.sha256(json.dumps([self.inputs, files], sort_keys=True).encode()).hexdigest()
 
 
 def _files_of(folder: Path) -> dict[str, Any]:

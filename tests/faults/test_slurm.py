@@ -147,7 +147,7 @@ def test_dead_nodes_need_no_hand(quiet: Path, tmp_path: Path, stage: str) -> Non
     def trial(generator: random.Random) -> dict[str, Any] | None:
         with fast_cluster() as slurm:
             jobs = Jobs(slurm, begun(quiet, stage, tmp_path))
-            jobs.submit("--only", "prepare" if stage == "data" else stage)
+            jobs.submit("--only", stage)
             jobs.wait_working()
             node = generator.choice(slurm.nodes)
             aimed = stage == "distill" and generator.random() < 0.5

@@ -142,6 +142,7 @@ class StandIn:
         self.code = folder / "code"
         for package, text in (("pipeline", PIPELINE), ("data_prep", DATA_PREP)):
             (self.code / package).mkdir(parents=True)
+            (self.code / package / "__init__.py").touch()  # else a package on PYTHONPATH would go before it
             (self.code / package / "__main__.py").write_text(text)
         (self.code / "slurm").symlink_to(ROOT / "slurm")
         self.facts: dict[str, Any] = {"python": sys.executable, "launcher": "srun", **cluster}

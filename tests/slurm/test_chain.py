@@ -14,7 +14,7 @@ from slurm.cluster import load_cluster
 from tests.slurm.cluster import SlurmCluster, require_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("prepare", "teacher", "distill", "baseline", "assemble", "evaluate", "report")
+STAGES = ("data", "teacher", "distill", "baseline", "assemble", "evaluate", "report")
 INSTALL = "make .venv/installed"
 
 

@@ -175,15 +175,15 @@ def test_killed_task_of_the_evaluation_starts_again(slurm: SlurmCluster, tmp_pat
     assert "rank 2 failed first (killed by SIGKILL" in stand_in.told(f"{array}_2", "evaluate")
 
 
-def test_killed_rank_of_prepare_lets_the_others_finish(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_killed_rank_of_data_lets_the_others_finish(slurm: SlurmCluster, tmp_path: Path) -> None:
     stand_in = StandIn(slurm, tmp_path)
     stand_in.behave(die_once=1)
-    job = stand_in.sbatch("prepare")
+    job = stand_in.sbatch("data")
     stand_in.wait_requeued(job)
-    (first,) = read_starts(stand_in.run / "logs" / f"prepare-{job}")
+    (first,) = read_starts(stand_in.run / "logs" / f"data-{job}")
     slurm.run("scancel", job)
     assert first.progress_after == "1 shards", "of the rank that lived on"
-    assert "killed by SIGKILL" in stand_in.told(job, "prepare")
+    assert "killed by SIGKILL" in stand_in.told(job, "data")
 
 
 def test_lost_node_starts_the_job_again_on_the_node_that_is_left(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ the stand-in."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from slurm.controller import ENDED
 from tests.slurm.cluster import SlurmCluster, require_slurm
 from tests.slurm.standin import ROOT, StandIn
 
-STAGES = ("prepare", "teacher", "distill", "baseline", "assemble", "evaluate", "report")
+STAGES = ("data", "teacher", "distill", "baseline", "assemble", "evaluate", "report")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_chain_is_submitted_once_and_runs_to_its_end(slurm: SlurmCluster, tmp_pa
     dry = submit(stand_in, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout.count("#SBATCH --job-name=minute-") == len(STAGES)
-    assert "sbatch --parsable --dependency=afterok:JOB_OF_PREPARE --kill-on-invalid-dep=yes" in dry.stdout
+    assert "sbatch --parsable --dependency=afterok:JOB_OF_DATA --kill-on-invalid-dep=yes" in dry.stdout
     assert "# evaluate  2 tasks of 1 node of debug, 1 process a node, 00:10:00" in dry.stdout
     assert "the controller accepts all scripts" in dry.stdout
     assert in_queue(stand_in) == 0
@@ -133,8 +135,8 @@ def test_from_only_and_cancel(slurm: SlurmCluster, tmp_path: Path) -> None:
     stand_in.behave(num_steps=10_000)
     lacking = submit(stand_in, "--from", "distill")
     assert lacking.returncode == 2
-    assert "stage distill needs prepare, teacher first: submit with --from prepare" in lacking.stderr
-    assert tuple(numbers(submit(stand_in, "--only", "prepare").stdout)) == ("prepare",)
+    assert "stage distill needs data, teacher first: submit with --from data" in lacking.stderr
+    assert tuple(numbers(submit(stand_in, "--only", "data").stdout)) == ("data",)
     rest = numbers(submit(stand_in, "--from", "teacher", "--nodes", "1-2").stdout)
     assert tuple(rest) == STAGES[1:]
     stand_in.wait_running()
@@ -147,6 +149,34 @@ def test_from_only_and_cancel(slurm: SlurmCluster, tmp_path: Path) -> None:
     assert "no run is no run directory: it has no recipe.yaml" in nowhere.stderr
 
 
+def test_a_chain_that_calls_stage_data_by_its_former_name_goes_on(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """As after an update of the code while jobs of it are in the queue."""
+    stand_in = StandIn(slurm, tmp_path)
+    submit(stand_in, "--only", "prepare")
+    wait_end(stand_in)
+    shutil.rmtree(stand_in.run / "data")
+    written = stand_in.run / "slurm" / "cluster.toml"
+    written.write_text(written.read_text().replace("jobs.data", "jobs.prepare").replace("\ndata = ", "\nprepare = "))
+    script = stand_in.run / "slurm" / "data.sbatch"
+    former = script.read_text()
+    for new, old in (("-data\n", "-prepare\n"), ("/logs/data-", "/logs/prepare-"), ('"$run" data', '"$run" prepare')):
+        assert new in former
+        former = former.replace(new, old)
+    script.rename(script.with_stem("prepare")).write_text(former)
+    job = slurm.sbatch("--hold", script.with_stem("prepare"))
+
+    rest = submit(stand_in)
+    assert tuple(numbers(rest.stdout)) == STAGES[1:], rest.stderr
+    assert f"data      in the queue as {job}\n" in rest.stdout
+    slurm.run("scontrol", "release", job)
+    wait_end(stand_in)
+    assert slurm.job(job)["JobState"] == "COMPLETED", stand_in.log()
+    assert (stand_in.run / "logs" / f"prepare-{job}" / "starts.jsonl").is_file()
+    shown = command(stand_in, "status", stand_in.run).stdout
+    assert re.search(rf"^data +{job} +completed ", shown, re.MULTILINE), shown
+    assert submit(stand_in, "--only", "data").stdout.startswith("data      done\n")
+
+
 def test_refused_scripts_submit_nothing(slurm: SlurmCluster, tmp_path: Path) -> None:
     stand_in = StandIn(slurm, tmp_path)
     refused = submit(stand_in, "--nodes", "1", "--cluster", "example")
@@ -156,7 +186,7 @@ def test_refused_scripts_submit_nothing(slurm: SlurmCluster, tmp_path: Path) -> 
     path.write_text(stand_in.cluster_file().read_text().replace('partition = "debug"', 'partition = "nowhere"'))
     refused = submit(stand_in, "--cluster", path)
     assert refused.returncode == 2
-    assert "error: stage prepare: sbatch refuses: " in refused.stderr
+    assert "error: stage data: sbatch refuses: " in refused.stderr
     assert "invalid partition specified: nowhere" in refused.stderr
     assert in_queue(stand_in) == 0
     assert not list((stand_in.run / "slurm").glob("*.sbatch"))
@@ -167,7 +197,7 @@ def test_sweep_shares_data_and_teacher(slurm: SlurmCluster, tmp_path: Path) -> N
     sweep = submit(stand_in, "--vary", "seed=0,1", "--vary", "distill.optim.learning_rate=0.004,0.002", name="sweep")
     assert sweep.returncode == 0, sweep.stderr
     jobs = numbers(sweep.stdout)
-    assert tuple(jobs) == ("prepare", "teacher", "baseline", "distill", "assemble", "evaluate", "report")
+    assert tuple(jobs) == ("data", "teacher", "baseline", "distill", "assemble", "evaluate", "report")
     folder = stand_in.run / "sweep"
     names = [f"seed={seed},learning_rate={rate}" for seed in (0, 1) for rate in ("0.004", "0.002")]
     for name in names:  # the stand-in looks for it there

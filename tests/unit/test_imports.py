@@ -40,8 +40,8 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.teacher", "pipeline.distill", "pipeline.baselines", "pipeline.recover", "pipeline.label", "pipeline.trim",
     "pipeline.planning", "pipeline.launch", "pipeline.run", "pipeline.doctor", "pipeline.bench", "pipeline.__main__",
     # the same on a cluster
-    "slurm.cluster", "slurm.controller", "slurm.render", "slurm.discover", "slurm.cause", "slurm.starts", "slurm.check",
-    "slurm.doctor", "slurm.submit", "slurm.status", "slurm.sweep", "slurm.__main__",
+    "slurm.stages", "slurm.cluster", "slurm.controller", "slurm.render", "slurm.discover", "slurm.cause",
+    "slurm.starts", "slurm.check", "slurm.doctor", "slurm.submit", "slurm.status", "slurm.sweep", "slurm.__main__",
 )  # fmt: skip
 
 ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one idea in several files)

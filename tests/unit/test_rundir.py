@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from data_prep.publish import publishing_folder
-from pipeline.config.recipe import EvaluateConfig, Recipe, fields_of_kind
+from pipeline.config.recipe import BaselineConfig, EvaluateConfig, OptimConfig, Recipe, fields_of_kind
 from pipeline.rundir.files import write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.rundir.stage import Stage, StageConflict
@@ -25,6 +25,15 @@ def run(tmp_path):
 def with_optim(recipe, **changes):
     teacher = replace(recipe.teacher, optim=replace(recipe.teacher.optim, **changes))
     return replace(recipe, teacher=teacher)
+
+
+def publish(recipe, run, name, text="same", *, outputs=True, extend=False):
+    """Do a stage; without outputs as one that had nothing to do."""
+    stage = Stage.of(recipe, run, name)
+    stage.begin(extend=extend)
+    write_atomic(stage.folder / "out", text)
+    stage.publish([stage.folder / "out"] * outputs, started_at=time.time())
+    return stage
 
 
 def finish(recipe, run):
@@ -131,19 +140,28 @@ def test_a_folder_is_not_published_on_an_exception_and_the_cause_is_told(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_without_steps_for_baselines_needs_no_baseline_stage(run):
+    recipe = Recipe(baseline=BaselineConfig(optim=OptimConfig(num_steps=0)))
+    for name in ("teacher", "distill"):
+        publish(recipe, run, name)
+    alone = publish(recipe, run, "assemble")
+    # runs used to make an empty one first, and their stamps hold its hash
+    publish(recipe, run, "baseline", outputs=False)
+    assert alone.identity["output of baseline"] == run.output_hash("baseline")
+    assert Stage.of(recipe, run, "assemble").stamp() is not None
+    with_baselines = replace(recipe, baseline=BaselineConfig(optim=OptimConfig(num_steps=5)))
+    publish(with_baselines, run, "baseline", extend=True)
+    publish(with_baselines, run, "assemble")
+    assert Stage.of(recipe, run, "assemble").stamp() is None, "it lists baselines that the recipe has no steps for"
+
+
 def test_a_retrained_baseline_makes_what_comes_after_it_stale(run):
     """systems.json only names the baseline's folder, so its weights are not among the files of assemble."""
 
-    def make(name, text="same"):
-        stage = Stage.of(Recipe(), run, name)
-        stage.begin()
-        write_atomic(stage.folder / "out", text)
-        stage.publish([stage.folder / "out"], started_at=time.time())
-
     for name in ("teacher", "distill", "baseline", "assemble", "evaluate"):
-        make(name)
+        publish(Recipe(), run, name)
     assert Stage.of(Recipe(), run, "evaluate").stamp() is not None
-    make("baseline", "other weights")
+    publish(Recipe(), run, "baseline", "other weights")
     assert Stage.of(Recipe(), run, "assemble").stamp() is None
-    make("assemble")
+    publish(Recipe(), run, "assemble")
     assert Stage.of(Recipe(), run, "evaluate").stamp() is None

@@ -24,7 +24,7 @@ from slurm.submit import check_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLUSTERS = ("example", "container", "local")
-ONE_OF_EACH_SHAPE = ("prepare", "distill", "evaluate", "report")
+ONE_OF_EACH_SHAPE = ("data", "distill", "evaluate", "report")
 EXAMPLE = find_cluster("example").read_text()
 
 
@@ -145,13 +145,13 @@ def test_what_is_no_number_of_nodes_is_refused(text: str) -> None:
 def test_without_mpi_only_one_process_prepares() -> None:
     cluster = replace(load_cluster(find_cluster("local")), mpi="none")
     with pytest.raises(ValueError, match="would start 2 MPI ranks"):
-        rendered(cluster, "prepare")
-    rendered(cluster, "prepare", nodes="1")
+        rendered(cluster, "data")
+    rendered(cluster, "data", nodes="1")
 
 
 def test_mpiexec_beside_the_interpreter_starts_the_ranks() -> None:
     cluster = replace(load_cluster(find_cluster("local")), mpi="mpiexec")
-    script = rendered(cluster, "prepare")
+    script = rendered(cluster, "data")
     assert 'launch=(.venv/bin/mpiexec -n "$SLURM_NTASKS")\n' in script
     assert "srun" not in script.partition("launch=")[2].replace("srun's", "")
 
@@ -204,7 +204,7 @@ def test_templates_refuse_undefined_names() -> None:
     ("old", "new", "message"),
     [
         ('account = "my-project"\n', "", "the key 'account' is missing"),
-        ("cpus_per_process = 1\n", "", r"\[jobs.prepare\]: the key 'cpus_per_process' is missing"),
+        ("cpus_per_process = 1\n", "", r"\[jobs.data\]: the key 'cpus_per_process' is missing"),
         ('report = "00:30:00"\n', "", r"\[time_limits\]: the key 'report' is missing"),
         ('qos = ""', 'qos = ""\nacount = "x"', "unknown key 'acount'; did you mean 'account'"),
         ("[jobs.single]", "[jobs.one]", r"\[jobs\]: unknown key 'one'"),
@@ -231,6 +231,17 @@ def test_mistakes_in_a_cluster_file_are_named(old: str, new: str, message: str, 
         load_cluster(file)
     assert str(raised.value).startswith(str(file))
     assert "\n" not in str(raised.value)
+
+
+def test_a_cluster_file_may_call_stage_data_by_its_former_name(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    former = EXAMPLE.replace("[jobs.data]", "[jobs.prepare]").replace("\ndata = ", "\nprepare = ")
+    assert former.count("prepare") == 2
+    file.write_text(former)
+    assert load_cluster(file) == load_cluster(find_cluster("example"))
+    file.write_text(former + 'data = "01:00:00"\n')  # the table of time limits is the last one
+    with pytest.raises(ValueError, match=r"\[time_limits\]: remove prepare, the former name of data"):
+        load_cluster(file)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +271,15 @@ def test_command_prints_the_script(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "#SBATCH --job-name=mine-teacher\n" in script
     assert "#SBATCH --nodes=1\n" in script
     assert f"run='{tmp_path}/my run'\n" in script
+
+
+def test_command_takes_the_former_name_of_stage_data(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for word in ("data", "prepare"):
+        main(["render", word, "--cluster", "local", "--config", "demo"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "#SBATCH --job-name=demo-data\n" in printed[0]
 
 
 def test_recipes_add_up_and_fields_replace_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +321,7 @@ def test_mistakes_end_the_command_with_one_line(tmp_path: Path, capsys: pytest.C
         (str(file), f"{file}: unknown key"),
     ):
         with pytest.raises(SystemExit) as left:
-            main(["render", "prepare", "--cluster", cluster, "--config", "demo"])
+            main(["render", "data", "--cluster", cluster, "--config", "demo"])
         assert left.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line

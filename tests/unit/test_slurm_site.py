@@ -14,7 +14,8 @@ from slurm.cluster import STAGE_JOBS, load_cluster
 from slurm.controller import Job
 from slurm.discover import choose_mpi, cluster_file, parse_partitions
 from slurm.render import Script, render
-from slurm.status import duration, last_record, loss_of, state_of, training_figures
+from slurm.status import duration, histories, last_record, loss_of, newest_log, rows, state_of, training_figures
+from slurm.submit import write_jobs
 from slurm.sweep import points_of
 
 # sinfo -h -o "%P|%l|%D|%c|%m|%G" of a site with several kinds of nodes in one partition
@@ -134,3 +135,27 @@ def test_figures_of_the_baseline_are_those_of_its_newest_training(tmp_path: Path
     figures = training_figures(minute(), tmp_path, "baseline", 5, running=True)
     assert figures.pop("checkpoint").startswith("step 5, ")
     assert figures == {"progress": "step 5 of 10, finetune-e1x6", "loss": "task 0.500", "tokens_per_s": "9"}
+
+
+def test_a_run_that_calls_stage_data_by_its_former_name_is_shown_and_continued(tmp_path: Path) -> None:
+    """A run directory as `submit` and its jobs left it before the change."""
+    logs = tmp_path / "logs" / "prepare-812"
+    (logs / "start-0").mkdir(parents=True)
+    (logs / "start-0" / "rank-0.log").write_text("shard 3\n")
+    (logs / "starts.jsonl").write_text(
+        '{"number": 0, "begin_s": 1.0, "nodes": "n1", "progress_before": "0 shards"}\n'
+        '{"number": 0, "end_s": 2.0, "progress_after": "1 shards", "why": "lost", "by_itself": false}\n'
+    )
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text('{"prepare": 812, "teacher": 813}')
+    (tmp_path / "recipe.yaml").touch()
+
+    data, teacher, *_ = rows(minute(), tmp_path, [])
+    assert (data.stage, data.job, data.state) == ("data", "812", "lost")
+    assert teacher.job == "813"
+    assert newest_log(tmp_path, "data", 0) == logs / "start-0" / "rank-0.log"
+
+    write_jobs(tmp_path, {"data": 900})  # submitted again
+    (tmp_path / "logs" / "data-900").mkdir()
+    assert rows(minute(), tmp_path, [])[0].job == "900"
+    assert [label for label, _ in histories(tmp_path, "data")] == ["812", "900"]

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline import exits
+from slurm import starts
 from slurm.cause import first_failure
 from slurm.starts import LOST, Job, begin, end, progress, read_starts
 
@@ -156,12 +158,29 @@ def test_own_stop_file_does_not_stop_the_next_start(job: Job) -> None:
     assert not (job.run / "STOP").exists()
 
 
+def test_a_script_that_calls_stage_data_by_its_former_name_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was rendered before the change, and starts after it; its ranks write into logs/prepare-77."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "000000.tar").touch()
+    assert starts.main(["begin", str(tmp_path), "prepare", "--max-requeues", "9"]) == 0
+    logs_with(tmp_path / "logs" / "prepare-77" / "start-0", launch=SRUN, rank_3="ValueError: 3 is odd\n")
+    assert starts.main(["end", str(tmp_path), "prepare", "--status", "7", "--max-requeues", "9"]) == 85
+    (start,) = read_starts(tmp_path / "logs" / "prepare-77")
+    assert (start.progress_before, start.progress_after) == ("1 shards", "1 shards")
+    assert start.why == "rank 3 failed first (exit status 7): ValueError: 3 is odd"
+
+
 def test_a_history_that_cannot_be_written_ends_the_job(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from slurm import starts
-
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     (job.run / "logs").touch()  # a file where the folder should be
     assert starts.main(["end", str(job.run), "distill", "--status", "1", "--max-requeues", "9"]) == 1
     assert "its history cannot be written" in capsys.readouterr().out
+
+
+def test_exit_codes_are_those_of_the_pipeline():
+    assert (starts.EXIT_MISTAKE, starts.EXIT_REQUEUE) == (exits.EXIT_MISTAKE, exits.EXIT_REQUEUE)
