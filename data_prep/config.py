@@ -11,10 +11,17 @@ MAX_SUM_OF_WEIGHTS = 10_000
 
 T = TypeVar("T")
 
+NEVER: Any = object()
 
-def identity(default: T) -> T:
-    """A field that says WHAT is made: another value makes another output and is refused in a half-finished one."""
-    return _field(default, "identity")
+
+def identity(default: T, *, before: Any = NEVER) -> T:
+    """A field that says WHAT is made: another value makes another output and is refused in a half-finished one.
+
+    Args:
+        before: what was done when there was no such field. With that value the field is left out of what outputs are
+            known by, so that those from then still count.
+    """
+    return _field(default, "identity", before)
 
 
 def schedule(default: T) -> T:
@@ -27,8 +34,8 @@ def operational(default: T) -> T:
     return _field(default, "operational")
 
 
-def _field(default: T, kind: str) -> T:
-    return cast(T, dataclasses.field(default=default, metadata={"kind": kind}))
+def _field(default: T, kind: str, before: Any = NEVER) -> T:
+    return cast(T, dataclasses.field(default=default, metadata={"kind": kind, "before": before}))
 
 
 def identity_settings(config: Any) -> dict[str, Any]:

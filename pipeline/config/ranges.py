@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config.recipe import Recipe, fields_of_kind
+from pipeline.config.kinds import fields_of_kind
+from pipeline.config.recipe import Recipe
 
 _AT_LEAST_ONE = (
     "launch.num_ranks", "launch.num_mpi_ranks", "launch.threads_per_rank",
