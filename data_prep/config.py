@@ -12,6 +12,8 @@ MAX_SUM_OF_WEIGHTS = 10_000
 
 T = TypeVar("T")
 
+NEVER: Any = object()
+
 
 class Limits(TypedDict, total=False):
     """What a field may hold; of a tuple, each of its values."""
@@ -33,9 +35,14 @@ LIMITS = {
 """(whether a value keeps to the limit, the limit in words)"""
 
 
-def identity(default: T, **limits: Unpack[Limits]) -> T:
-    """A field that says WHAT is made: another value makes another output and is refused in a half-finished one."""
-    return _field(default, "identity", limits)
+def identity(default: T, *, before: Any = NEVER, **limits: Unpack[Limits]) -> T:
+    """A field that says WHAT is made: another value makes another output and is refused in a half-finished one.
+
+    Args:
+        before: what was done when there was no such field. With that value the field is left out of what outputs are
+            known by, so that those from then still count.
+    """
+    return _field(default, "identity", limits, before)
 
 
 def schedule(default: T, **limits: Unpack[Limits]) -> T:
@@ -48,8 +55,8 @@ def operational(default: T, **limits: Unpack[Limits]) -> T:
     return _field(default, "operational", limits)
 
 
-def _field(default: T, kind: str, limits: Limits) -> T:
-    return cast(T, dataclasses.field(default=default, metadata={"kind": kind, "limits": limits}))
+def _field(default: T, kind: str, limits: Limits, before: Any = NEVER) -> T:
+    return cast(T, dataclasses.field(default=default, metadata={"kind": kind, "limits": limits, "before": before}))
 
 
 def check_limits(config_class: type[Any], values: Any, place: str = "") -> None:

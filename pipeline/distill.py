@@ -10,11 +10,11 @@ from typing import Any
 
 from pipeline.checkpoints import checkpoints
 from pipeline.config import DistillConfig, Recipe
-from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadObjective
 from pipeline.library import export_library, product_of
 from pipeline.model import (
+    Draws,
     GlobalCounts,
     LossTerms,
     ModularLeaf,
@@ -27,6 +27,7 @@ from pipeline.model import (
     granularity_label,
     granularity_of,
     load_model,
+    pure_assemblies,
 )
 from pipeline.rundir import Stage
 from pipeline.scoring import bleu
@@ -66,15 +67,18 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
     sampler = Sampler(settings, seed=seed, stacks=model.stacks)
     objectives = Objectives(settings.losses)
 
-    def forward_args(step: int, batch: MicroBatch, counts: GlobalCounts) -> tuple[Assembly | None, Wanted]:
-        draw = None if step < settings.local_steps else sampler.draw(step, batch.index)
-        return draw, objectives.wanted(step, counts)
+    def draws(step: int, micro_batch: int) -> Draws:
+        return None if step < settings.local_steps else sampler.draws(step, micro_batch)
+
+    def forward_args(step: int, draws: Draws, counts: GlobalCounts) -> tuple[Draws, Wanted]:
+        return draws, objectives.wanted(step, counts)
 
     def loss_terms(step: int, outputs: ModularOutputs, counts: GlobalCounts) -> LossTerms:
         if step < settings.local_steps:
             return objectives.local_terms(step, outputs, counts)
         terms = objectives.replacing_terms(step, outputs, counts)
-        share = sum(map(granularity_of, outputs.pairs)) / sum(model.stacks.num_layers)
+        replaced = sum(granularity_of(use.name) * len(use.draws) for use in outputs.pairs)
+        share = replaced / (outputs.num_draws * sum(model.stacks.num_layers))
         return replace(terms, means={**terms.means, "replaced_share": (share, 1)})
 
     cross_entropy = Wanted(HeadObjective(task=1.0), eager=not settings.losses.fused)
@@ -84,9 +88,11 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         leaf_classes=[TeacherLeaf, ModularLeaf],
         lr_factor=lambda name: family.lr_factor(name, hf_config),
         clip_group=lambda name: ".".join(name.split(".")[1:3]),
+        draws=draws,
+        dearest_draws=lambda step: None if step < settings.local_steps else sampler.dearest(),
         forward_args=forward_args,
         loss_terms=loss_terms,
-        validations={name: (each, cross_entropy) for name, each in followed(model.stacks, settings).items()},
+        validations={name: ((each,), cross_entropy) for name, each in followed(model.stacks, settings).items()},
         layers=[leaf.layer for leaf in model.modules() if isinstance(leaf, (TeacherLeaf, ModularLeaf))],
         restarts=(settings.local_steps,) if 0 < settings.local_steps < settings.optim.num_steps else (),
         means=[*map(granularity_label, granularities), "replaced_share"],
@@ -96,11 +102,7 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
 def followed(stacks: Stacks, settings: DistillConfig) -> dict[str, Assembly]:
     """Assemblies that are validated while training, by name: the teacher, each granularity throughout from the finest
     to the coarsest, and half of the layers, where these granularities reach that."""
-    encoder, decoder = settings.by_stack
-    pure = [
-        stacks.pure((each if each in encoder else 1, each if each in decoder else 1))
-        for each in sorted(settings.all_granularities)
-    ]
+    pure = list(pure_assemblies(settings, stacks).values())
     has_half = stacks.coarsest().num_layers <= round(sum(stacks.num_layers) / 2)
     half = [stacks.preset("size-first", 2.0)] if has_half else []
     return {"teacher": stacks.teacher()} | {str(assembly): assembly for assembly in [pure[0], *half, *pure[1:]]}
@@ -117,4 +119,4 @@ def translation(model: ModularModel, settings: DistillConfig, tokenizer_folder: 
     ratios = {name: assembly.ratio_of_layers for name, assembly in assemblies.items()}
     teacher, *students = assemblies
     chosen = [teacher, students[0], min(students, key=lambda name: abs(ratios[name] - 2)), students[-1]]
-    return Translation({name: (assemblies[name],) for name in chosen}, tokenizer.eos_token_id, score)
+    return Translation({name: ((assemblies[name],),) for name in chosen}, tokenizer.eos_token_id, score)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import SEARCHED, DistillConfig, LossConfig, Recipe
+from pipeline.config import SAMPLED, SEARCHED, DistillConfig, LossConfig, Recipe
 from pipeline.families import family_of
 from pipeline.rundir import RunDir, read_json
 from pipeline.spans import Assembly, Stacks, pure_tiling
@@ -128,6 +128,7 @@ def theseus_settings(recipe: Recipe, granularity: int) -> DistillConfig:
         init="first",
         local_steps=0,
         sampler="theseus-constant",
+        draws=(SAMPLED,),
         losses=LossConfig(hidden=0.0, logit=0.0, task=1.0, fused=recipe.distill.losses.fused),
         optim=recipe.baseline.optim,
     )

@@ -90,7 +90,9 @@ class _Training:
         self.num_steps = 0
 
     def step(self) -> None:
-        outputs = self.engine(self._batch, *self._task.forward_args(self.num_steps % 2, self._batch, self._counts))
+        step = self.num_steps % 2
+        args = self._task.forward_args(step, self._task.draws(step, self._batch.index), self._counts)
+        outputs = self.engine(self._batch, *args)
         self.engine.backward(self._task.loss_terms(1, outputs, self._counts).total)
         self.engine.step(1e-5)
         self.num_steps += 1

@@ -20,8 +20,9 @@ from pipeline.families import family_of
 from pipeline.families.t5 import new_t5
 from pipeline.model.draws import Sampler
 from pipeline.model.modular import ModularModel
-from pipeline.search.losses import LayerCalls, assembly_losses, path_of
+from pipeline.search.losses import LayerCalls, assembly_losses
 from pipeline.search.stage import best_by_size, single
+from pipeline.spans.paths import path_of
 from pipeline.spans.prefixes import count_layers, count_prefixes
 from pipeline.spans.spans import PRESETS, Assembly
 

@@ -26,8 +26,9 @@ from pipeline.config.recipe import DistillConfig, OptimConfig
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.footprint.estimate import Sizes, drawn_layers, training_flops, useful_flops
+from pipeline.footprint.estimate import Sizes, training_flops, useful_flops
 from pipeline.footprint.sharding import read_ds_config
+from pipeline.model.draws import Draws
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel
 from pipeline.spans.spans import STACKS, Assembly
@@ -89,13 +90,8 @@ def random_batch(index: int, shape_BST: tuple[int, int, int], vocab_size: int, d
 def loss_of(side: Any, task: Task, step: int, batch: MicroBatch, num_micro_batches: int) -> torch.Tensor:
     """The loss of a micro-batch of a step, by the engine or by plain PyTorch."""
     counts = GlobalCounts(batch.labels_BT.numel() * num_micro_batches, num_micro_batches, side.upstream)
-    return task.loss_terms(step, side(batch, *task.forward_args(step, batch, counts)), counts).total
-
-
-def draw_of(task: Task, step: int, index: int) -> Assembly:
-    """The draw of a micro-batch."""
-    batch = random_batch(index, (1, 1, 1), 8, torch.device("cpu"))
-    return task.forward_args(step, batch, GlobalCounts(1, 1))[0]
+    args = task.forward_args(step, task.draws(step, batch.index), counts)
+    return task.loss_terms(step, side(batch, *args), counts).total
 
 
 def in_fp32(ds_config: str, folder: str, **zero: Any) -> str:
@@ -242,10 +238,11 @@ def timed_step(side: Any, task: Task, step: int, batch: MicroBatch) -> dict[str,
     }
 
 
-def flops_of(sizes: Sizes, draw: Assembly, shape_BST: tuple[int, int, int]) -> float:
-    """Useful FLOPs of a micro-batch of this shape."""
+def flops_of(sizes: Sizes, draws: Draws, shape_BST: tuple[int, int, int]) -> float:
+    """Useful FLOPs of a micro-batch of this shape in the replacing phase."""
+    assert draws is not None
     num, source, target = shape_BST
-    return useful_flops(sizes, num * source, num * target, drawn_layers(sizes, draw))
+    return useful_flops(sizes, num * source, num * target, draws)
 
 
 def flops_of_fine_tuning(sizes: Sizes, shape_BST: tuple[int, int, int]) -> float:

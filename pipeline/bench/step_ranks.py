@@ -24,7 +24,6 @@ from pipeline.bench.step_model import (
     Plain,
     PrivatePeak,
     device_name,
-    draw_of,
     drawn_elements,
     flops_of,
     flops_of_fine_tuning,
@@ -75,7 +74,7 @@ def traffic(folder: str) -> dict[str, Any]:
                 engine.backward(loss_of(engine, task, step, batch, num_micro_batches * world.size))
             engine.step(1e-3)
             found[name] = counted.take()
-    draws = [draw_of(task, 3, m * world.size + world.rank) for m in range(num_micro_batches)]
+    draws = [draw for m in range(num_micro_batches) for draw in task.draws(3, m * world.size + world.rank) or ()]
     world.close()
     leaves = sum(leaf.num_parameters for leaf in sizes.leaves)
     # called forward and backward: last norms 2 and 1, position biases 1 and 1; the tied embedding is kept from its
@@ -158,7 +157,7 @@ def overhead(folder: str, steps: int) -> dict[str, Any]:
             found = timed_step(side, side_task, step + 2, batch)
             if step >= 0:
                 times[name].append(found)
-        flops.append(flops_of(sizes, draw_of(task, step + 2, batch.index), shape_BST))
+        flops.append(flops_of(sizes, task.draws(step + 2, batch.index), shape_BST))
     profile = (
         profile_of(lambda: timed_step(ours, task, steps + 2, batch)),
         profile_of(lambda: timed_step(plain, plain_task, steps + 2, batch)),
@@ -208,7 +207,7 @@ def gpu(
             found = timed_step(engine, task, step, batch)
             if step >= 3:
                 seconds.append(found["whole"])
-                flops.append(flops_of(sizes, draw_of(task, step, batch.index), shape_BST))
+                flops.append(flops_of(sizes, task.draws(step, batch.index), shape_BST))
         rows[name] = {"seconds": statistics.median(seconds), "flops": statistics.mean(flops)}
         if name == "distillation":
             mode = Sharding.of(ds_config, world.size, world.ranks_per_node, is_gpu=world.device.type == "cuda")

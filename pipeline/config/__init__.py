@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from pipeline.config.cli import parse_recipe, recipe_parser, recipe_yaml, run_program
+from pipeline.config.kinds import fields_of_kind, identity_of
 from pipeline.config.recipe import (
+    COARSEST,
+    PURE,
+    SAMPLED,
     SAMPLERS,
     SEARCHED,
     BatchConfig,
@@ -12,11 +16,13 @@ from pipeline.config.recipe import (
     LossConfig,
     OptimConfig,
     Recipe,
-    fields_of_kind,
 )
 from pipeline.config.search import SearchConfig
 
 __all__ = [
+    "COARSEST",
+    "PURE",
+    "SAMPLED",
     "SAMPLERS",
     "SEARCHED",
     "BatchConfig",
@@ -27,6 +33,7 @@ __all__ = [
     "Recipe",
     "SearchConfig",
     "fields_of_kind",
+    "identity_of",
     "parse_recipe",
     "recipe_parser",
     "recipe_yaml",

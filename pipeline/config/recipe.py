@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from data_prep.config import DataConfig, Settings, identity, operational, schedule
 from pipeline.config.search import SearchConfig
 from pipeline.spans import PRESETS, Stacks
 
 SEARCHED = "searched"
+SAMPLED, COARSEST, PURE = "sampled", "coarsest", "pure"
 SAMPLERS = (
     "stratified",
     "uniform",
@@ -198,7 +198,7 @@ class DistillConfig(Settings):
     it are the replacing phase, where draws put modular layers into the teacher and the whole path is trained. 0
     leaves the local phase out, optim.num_steps the replacing phase."""
     sampler: str = identity("stratified", choices=SAMPLERS)
-    """How the replacing phase draws an assembly for each micro-batch:
+    """How the replacing phase samples an assembly for each micro-batch:
     stratified (a stack takes one granularity throughout or any tiling, see coarse_weight),
     uniform (any tiling is as likely as any other),
     sandwich (the coarsest assembly in every other micro-batch, uniform in the rest; the teacher, which is the other
@@ -207,6 +207,10 @@ class DistillConfig(Settings):
     the end of the ramp or rises to 1 over it, as in BERT-of-Theseus),
     coarse-to-fine, fine-to-coarse (stratified over some granularities: the coarsest or the finest at first, one more
     in each equal part of the ramp, all of them after it)."""
+    draws: tuple[str, ...] = identity((SAMPLED,), before=(SAMPLED,))
+    """Assemblies that share a micro-batch of the replacing phase, over one pass of the teacher; the losses are their
+    mean: sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
+    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout)."""
     coarse_weight: float = identity(0.5, low=0, high=1)
     """For stratified draws and the curricula: share of the draws in which a stack takes one granularity throughout,
     chosen in proportion to its size; the rest is uniform over all tilings."""
@@ -223,6 +227,10 @@ class DistillConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(len(self.all_granularities) > 0, "granularities must name at least one granularity, such as [2, 3, 6]")
+        known = (SAMPLED, COARSEST, PURE, *(f"{PURE}-{each}" for each in sorted(self.all_granularities)))
+        _require(len(self.draws) > 0, f"distill.draws names none: give one or more of {', '.join(known)}")
+        for each in self.draws:
+            _require(each in known, f"distill.draws has {each!r}: choose from {', '.join(known)}")
         _require(self.optim.num_steps > 0, "distill.optim.num_steps is 0: there would be no modular layers")
         _require(
             self.local_steps <= self.optim.num_steps,
@@ -350,20 +358,3 @@ class Recipe(Settings):
     @property
     def resolved_run_dir(self) -> str:
         return self.run_dir or f"runs/{self.name}"
-
-
-def fields_of_kind(config: Any, kind: str, prefix: str = "") -> dict[str, Any]:
-    """Values of all fields of a settings dataclass that are marked `kind`, by dotted name."""
-    values: dict[str, Any] = {}
-    for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
-        if dataclasses.is_dataclass(value):
-            values |= fields_of_kind(value, kind, f"{prefix}{each.name}.")
-        elif each.metadata.get("kind") == kind:
-            values[prefix + each.name] = _lists(value)
-    return values
-
-
-def _lists(value: Any) -> Any:
-    """Tuples, at any depth, as the lists that JSON makes of them."""
-    return [_lists(each) for each in value] if isinstance(value, tuple) else value

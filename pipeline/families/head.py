@@ -1,9 +1,11 @@
 """The vocabulary head of every family: one frozen module that makes logits, or losses without ever holding all logits.
 
-Shapes: N tokens, D model width, V vocabulary.
+Shapes: N tokens, D model width, V vocabulary, U students.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -39,24 +41,29 @@ class VocabularyHead(nn.Module):
         teacher_ND: torch.Tensor | None = None,
         labels_N: torch.Tensor | None = None,
         objective: HeadObjective | None = None,
-        upstream: float = 1.0,
+        upstreams_U: Sequence[float] = (1.0,),
         with_gradient: bool = False,
-    ) -> torch.Tensor | HeadSums:
-        """Logits [N, V]; or, with an objective, its sums (see pipeline.kernels.head_sums)."""
+    ) -> torch.Tensor | list[HeadSums]:
+        """Logits [N, V]; or, with an objective, its sums for each student (see pipeline.kernels.head_sums), where
+        student_ND is [U, N, D]."""
         if objective is None:
             return nn.functional.linear(student_ND * self.scale, self.weight, self.bias)
         assert labels_N is not None
         if teacher_ND is not None:
             teacher_ND = teacher_ND * self.scale
-        return kernels.head_sums(
-            student_ND * self.scale, teacher_ND, self.weight.detach(), labels_N, objective,
-            # the gradient for the states before the factor
-            upstream * self.scale, self.bias, with_gradient,
-        )  # fmt: skip
+        return [
+            kernels.head_sums(
+                each_ND, teacher_ND, self.weight.detach(), labels_N, objective,
+                # the gradient for the states before the factor
+                upstream * self.scale, self.bias, with_gradient,
+            )
+            for each_ND, upstream in zip(student_ND * self.scale, upstreams_U, strict=True)
+        ]  # fmt: skip
 
     def losses(
         self,
-        student_ND: torch.Tensor,
+        student_UND: torch.Tensor,
+        shares_U: Sequence[float],
         teacher_ND: torch.Tensor | None,
         labels_N: torch.Tensor,
         objective: HeadObjective,
@@ -64,16 +71,26 @@ class VocabularyHead(nn.Module):
         *,
         eager: bool,
     ) -> HeadLoss:
-        """The objective for N tokens; see pipeline.kernels.head_loss.
+        """The objective for N tokens, summed over students by their shares; see pipeline.kernels.head_loss.
 
         Args:
             eager: make all logits and take the definition.
         """
-        if eager or not kernels.is_fused(student_ND.device.type):
+        if eager or not kernels.is_fused(student_UND.device.type):
             teacher_NV = None
             if teacher_ND is not None:
                 with torch.no_grad():
                     teacher_NV = self(teacher_ND)
-            return kernels.distribution_loss(self(student_ND), teacher_NV, labels_N, objective)
-        sums = self(student_ND.detach(), teacher_ND, labels_N, objective, upstream, student_ND.requires_grad)
-        return kernels.attach(student_ND, sums, objective, upstream)
+            found = [
+                kernels.distribution_loss(student_NV, teacher_NV, labels_N, objective)
+                for student_NV in self(student_UND)
+            ]
+        else:
+            upstreams_U = [share * upstream for share in shares_U]
+            sums_U = self(student_UND.detach(), teacher_ND, labels_N, objective, upstreams_U, student_UND.requires_grad)
+            found = [
+                kernels.attach(student_ND, sums, objective, each)
+                for student_ND, sums, each in zip(student_UND, sums_U, upstreams_U, strict=True)
+            ]
+        weighted = [[share * term for term in loss] for share, loss in zip(shares_U, found, strict=True)]
+        return HeadLoss(*(sum(terms[1:], start=terms[0]) for terms in zip(*weighted, strict=True)))

@@ -25,7 +25,7 @@ from torch import nn
 
 from pipeline.config import BatchConfig, LoopConfig
 from pipeline.footprint.sharding import AUTO, Sharding
-from pipeline.spans import STACKS, Assembly
+from pipeline.spans import Assembly, students_of
 from pipeline.world import World
 
 GIB = 2**30
@@ -241,26 +241,22 @@ def traffic(sizes: Sizes, mode: Sharding, num_micro_batches: int) -> Traffic:
     return Traffic(gathered, reduced, (gathered + reduced) * crossing)
 
 
-def useful_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int, drawn: Sequence[Leaf]) -> float:
+def useful_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int, draws: Sequence[Assembly]) -> float:
     """FLOPs that a micro-batch needs in the replacing phase. Attention scores and embeddings are left out.
 
-    Per parameter and token: 2 for the teacher, 2 for the student, 2 for its backward through a frozen layer, 4 through
-    a modular one.
-
-    Args:
-        drawn: the layers on the student's path.
+    Per parameter and token: 2 for the teacher, 2 for a student, 2 for its backward through a frozen layer, 4 through a
+    modular one. The head makes logits of the teacher once, and logits and gradients of each student.
     """
     tokens = num_source_tokens, num_target_tokens
     teacher = _flops_of_leaves(sizes, tokens, frozen=2, trained=0)
-    student = sum((6 if leaf.trained else 4) * leaf.multiplied(*tokens) for leaf in drawn)
-    head = max(sizes.rest)
-    return teacher + student + (2 + 4) * head * num_target_tokens
+    students = sum((6 if leaf.trained else 4) * leaf.multiplied(*tokens) for leaf in drawn_layers(sizes, draws))
+    return teacher + students + (2 + 4 * len(set(draws))) * max(sizes.rest) * num_target_tokens
 
 
-def drawn_layers(sizes: Sizes, draw: Assembly) -> list[Leaf]:
-    """The layers of a draw; those of a stack and kind are all of one size."""
+def drawn_layers(sizes: Sizes, draws: Sequence[Assembly]) -> list[Leaf]:
+    """The layers that are computed for the students of draws; those of a stack and kind are all of one size."""
     of = {(leaf.stack, leaf.trained): leaf for leaf in sizes.leaves}
-    return [of[stack, span.num_layers > 1] for stack in STACKS for span in draw.tiling(stack).spans]
+    return [of[stack, span.num_layers > 1] for stack, span in students_of(draws)]
 
 
 def local_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int) -> float:

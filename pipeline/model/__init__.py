@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.model.draws import Sampler
+from pipeline.model.draws import Draws, Sampler, pure_assemblies, text_of
 from pipeline.model.huggingface import check_lengths, load_model
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf
 from pipeline.model.losses import GlobalCounts, LossTerms, Objectives, granularity_label, task_loss
 from pipeline.model.modular import ModularModel, ModularOutputs, Wanted, granularity_of
 
 __all__ = [
+    "Draws",
     "GlobalCounts",
     "LossTerms",
     "ModularLeaf",
@@ -22,5 +23,7 @@ __all__ = [
     "granularity_label",
     "granularity_of",
     "load_model",
+    "pure_assemblies",
     "task_loss",
+    "text_of",
 ]

@@ -1,4 +1,4 @@
-"""Draws: which assembly the student takes for one micro-batch: a pure function of (seed, step, micro-batch index)."""
+"""Draws: which assemblies students take for one micro-batch: a pure function of (seed, step, micro-batch index)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
-from pipeline.config import SAMPLERS, DistillConfig
-from pipeline.spans import Assembly, Span, Stacks, Tiling, count_tilings, modular_spans, pure_tiling
+from pipeline.config import COARSEST, PURE, SAMPLED, SAMPLERS, DistillConfig
+from pipeline.spans import Assembly, Span, Stacks, Tiling, count_tilings, modular_spans, pure_tiling, students_of
+
+Draws = tuple[Assembly, ...] | None
+"""The assemblies that share a micro-batch, none for a model that has no other layers; None in the local phase."""
+NUM_COMPARED = 1000
+"""Micro-batches, evenly over the replacing phase, among which the dearest is looked for."""
 
 DrawTiling = Callable[[int, random.Random], Tiling]  # (0 for the encoder or 1 for the decoder, randomness) -> tiling
 
@@ -29,14 +34,44 @@ class Sampler:
         self.seed = seed
         self.stacks = stacks
         self._coarsest = stacks.coarsest()
+        self._pure = pure_assemblies(settings, stacks)
+        layers = "+".join(map(str, stacks.num_layers))
         if self._coarsest == stacks.teacher():
-            layers = "+".join(map(str, stacks.num_layers))
             raise ValueError(f"the granularities leave all of {layers} layers as they are: nothing to draw")
+        for name in settings.draws:
+            if name.startswith(f"{PURE}-") and _granularity(name) not in self._pure:
+                raise ValueError(f"draws has {name}, but that granularity makes no span of {layers} layers")
         self._walks = cache(self._make_walks)
 
-    def draw(self, step: int, micro_batch: int) -> Assembly:
-        """The assembly of micro-batch `micro_batch` of the global batch of a step."""
-        generator = random.Random(f"draw/{self.seed}/{step}/{micro_batch}")
+    def draws(self, step: int, micro_batch: int) -> tuple[Assembly, ...]:
+        """The assemblies that share micro-batch `micro_batch` of the global batch of a step, as `settings.draws` names
+        them."""
+        found: list[Assembly] = []
+        num_sampled = 0
+        for name in self.settings.draws:
+            if name == SAMPLED:
+                found.append(self.draw(step, micro_batch, num_sampled))
+                num_sampled += 1
+            elif name == COARSEST:
+                found.append(self._coarsest)
+            elif name == PURE:
+                found += self._pure.values()
+            else:
+                found.append(self._pure[_granularity(name)])
+        return tuple(found)
+
+    def dearest(self) -> tuple[Assembly, ...]:
+        """Of the draws of many micro-batches of the run those for which most layers are computed."""
+        first, last = self.settings.local_steps, self.settings.optim.num_steps
+        num_micro_batches = self.settings.batch.micro_batches_per_step
+        total = (last - first) * num_micro_batches
+        compared = (i * total // NUM_COMPARED for i in range(NUM_COMPARED)) if total > NUM_COMPARED else range(total)
+        drawn = (self.draws(first + place // num_micro_batches, place % num_micro_batches) for place in compared)
+        return max(drawn, key=lambda draws: len(students_of(draws)))
+
+    def draw(self, step: int, micro_batch: int, index: int = 0) -> Assembly:
+        """The assembly number `index` of those that are sampled for a micro-batch."""
+        generator = random.Random(f"draw/{self.seed}/{step}/{micro_batch}" + (f"/{index}" if index else ""))
         draw_tiling = self._rule(step, micro_batch)
         while True:
             encoder, decoder = (draw_tiling(stack, generator) for stack in (0, 1))
@@ -113,6 +148,26 @@ class Sampler:
             lengths.append(generator.choice(starting) if replaced else 1)
             first += lengths[-1]
         return Tiling(tuple(lengths))
+
+
+def _granularity(name: str) -> int:
+    """Of a name such as pure-3."""
+    return int(name.removeprefix(f"{PURE}-"))
+
+
+def pure_assemblies(settings: DistillConfig, stacks: Stacks) -> dict[int, Assembly]:
+    """The assembly that has a granularity throughout, for each from the finest to the coarsest that makes a span."""
+    encoder, decoder = settings.by_stack
+    found = {
+        each: stacks.pure((each if each in encoder else 1, each if each in decoder else 1))
+        for each in sorted(settings.all_granularities)
+    }
+    return {each: assembly for each, assembly in found.items() if assembly != stacks.teacher()}
+
+
+def text_of(draws: Draws) -> str:
+    """Draws in a line for people; empty where there are none."""
+    return "the local phase" if draws is None else " + ".join(map(str, draws))
 
 
 class _UniformTilings:

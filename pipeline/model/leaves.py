@@ -35,14 +35,16 @@ class TeacherLeaf(_Leaf):
         student_encoded_BSD: torch.Tensor | None,
         use: bool,
         inputs: StackInputs,
+        student_inputs: StackInputs,
         capture: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, QueriesKeys]]:
         """(teacher state after the layer, student state after the layer or, without `use`, as it was, the teacher's
-        queries and keys if `capture`)."""
+        queries and keys if `capture`). The student's batch may be that of several students, one after the other; its
+        encoded states and inputs are as many."""
         with torch.no_grad(), captured(self.family.attentions(self.layer), capture) as queries_keys:
             teacher_out_BLD = self.family.call_layer(self.layer, teacher_BLD, teacher_encoded_BSD, inputs)
         if use:
-            student_BLD = self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, inputs)
+            student_BLD = self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, student_inputs)
         else:
             student_BLD = student_BLD.view_as(student_BLD)
         return teacher_out_BLD, student_BLD, queries_keys
@@ -114,9 +116,16 @@ class Splice(torch.autograd.Function):
 def initial_layer(layers: nn.ModuleList, span: Span, init: str, *, share_memory: bool = False) -> nn.Module:
     """What a modular layer starts from: a copy of the "first", "middle" or "last" layer of its span (of two middle
     layers the earlier one), or their "average", parameter by parameter. With `share_memory` a copy of one layer has
-    parameters of its own over that layer's memory."""
+    parameters of its own over that layer's memory.
+
+    Raises:
+        ValueError: no such start.
+    """
     middle = (span.first + span.last) // 2
-    source = layers[{"first": span.first, "middle": middle}.get(init, span.last)]
+    sources = {"first": span.first, "middle": middle, "last": span.last, "average": span.last}
+    if init not in sources:
+        raise ValueError(f"unknown init {init!r}: choose from {', '.join(sources)}")
+    source = layers[sources[init]]
     twins = {id(parameter): nn.Parameter(parameter.data) for parameter in source.parameters()}
     layer = copy.deepcopy(source, twins if share_memory else None)
     if init == "average":

@@ -3,11 +3,16 @@
 Every term is divided by counts of the whole global batch, which every rank knows beforehand from the lengths of the
 examples. So the sum of the terms over micro-batches and ranks is the mean over the global batch, whatever their number.
 
-Shapes: N valid target tokens of a micro-batch, V vocabulary, P spans that it uses.
+Where several draws share a micro-batch, a term is the mean over its draws of what each of them alone would give. What
+one stream makes counts for every draw that the stream serves.
+
+Shapes: N valid target tokens of a micro-batch, V vocabulary, P spans that a stream goes through.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import LossConfig
-from pipeline.kernels import HeadObjective, HiddenMode, PairLosses, attention_loss, hidden_loss
-from pipeline.model.modular import ModularOutputs, Wanted, granularity_of
+from pipeline.kernels import HeadObjective, HiddenMode, HiddenPair, PairLosses, attention_loss, hidden_loss
+from pipeline.model.modular import ModularOutputs, Use, Wanted, granularity_of
 from pipeline.schedule import weight_at
 
 
@@ -70,11 +75,14 @@ class Objectives:
     def local_terms(self, step: int, outputs: ModularOutputs, counts: GlobalCounts) -> LossTerms:
         """Local phase: each modular layer's hidden error on its own span; they share no parameters, so the sum is
         free."""
-        hidden = self._hidden(outputs, 1 / counts.num_micro_batches, counts)
+        hidden = self._hidden(list(outputs.pairs.values()), 1 / counts.num_micro_batches, counts)
         shares_P = hidden.share_P.detach()
-        parts = {f"hidden/{name}": share for name, share in zip(outputs.pairs, shares_P, strict=True)}
-        total = hidden.share_P.sum() + self._attention(step, outputs, counts, parts, mean=False)
-        return LossTerms(total, parts, by_granularity(outputs, hidden.loss_P))
+        parts = {f"hidden/{use.name}": share for use, share in zip(outputs.pairs, shares_P, strict=True)}
+        total = hidden.share_P.sum()
+        total = total + self._attention(
+            step, outputs, counts, parts, lambda uses: {1 / counts.num_micro_batches: list(uses)}
+        )
+        return LossTerms(total, parts, by_granularity(list(outputs.pairs), hidden.loss_P))
 
     def replacing_terms(self, step: int, outputs: ModularOutputs, counts: GlobalCounts) -> LossTerms:
         """Replacing phase: hidden error at the ends of the drawn spans (their mean), logit distillation, task loss."""
@@ -83,14 +91,20 @@ class Objectives:
         total = outputs.head.share
         parts = {"logit": outputs.head.logit / num_tokens, "task": outputs.head.task / num_tokens}
         parts["hidden"] = torch.zeros_like(total)
-        means = {}
-        if outputs.pairs:  # a draw may be the teacher itself
-            scale = 1 / (len(outputs.pairs) * counts.num_micro_batches)
-            hidden = self._hidden(outputs, weight_at(self.config.hidden, step) * scale, counts)
+        uses, errors = [], []
+
+        def by_share(pairs: Iterable[Use]) -> dict[float, list[Use]]:
+            return shares_of_draws(pairs, outputs.num_draws, counts.num_micro_batches)
+
+        for share, alike in by_share(outputs.pairs).items():  # none where the draw is the teacher itself
+            weight = weight_at(self.config.hidden, step) * share
+            hidden = self._hidden([outputs.pairs[use] for use in alike], weight, counts)
             total = total + hidden.share_P.sum()
-            parts["hidden"] = hidden.loss_P.sum() * scale
-            means = by_granularity(outputs, hidden.loss_P)
-        total = total + self._attention(step, outputs, counts, parts, mean=True)
+            parts["hidden"] = parts["hidden"] + hidden.loss_P.sum() * share
+            uses += alike
+            errors.append(hidden.loss_P)
+        means = by_granularity(uses, torch.cat(errors)) if uses else {}
+        total = total + self._attention(step, outputs, counts, parts, by_share)
         return LossTerms(total, {name: part.detach() for name, part in parts.items()}, means)
 
     def _attention_weights(self, step: int) -> dict[str, float]:
@@ -100,25 +114,48 @@ class Objectives:
         }
 
     def _attention(
-        self, step: int, outputs: ModularOutputs, counts: GlobalCounts, parts: dict[str, torch.Tensor], mean: bool
+        self,
+        step: int,
+        outputs: ModularOutputs,
+        counts: GlobalCounts,
+        parts: dict[str, torch.Tensor],
+        by_share: Callable[[Iterable[Use]], dict[float, list[Use]]],
     ) -> torch.Tensor | float:
-        """Weighted share of the attention losses, summed or averaged over modular layers; adds to the parts those that
-        have a weight, also where no layer has such an attention: all ranks must report the same names."""
+        """Weighted share of the attention losses; adds to the parts those that have a weight, also where no layer has
+        such an attention: all ranks must report the same names.
+
+        Args:
+            by_share: the uses of a kind by what each of them counts.
+        """
         total: torch.Tensor | float = 0.0
         for kind, weight in self._attention_weights(step).items():
-            pairs = list(outputs.attention.get(kind, {}).values()) if weight else []
-            if weight:
-                parts[f"attention_{kind}"] = torch.zeros_like(next(iter(parts.values())))
-            if pairs:
-                scale = 1 / (counts.num_micro_batches * (len(pairs) if mean else 1))
-                loss = attention_loss(pairs, weight * scale, counts.upstream, eager=not self.config.fused)
+            if not weight:
+                continue
+            name, pairs = f"attention_{kind}", outputs.attention.get(kind, {})
+            parts[name] = torch.zeros_like(next(iter(parts.values())))
+            for share, alike in by_share(pairs).items() if pairs else ():
+                loss = attention_loss(
+                    [pairs[use] for use in alike], weight * share, counts.upstream, eager=not self.config.fused
+                )
                 total = total + loss.share_P.sum()
-                parts[f"attention_{kind}"] = loss.loss_P.sum() * scale
+                parts[name] = parts[name] + loss.loss_P.sum() * share
         return total
 
-    def _hidden(self, outputs: ModularOutputs, weight: float, counts: GlobalCounts) -> PairLosses:
-        pairs, mode = list(outputs.pairs.values()), cast(HiddenMode, self.config.hidden_mode)
+    def _hidden(self, pairs: list[HiddenPair], weight: float, counts: GlobalCounts) -> PairLosses:
+        mode = cast(HiddenMode, self.config.hidden_mode)
         return hidden_loss(pairs, mode, weight, counts.upstream, eager=not self.config.fused)
+
+
+def shares_of_draws(uses: Iterable[Use], num_draws: int, num_micro_batches: int) -> dict[float, list[Use]]:
+    """Uses by what each counts in the mean over micro-batches and draws of the mean over a draw's uses: those of other
+    draws count otherwise, and what one loss function takes at once has one weight."""
+    uses = list(uses)
+    num_of_draw = Counter(draw for use in uses for draw in use.draws)
+    found: dict[float, list[Use]] = {}
+    for use in uses:
+        share = sum(1 / (num_of_draw[draw] * num_draws * num_micro_batches) for draw in use.draws)
+        found.setdefault(share, []).append(use)
+    return found
 
 
 def granularity_label(granularity: int) -> str:
@@ -126,11 +163,11 @@ def granularity_label(granularity: int) -> str:
     return f"hidden/granularity_{granularity}"
 
 
-def by_granularity(outputs: ModularOutputs, errors_P: torch.Tensor) -> dict[str, tuple[torch.Tensor | float, int]]:
-    """(sum, count) of the hidden errors of the spans that a micro-batch used, by granularity."""
+def by_granularity(uses: Sequence[Use], errors_P: torch.Tensor) -> dict[str, tuple[torch.Tensor | float, int]]:
+    """(sum, count) of the hidden errors of the spans that the draws of a micro-batch used, by granularity."""
     places: dict[int, list[int]] = {}
-    for place, name in enumerate(outputs.pairs):
-        places.setdefault(granularity_of(name), []).append(place)
+    for place, use in enumerate(uses):
+        places.setdefault(granularity_of(use.name), []).extend([place] * len(use.draws))
     return {
         granularity_label(granularity): (errors_P.detach()[used].sum(), len(used))
         for granularity, used in places.items()

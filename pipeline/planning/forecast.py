@@ -15,7 +15,6 @@ from pipeline.footprint import (
     Sharding,
     Sizes,
     Traffic,
-    drawn_layers,
     local_flops,
     memory,
     plan,
@@ -155,8 +154,8 @@ def _modular_flops(recipe: Recipe, planned: Planned, sizes: Sizes, settings: Dis
     if num_steps > local_steps:
         sampler = Sampler(settings, seed=recipe.seed, stacks=planned.stacks)
         steps = [local_steps + i * (num_steps - local_steps) // NUM_DRAWS for i in range(NUM_DRAWS)]
-        draws = [drawn_layers(sizes, sampler.draw(step, i)) for i, step in enumerate(steps)]
-        total += (num_steps - local_steps) * mean(useful_flops(sizes, *tokens, draw) for draw in draws)
+        draws = [sampler.draws(step, i) for i, step in enumerate(steps)]
+        total += (num_steps - local_steps) * mean(useful_flops(sizes, *tokens, each) for each in draws)
     return total / num_steps
 
 

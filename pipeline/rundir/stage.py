@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
-from pipeline.config import SEARCHED, Recipe, fields_of_kind
+from pipeline.config import SEARCHED, Recipe, fields_of_kind, identity_of
 from pipeline.rundir.files import difference, read_json, write_atomic
 from pipeline.rundir.run_dir import STAGES, RunDir
 
@@ -57,8 +57,8 @@ class Stage:
         """
         prefixes, upstream = STAGES[name]
         identity, schedule = (
-            {field: value for field, value in fields_of_kind(recipe, kind).items() if field.startswith(prefixes)}
-            for kind in ("identity", "schedule")
+            {field: value for field, value in found.items() if field.startswith(prefixes)}
+            for found in (identity_of(recipe), fields_of_kind(recipe, "schedule"))
         )
         identity |= {"format": FORMAT_VERSION, "seed": recipe.seed}
         if name == "teacher" and recipe.teacher.folder:

@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.data import IGNORED_LABEL, MicroBatch
 from pipeline.families import Family, StackInputs
 from pipeline.model import ModularModel, task_loss
-from pipeline.spans import STACKS, Assembly, Span, Tiling, walk
+from pipeline.spans import Assembly, Span, Tiling, walk
 
 
 @dataclass
@@ -26,11 +26,6 @@ class LayerCalls:
 
     encoder: int = 0
     decoder: int = 0
-
-
-def path_of(assembly: Assembly) -> tuple[tuple[str, Span], ...]:
-    """The layers that a state goes through: encoder, then decoder; distinct prefixes of paths are layer calls."""
-    return tuple((stack, span) for stack in STACKS for span in assembly.tiling(stack).spans)
 
 
 @torch.no_grad()

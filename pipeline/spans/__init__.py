@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.spans.paths import students_of
 from pipeline.spans.prefixes import walk
 from pipeline.spans.sizes import ModelSizes
 from pipeline.spans.solve import Budget, Cost, Shape, best_assemblies, best_of, costs_of_sizes, pareto_front, shape_of
@@ -38,5 +39,6 @@ __all__ = [
     "pareto_front",
     "pure_tiling",
     "shape_of",
+    "students_of",
     "walk",
 ]

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from data_prep.partition import mix
 from pipeline.checkpoints import Checkpointer, Keep, TrainState
 from pipeline.config import BatchConfig, LoopConfig, OptimConfig
-from pipeline.data import Batches, Cursor, MicroBatch, StepBatch, evaluation_batches, on_device
+from pipeline.data import Batches, Cursor, StepBatch, evaluation_batches, on_device
 from pipeline.exits import EXIT_MISTAKE, EXIT_REQUEUE
 from pipeline.footprint import Machine, plan, sizes_of
-from pipeline.model import GlobalCounts, LossTerms
+from pipeline.model import Draws, GlobalCounts, LossTerms, text_of
 from pipeline.rundir import Stage, StageConflict, write_atomic
 from pipeline.schedule import learning_rate
 from pipeline.training.clock import PhaseClock
@@ -42,14 +42,18 @@ class Task:
     leaf_classes: Sequence[type[nn.Module]]
     lr_factor: Callable[[str], float]
     clip_group: Callable[[str], str]
-    forward_args: Callable[[int, MicroBatch, GlobalCounts], tuple[Any, ...]]
-    """(step, micro-batch, counts) -> further arguments of the module's forward."""
+    forward_args: Callable[[int, Draws, GlobalCounts], tuple[Any, ...]]
+    """(step, draws, counts) -> further arguments of the module's forward."""
     loss_terms: Callable[[int, Any, GlobalCounts], LossTerms]
     """(step, outputs, counts) -> losses."""
     validations: Mapping[str, tuple[Any, ...]]
     """Further arguments of forward for each validation loss, by its name."""
     layers: Sequence[nn.Module]
     """What activation checkpointing runs again in backward, one at a time."""
+    draws: Callable[[int, int], Draws] = lambda step, micro_batch: ()
+    """(step, micro-batch) -> the assemblies that share it."""
+    dearest_draws: Callable[[int], Draws] = lambda step: ()
+    """Step -> those of its phase that take most memory."""
     restarts: tuple[int, ...] = ()
     """Steps at which the objective changes: the optimizer's moments and the warm-up start anew."""
     means: Sequence[str] = ()
@@ -175,7 +179,8 @@ class Trainer:
             if state.step in self.task.restarts:
                 self.engine.restart_optimizer()
             step_batch, cursor = self.batches.step(state.cursor, self.world.rank, self.world.size)
-            self._step(state.step, step_batch, sums, self._learning_rate(state.step))
+            draws = [self.task.draws(state.step, each.index) for each in step_batch.micro_batches]
+            self._step(state.step, step_batch, draws, sums, self._learning_rate(state.step))
             state = TrainState(state.step + 1, cursor)
             records.advance()
             last = state.step == self.optim.num_steps
@@ -216,21 +221,27 @@ class Trainer:
         )
 
     def _rehearse(self) -> None:
-        """Take the largest micro-batches through a step of each phase that leaves everything as it was, before anything
-        is restored: what does not fit into memory fails now and not after hours."""
+        """Take the largest micro-batches and the dearest draws through a step of each phase that leaves everything as
+        it was, before anything is restored: what does not fit into memory fails now and not after hours."""
         batch = self.batches.longest_step(self.world.rank, self.world.size)
         for step in (0, *self.task.restarts):
             sums = Sums(self.engine.clip_groups, self.task.means, self.world, self.clock)
-            self._step(step, batch, sums, learning_rate=0.0)
+            dearest = self.task.dearest_draws(step)
+            self._step(step, batch, [dearest] * len(batch.micro_batches), sums, learning_rate=0.0)
             self.engine.restart_optimizer()
         self.clock.take()
 
-    def _step(self, step: int, batch: StepBatch, sums: Sums, learning_rate: float) -> None:
+    def _step(self, step: int, batch: StepBatch, draws: Sequence[Draws], sums: Sums, learning_rate: float) -> None:
+        """One optimizer step. Collective.
+
+        Args:
+            draws: of each micro-batch of this rank.
+        """
         counts = GlobalCounts(batch.num_target_tokens, batch.num_micro_batches_with_data, self.engine.upstream)
-        losses: list[tuple[str, torch.Tensor]] = []
-        for micro_batch in batch.micro_batches:
-            args = self.task.forward_args(step, micro_batch, counts)
-            self.clock.enter("forward", str(args[0]) if args else "")
+        losses: list[torch.Tensor] = []
+        for micro_batch, drawn in zip(batch.micro_batches, draws, strict=True):
+            args = self.task.forward_args(step, drawn, counts)
+            self.clock.enter("forward", text_of(drawn))
             micro_batch = on_device(micro_batch, self.world)
             # randomness (dropout) is a function of position too, so that a resumed run draws the same
             torch.manual_seed(mix(self.stage.identity["seed"], step, micro_batch.index) >> 1)
@@ -238,29 +249,32 @@ class Trainer:
             terms = self.task.loss_terms(step, outputs, counts)
             self.clock.enter("backward", self.clock.detail)
             self.engine.backward(terms.total)
-            losses.append((self.clock.detail, terms.total.detach()))
+            losses.append(terms.total.detach())
             sums.add(terms, counted=len(micro_batch.example_ids) > 0)
         self.clock.enter("optimizer")
         try:
             norms_G = self.engine.step(learning_rate)
         except FloatingPointError as error:
-            raise ValueError(self._diagnosis(step, batch, losses, str(error))) from None
+            raise ValueError(self._diagnosis(step, batch, draws, losses, str(error))) from None
         sums.add_step(norms_G, batch)
 
-    def _diagnosis(self, step: int, batch: StepBatch, losses: Sequence[tuple[str, torch.Tensor]], what: str) -> str:
+    def _diagnosis(
+        self, step: int, batch: StepBatch, draws: Sequence[Draws], losses: Sequence[torch.Tensor], what: str
+    ) -> str:
         """One line about a step that is not finite: the micro-batches of all ranks whose loss is not, or all of them
         where only gradients are not. Collective.
 
         Args:
-            losses: (draw, loss) of each of this rank's micro-batches.
+            draws, losses: of each of this rank's micro-batches.
         """
-        broken = [not math.isfinite(loss) for _, loss in losses]
+        broken = [not math.isfinite(loss) for loss in losses]
         in_loss = self.world.any(any(broken))
         parts = []
-        for micro_batch, (draw, loss), is_broken in zip(batch.micro_batches, losses, broken, strict=True):
+        for micro_batch, drawn, loss, is_broken in zip(batch.micro_batches, draws, losses, broken, strict=True):
             if is_broken or not in_loss:
+                of = f" of {text_of(drawn)}" if drawn != () else ""
                 examples = " ".join(map(str, micro_batch.example_ids))
-                parts.append(f"micro-batch {micro_batch.index}: loss {loss:.4g}, draw {draw}, examples {examples}")
+                parts.append(f"micro-batch {micro_batch.index}: loss {loss:.4g}{of}, examples {examples}")
         told = "; ".join(text for text in self.world.gather("; ".join(parts), self.side_group) if text)
         return f"step {step} stopped before the optimizer moved: {what}; {told}"
 

@@ -215,7 +215,7 @@ class Watchdog:
             "beat": self._num_beats,
             "step": position.step,
             "phase": position.phase,
-            "draw": position.detail,
+            "draw": position.detail[: BEAT_BYTES // 2],
             "left": None,
         }
 

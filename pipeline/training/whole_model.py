@@ -19,7 +19,7 @@ from pipeline.config import LossConfig
 from pipeline.data import IGNORED_LABEL, MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
-from pipeline.model import GlobalCounts, LossTerms, Objectives, task_loss
+from pipeline.model import Draws, GlobalCounts, LossTerms, Objectives, task_loss
 from pipeline.rundir import Stage
 from pipeline.spans import STACKS
 from pipeline.tokenizer import save_tokenizer
@@ -65,7 +65,7 @@ def full_model_task(model: PreTrainedModel) -> Task:
         leaf_classes=[type(family.layers(model, "encoder")[0])],
         lr_factor=lambda name: family.lr_factor(name, model.config),
         clip_group=lambda name: "model",
-        forward_args=lambda step, batch, counts: (),
+        forward_args=lambda step, draws, counts: (),
         loss_terms=teacher_terms,
         validations={"task": ()},
         layers=[layer for stack in STACKS for layer in family.layers(model, stack)],
@@ -134,7 +134,7 @@ def distilled_task(task: Task, teacher: PreTrainedModel, losses: LossConfig) -> 
     model: Any = task.module
     objectives = Objectives(losses)
 
-    def forward_args(step: int, batch: MicroBatch, counts: GlobalCounts) -> tuple[HeadObjective]:
+    def forward_args(step: int, draws: Draws, counts: GlobalCounts) -> tuple[HeadObjective]:
         return (objectives.wanted(step, counts).head,)
 
     def loss_terms(step: int, outputs: DistilledOutputs, counts: GlobalCounts) -> LossTerms:

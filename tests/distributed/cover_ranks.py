@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
+from pipeline.model.draws import text_of
 from pipeline.training.engine import join_world
-from tests.distributed.engine_ranks import Run, counts_of, global_batch, in_fp32, new_task, reference, settings_of, sgd
+from tests.distributed.engine_ranks import Run, in_fp32, new_task, reference, settings_of, sgd
 
 NUM_STEPS, NUM_LOCAL = 30, 5
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": sgd}
@@ -69,8 +70,7 @@ def random_draws(num_steps: int) -> dict[str, Any]:
     invalidate = coordinator._invalidate_trace
     coordinator._invalidate_trace = lambda: (invalidated.append(None), invalidate())
     losses = [run.step(step) for step in range(num_steps)]
-    mine = (global_batch(step, world.size)[world.rank] for step in range(num_steps))
-    draws = [str(run.task.forward_args(step, batch, counts_of([batch]))[0]) for step, batch in enumerate(mine)]
+    draws = [text_of(run.task.draws(step, world.rank)) for step in range(num_steps)]
     found = {"invalidated": len(invalidated), "prefetches": coordinator.is_complete_trace(), "draws": draws}
     world.close()
     expected = reference(world.size, settings)[0] if world.is_main else []

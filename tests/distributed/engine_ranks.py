@@ -82,7 +82,7 @@ def reference(
             parameter.grad = torch.zeros_like(parameter)
         for batch in batches:
             counts = counts_of(batches)
-            outputs = task.module(batch, *task.forward_args(step, batch, counts))
+            outputs = task.module(batch, *task.forward_args(step, task.draws(step, batch.index), counts))
             loss = task.loss_terms(step, outputs, counts).total
             loss.backward()
             total += loss.item()
@@ -131,7 +131,8 @@ class Run:
         total = torch.zeros((), device=self.world.device)
         for batch in batches[self.world.rank :: self.world.size]:
             batch = on_device(batch, self.world.device)
-            outputs = self.engine(batch, *self.task.forward_args(step, batch, counts))
+            draws = self.task.draws(step, batch.index)
+            outputs = self.engine(batch, *self.task.forward_args(step, draws, counts))
             loss = self.task.loss_terms(step, outputs, counts).total
             self.engine.backward(loss)
             total += loss.detach()
@@ -230,7 +231,7 @@ def non_finite(ds_config: str) -> str:
     before = [{key: each.clone() for key, each in part.tensors.items()} for part in run.engine.slices()]
     batch = global_batch(0, run_size)[run.world.rank]
     counts = counts_of([batch])
-    outputs = run.engine(batch, *run.task.forward_args(0, batch, counts))
+    outputs = run.engine(batch, *run.task.forward_args(0, run.task.draws(0, batch.index), counts))
     loss = run.task.loss_terms(0, outputs, counts).total
     run.engine.backward(loss * (float("nan") if run.world.rank == 0 else 1.0))
     said = "no error"

@@ -45,11 +45,11 @@ def stage_step_by_step(name: str, run_dir: str, options: tuple[str, ...]) -> Non
     """The same, and a line for every step that the loop makes: its number, its learning rate, and the lengths of source
     and target of each micro-batch."""
 
-    def told(self: Trainer, step: int, batch: StepBatch, sums: Any, learning_rate: float) -> None:
+    def told(self: Trainer, step: int, batch: StepBatch, draws: Any, sums: Any, learning_rate: float) -> None:
         lengths = [(each.source_BS.shape[1], each.labels_BT.shape[1]) for each in batch.micro_batches]
         with open(Path(run_dir) / "steps.jsonl", "a") as file:
             file.write(json.dumps([step, learning_rate, lengths]) + "\n")
-        untold(self, step, batch, sums, learning_rate)
+        untold(self, step, batch, draws, sums, learning_rate)
 
     untold = Trainer._step
     with mock.patch.object(Trainer, "_step", told):

@@ -19,7 +19,7 @@ from pipeline.bench.ablation import (
     spread,
     table,
 )
-from pipeline.config.recipe import fields_of_kind
+from pipeline.config.kinds import fields_of_kind
 from pipeline.rundir.run_dir import RunDir
 
 RUN = RunDir(Path("somewhere"))

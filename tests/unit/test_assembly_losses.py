@@ -10,7 +10,8 @@ import torch
 from pipeline.families import family_of
 from pipeline.model.losses import task_loss
 from pipeline.model.modular import ModularModel
-from pipeline.search.losses import LayerCalls, assembly_losses, path_of
+from pipeline.search.losses import LayerCalls, assembly_losses
+from pipeline.spans.paths import path_of
 from pipeline.spans.prefixes import count_layers, count_prefixes
 from pipeline.spans.spans import Assembly, modular_spans, tilings
 from tests.tiny import random_batch, tiny_t5
@@ -49,7 +50,7 @@ def test_losses_are_those_of_the_model_that_trains(model):
     found = assembly_losses(model, family_of("t5"), batch, chosen)
     for assembly, loss in zip(chosen, found, strict=True):
         with torch.no_grad():
-            outputs = model(batch, assembly)
+            outputs = model(batch, [assembly])
         expected = task_loss(outputs.student_logits_NV, outputs.labels_N)
         torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
 

@@ -12,6 +12,7 @@ from pipeline.assemble.requests import baselines_of, one_granularity, theseus_se
 from pipeline.config.recipe import BaselineConfig, DistillConfig, LossConfig, OptimConfig, Recipe
 from pipeline.distill import modular_task
 from pipeline.families import family_of
+from pipeline.model.draws import text_of
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel
 from pipeline.spans.spans import Assembly
@@ -54,7 +55,7 @@ def test_logit_distillation_against_its_definition_in_float64(direction):
     counts = GlobalCounts(17, 1)
     task.module.train()
     assert not task.module.teacher.training
-    terms = task.loss_terms(0, task.module(batch, *task.forward_args(0, batch, counts)), counts)
+    terms = task.loss_terms(0, task.module(batch, *task.forward_args(0, (), counts)), counts)
 
     logits = hf_logits(student, batch).double(), hf_logits(teacher, batch).double()
     labels = batch.labels_BT[batch.labels_BT != -100]
@@ -84,12 +85,12 @@ def test_theseus_is_the_task_loss_alone_with_every_span_replaced_at_the_end():
     model = ModularModel(tiny_t5(), family_of("t5"), settings.by_stack, settings.init)
     task = modular_task(model, family_of("t5"), tiny_t5().config, settings, seed=0)
     counts = GlobalCounts(9, 1)
-    draws = [task.forward_args(step, random_batch(0), counts)[0] for step in range(40)]
-    assert {str(draw) for draw in draws[20:]} == {"e2x3-d2x3"}
-    assert len({str(draw) for draw in draws[:20]}) > 8
+    draws = [text_of(task.draws(step, 0)) for step in range(40)]
+    assert set(draws[20:]) == {"e2x3-d2x3"}
+    assert len(set(draws[:20])) > 8
     assert task.restarts == ()
     batch = random_batch(5)
-    terms = task.loss_terms(30, model(batch, *task.forward_args(30, batch, counts)), counts)
+    terms = task.loss_terms(30, model(batch, *task.forward_args(30, task.draws(30, 0), counts)), counts)
     torch.testing.assert_close(terms.total.detach(), terms.parts["task"])
     assert settings.losses == LossConfig(hidden=0.0, logit=0.0, fused=False)
     assert dataclasses.replace(settings, granularities=(2,)) == settings

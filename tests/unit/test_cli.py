@@ -12,7 +12,8 @@ from data_prep.__main__ import main as data_prep_main
 from pipeline.__main__ import STAGES, TOOLS, main
 from pipeline.bench.__main__ import BENCHES
 from pipeline.config.cli import RECIPES, field_names, parse_recipe, recipe_parser
-from pipeline.config.recipe import Recipe, fields_of_kind
+from pipeline.config.kinds import fields_of_kind
+from pipeline.config.recipe import Recipe
 from slurm.__main__ import main as slurm_main
 
 

@@ -31,7 +31,8 @@ def phases(model, local_steps: int):
     for step in range(NUM_STEPS):
         batch = random_batch(step)
         counts = GlobalCounts(11, 1)
-        terms = task.loss_terms(step, modular(batch, *task.forward_args(step, batch, counts)), counts)
+        args = task.forward_args(step, task.draws(step, batch.index), counts)
+        terms = task.loss_terms(step, modular(batch, *args), counts)
         modular.zero_grad(set_to_none=True)
         terms.total.backward()
         trained = {
@@ -52,7 +53,7 @@ def test_both_phases_in_one_run(model):
         assert trained == everything
     for step, (parts, trained) in enumerate(found[2:], start=2):
         assert {"hidden", "logit", "task"} <= parts
-        draw, _ = task.forward_args(step, random_batch(step), GlobalCounts(11, 1))
+        (draw,) = task.draws(step, 0)
         drawn = {f"{s}.{span}" for s in ("encoder", "decoder") for span in draw.tiling(s).spans if span.num_layers > 1}
         assert trained == drawn
     assert task.restarts == (2,)
@@ -96,7 +97,8 @@ def test_recomputed_activations_change_no_bit_and_keep_less():
 
         batch, counts = random_batch(0), GlobalCounts(11, 1)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            terms = task.loss_terms(0, model(batch, *task.forward_args(0, batch, counts)), counts)
+            args = task.forward_args(0, task.draws(0, batch.index), counts)
+            terms = task.loss_terms(0, model(batch, *args), counts)
         terms.total.backward()
         kept.append(sum(sizes))
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

@@ -15,7 +15,6 @@ from pipeline.footprint.estimate import (
     GIB,
     Machine,
     choose_ds_config,
-    drawn_layers,
     local_flops,
     memory,
     paragraph,
@@ -246,11 +245,14 @@ def test_useful_flops_count_parameters_and_tokens():
         next(leaf.num_parameters for leaf in sizes.leaves if leaf.stack == stack) for stack in ("encoder", "decoder")
     )
     cross = 2 * 32 * 32  # keys and values of the source tokens
-    drawn = drawn_layers(sizes, Assembly.parse("e6-d1x6"))
     expected = 6 * 2 * encoder * 10 + 6 * 2 * ((decoder - cross) * 4 + cross * 10)  # teacher
     expected += 6 * encoder * 10 + 6 * 4 * ((decoder - cross) * 4 + cross * 10)  # student
     expected += 6 * modular.shared.head.weight.numel() * 4
-    assert useful_flops(sizes, 10, 4, drawn) == expected
+    draw = Assembly.parse("e6-d1x6")
+    assert useful_flops(sizes, 10, 4, [draw]) == useful_flops(sizes, 10, 4, [draw, draw]) == expected
+    # a second student is the teacher through the encoder, and shares no decoder layer; the teacher's logits are there
+    expected += 6 * ((decoder - cross) * 4 + cross * 10) + 4 * modular.shared.head.weight.numel() * 4
+    assert useful_flops(sizes, 10, 4, [draw, Assembly.parse("e1x6-d6")]) == expected
 
 
 def test_local_flops_count_the_teacher_once_and_no_gradient_of_its_encoding():

@@ -13,7 +13,7 @@ from pipeline.config.recipe import AssembleConfig, DistillConfig, LoopConfig, Op
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.footprint.estimate import drawn_layers, local_flops, sizes_of, training_flops, useful_flops
+from pipeline.footprint.estimate import local_flops, sizes_of, training_flops, useful_flops
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel
@@ -86,12 +86,12 @@ def test_flops_of_both_phases_are_those_that_torch_counts(local):
     model = ModularModel(teacher, family, settings.by_stack, settings.init)
     task = modular_task(model, family, config, settings, seed=3)
     counts = GlobalCounts(batch.labels_BT.numel(), 1)
-    args = task.forward_args(0, batch, counts)
+    args = task.forward_args(0, task.draws(0, batch.index), counts)
     if not local:
         args = (args[0], dataclasses.replace(args[1], eager=True))
     found = counted_flops(lambda: task.loss_terms(0, model(batch, *args), counts).total.backward())
     sizes, tokens = sizes_of(model, [TeacherLeaf, ModularLeaf]), (batch.source_BS.numel(), batch.labels_BT.numel())
-    expected = local_flops(sizes, *tokens) if local else useful_flops(sizes, *tokens, drawn_layers(sizes, args[0]))
+    expected = local_flops(sizes, *tokens) if local else useful_flops(sizes, *tokens, args[0])
     assert found == pytest.approx(expected, rel=0.02)
 
 

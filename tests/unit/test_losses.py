@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from pipeline.config.recipe import LossConfig, fields_of_kind
+from pipeline.config.kinds import fields_of_kind
+from pipeline.config.recipe import LossConfig
 from pipeline.families import family_of
 from pipeline.kernels import HeadLoss, HiddenPair
 from pipeline.model.losses import GlobalCounts, Objectives, task_loss
-from pipeline.model.modular import ModularModel, ModularOutputs
+from pipeline.model.modular import ModularModel, ModularOutputs, Use
 from pipeline.spans.spans import Assembly
 from tests.tiny import random_batch, tiny_model
 
@@ -28,8 +29,10 @@ def outputs_of(seed: int, task: float = 3.0, logit: float = 0.5, share: float = 
         state_BTD = torch.randn(2, 5, 8, generator=generator)
         states.append(torch.where(mask_BT[..., None], state_BTD, torch.nan))
     pairs = {
-        "encoder.0-1": HiddenPair(states[0].requires_grad_(), states[1], mask_BT, states[2]),
-        "decoder.0-1": HiddenPair(states[2].clone().requires_grad_(), states[1], mask_BT, states[0].detach()),
+        Use("encoder.0-1", (0,)): HiddenPair(states[0].requires_grad_(), states[1], mask_BT, states[2]),
+        Use("decoder.0-1", (0,)): HiddenPair(
+            states[2].clone().requires_grad_(), states[1], mask_BT, states[0].detach()
+        ),
     }
     head = HeadLoss(*(torch.tensor(value) for value in (share, task, logit)))
     return ModularOutputs(pairs, labels_N=torch.zeros(4, dtype=torch.long), head=head)
@@ -55,7 +58,7 @@ def test_task_loss_is_summed_cross_entropy():
 def test_local_terms_log_each_modular_layer(mode, fused):
     outputs = outputs_of(4)
     terms = Objectives(LossConfig(hidden_mode=mode, fused=fused)).local_terms(0, outputs, COUNTS)
-    for name, pair in outputs.pairs.items():
+    for (name, _), pair in outputs.pairs.items():
         assert terms.parts[f"hidden/{name}"].item() == pytest.approx(hidden_error(pair, mode) / 2, rel=1e-5)
     assert terms.total.item() == pytest.approx(sum(part.item() for part in terms.parts.values()), rel=1e-6)
 
@@ -87,7 +90,7 @@ def test_an_attention_loss_without_pairs_is_reported_as_zero():
     config = LossConfig(attention_self=0.0, attention_cross=0.5)
     objectives, counts = Objectives(config), GlobalCounts(13, 1)
     modular = ModularModel(tiny_model("v1.1"), family_of("t5"), ((2, 3, 6), (2, 3, 6)), "first")
-    outputs = modular(random_batch(1), Assembly.parse("e2x3-d1x6"), objectives.wanted(0, counts))
+    outputs = modular(random_batch(1), [Assembly.parse("e2x3-d1x6")], objectives.wanted(0, counts))
     parts = objectives.replacing_terms(0, outputs, counts).parts
     assert parts.keys() == {"hidden", "logit", "task", "attention_cross"}
     assert parts["attention_cross"].item() == 0
@@ -119,7 +122,7 @@ def test_all_losses_of_a_step_equal_their_definitions(kind, direction):
         model = tiny_model(kind)
         modular = ModularModel(model, family_of(model.config.model_type), ((2, 3, 6), (2, 3, 6)), "first")
         objectives = Objectives(LossConfig(**{**vars(config), "fused": fused}))
-        outputs = modular(random_batch(1), Assembly.parse("e2x3-d3x2"), objectives.wanted(0, COUNTS))
+        outputs = modular(random_batch(1), [Assembly.parse("e2x3-d3x2")], objectives.wanted(0, COUNTS))
         terms = objectives.replacing_terms(0, outputs, COUNTS)
         (terms.total * 2).backward()
         gradients = {name: p.grad for name, p in modular.named_parameters() if p.grad is not None}

@@ -33,7 +33,7 @@ def test_the_teacher_path_equals_the_unmodified_model(kind, attention):
         if hasattr(module, "config"):
             module.config._attn_implementation = attention
     batch = random_batch(0)
-    outputs = modular_of(model)(batch, Assembly.parse("e1x4.2-d1x4.2"))
+    outputs = modular_of(model)(batch, [Assembly.parse("e1x4.2-d1x4.2")])
     torch.testing.assert_close(outputs.teacher_logits_NV, hf_logits(model, batch), atol=1e-5, rtol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_the_student_path_equals_an_assembled_model(kind, text):
         shared = {n: w for n, w in original[0].state_dict().items() if family.is_shared_weight(n)}
         layers[0].load_state_dict(shared, strict=False)
     batch = random_batch(3)
-    outputs = modular(batch, assembly)
+    outputs = modular(batch, [assembly])
     torch.testing.assert_close(outputs.student_logits_NV, hf_logits(plain, batch), atol=2e-5, rtol=1e-5)
 
 
@@ -77,7 +77,7 @@ def test_local_phase_pairs_are_the_teachers_own_states(kind):
     modular = modular_of(model)
     pairs = modular(batch, None).pairs
     assert len(pairs) == 12
-    for name, pair in pairs.items():
+    for (name, _), pair in pairs.items():
         stack, _, text = name.partition(".")
         first, last = map(int, text.split("-"))
         states = hf.encoder_hidden_states if stack == "encoder" else hf.decoder_hidden_states
@@ -99,7 +99,7 @@ def test_gradients_reach_exactly_the_modular_layers_of_the_draw(kind):
         ("e1x6-d1x4.2", {"decoder.4-5"}),
     ):
         modular.zero_grad(set_to_none=True)
-        modular(random_batch(0), Assembly.parse(text)).student_logits_NV.square().sum().backward()
+        modular(random_batch(0), [Assembly.parse(text)]).student_logits_NV.square().sum().backward()
         for name, parameter in modular.named_parameters():
             used = name.startswith("modular.") and ".".join(name.split(".")[1:3]) in drawn
             assert (parameter.grad is not None) == used, name
@@ -110,7 +110,7 @@ def test_gradients_reach_exactly_the_modular_layers_of_the_draw(kind):
 def test_a_full_path_through_undrawn_layers_keeps_the_gradient():
     """A modular layer early in the encoder learns through every teacher layer behind it, in both stacks."""
     modular = modular_of(tiny_t5())
-    outputs = modular(random_batch(0), Assembly.parse("e2.1x4-d1x6"))
+    outputs = modular(random_batch(0), [Assembly.parse("e2.1x4-d1x6")])
     outputs.student_logits_NV.square().sum().backward()
     grads = [p.grad for p in modular.modular["encoder"]["0-1"].parameters()]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
@@ -156,7 +156,7 @@ def test_modular_layers_start_from_the_average_of_their_span(kind):
 def test_the_teacher_assembly_costs_nothing_and_equals_the_teacher():
     modular = modular_of(tiny_t5())
     with torch.no_grad():
-        outputs = modular(random_batch(2), teacher_assembly(6, 6))
+        outputs = modular(random_batch(2), [teacher_assembly(6, 6)])
     assert not outputs.pairs
     assert torch.equal(outputs.student_logits_NV, outputs.teacher_logits_NV)
 
@@ -169,7 +169,7 @@ def test_a_micro_batch_without_targets_weighs_nothing():
     batch.labels_BT[:] = -100  # as pipeline.data fills a step up: a source, but no target
     modular = modular_of(tiny_t5())
     objectives, counts = Objectives(LossConfig()), GlobalCounts(7, 1)
-    outputs = modular(batch, Assembly.parse("e6-d6"), objectives.wanted(0, counts))
+    outputs = modular(batch, [Assembly.parse("e6-d6")], objectives.wanted(0, counts))
     for terms in (
         objectives.local_terms(0, modular(batch, None), counts),
         objectives.replacing_terms(0, outputs, counts),
@@ -187,9 +187,10 @@ def test_one_stack_may_be_left_whole(kind, whole):
     modular = modular_of(model, granularities=tuple(granularities.values()))
     perturb(modular)
     assert modular.stacks.spans_of(whole) == ()
-    assert set(modular(random_batch(0), None).pairs) == {n for n in modular_names(modular) if not n.startswith(whole)}
+    names = {use.name for use in modular(random_batch(0), None).pairs}
+    assert names == {name for name in modular_names(modular) if not name.startswith(whole)}
     text = {"encoder": "e1x6-d4.2", "decoder": "e4.2-d1x6"}[whole]
-    outputs = modular(random_batch(0), Assembly.parse(text))
+    outputs = modular(random_batch(0), [Assembly.parse(text)])
     torch.testing.assert_close(outputs.teacher_logits_NV, hf_logits(model, random_batch(0)), atol=1e-5, rtol=1e-5)
     outputs.student_logits_NV.square().sum().backward()
     reached = {name for name, parameter in modular.named_parameters() if parameter.grad is not None}
@@ -225,7 +226,7 @@ def test_attention_pairs_are_the_attentions_of_the_unmodified_model(kind):
     pairs = modular(batch, None, Wanted(HeadObjective(1.0), attention=True)).attention
     assert {kind: len(named) for kind, named in pairs.items()} == {"self": 12, "cross": 6}
     for kind_of_map, named in pairs.items():
-        for name, pair in named.items():
+        for (name, _), pair in named.items():
             stack, _, text = name.partition(".")
             maps = hf.cross_attentions if kind_of_map == "cross" else getattr(hf, f"{stack}_attentions")
             scores = torch.einsum("bqhk,bshk->bhqs", pair.teacher_query_BQHK, pair.teacher_key_BSHK) * pair.scale

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from data_prep.publish import publishing_folder
-from pipeline.config.recipe import BaselineConfig, EvaluateConfig, OptimConfig, Recipe, fields_of_kind
+from pipeline.config.kinds import fields_of_kind
+from pipeline.config.recipe import BaselineConfig, DistillConfig, EvaluateConfig, OptimConfig, Recipe
 from pipeline.rundir.files import write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.rundir.stage import Stage, StageConflict
@@ -106,6 +107,19 @@ def test_how_outputs_are_decoded_is_part_of_what_a_stage_measures(run, name):
 def test_a_stage_before_it_must_be_done(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs the output of stage data"):
         Stage.of(Recipe(), RunDir(tmp_path), "teacher")
+
+
+def test_a_field_that_came_later_leaves_outputs_from_before_as_they_are(tmp_path):
+    """One sampled draw a micro-batch is what was done when there was no such field; others are told apart."""
+    run = RunDir(tmp_path)
+    write_atomic(run.stage("teacher") / "stage.json", json.dumps({"outputs_hash": "teacher"}))
+    write_atomic(run.data / "manifest.json", "{}")
+
+    def identity(**fields):
+        return Stage.of(Recipe(distill=DistillConfig(**fields)), run, "distill").identity
+
+    assert "distill.draws" not in identity(draws=("sampled",))
+    assert identity(draws=("sampled", "pure"))["distill.draws"] == ["sampled", "pure"]
 
 
 def test_every_field_says_what_changing_it_means():

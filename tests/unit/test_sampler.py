@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.recipe import SAMPLERS, DistillConfig, OptimConfig
-from pipeline.model.draws import Sampler
-from pipeline.spans.spans import modular_spans, tilings
+from pipeline.config.recipe import SAMPLERS, BatchConfig, DistillConfig, OptimConfig
+from pipeline.model.draws import Sampler, text_of
+from pipeline.spans.paths import students_of
+from pipeline.spans.spans import Assembly, modular_spans, tilings
 
 LOCAL_STEPS, NUM_STEPS = 100, 1100
 
@@ -73,6 +75,59 @@ def test_the_draws_of_the_demo_are_what_its_figures_were_measured_with():
     text = " ".join(str(draws.draw(step, index)) for step in range(360, 900) for index in (0, 1))
     digest = "e6e07515eae7e0fba84feea2b3bd40fddd66cf124d486cfd781b4023ec1655df"
     assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_first_sampled_draw_is_the_one_that_was_alone_and_others_are_independent(name):
+    alone, several = sampler(name), sampler(name, draws=("coarsest", "sampled", "pure", "sampled", "sampled"))
+    places = [(step, index) for step in range(100, 600, 5) for index in range(3)]
+    drawn = [several.draws(*place) for place in places]
+    assert drawn == [sampler(name, draws=several.settings.draws).draws(*place) for place in places]
+    assert [each[1] for each in drawn] == [alone.draw(*place) for place in places]
+    coarsest, *fixed = (str(drawn[0][place]) for place in (0, 2, 3, 4))
+    assert coarsest == "e6-d6"
+    assert fixed == ["e2x3-d2x3", "e3x2-d3x2", "e6-d6"]
+    second, third = ([each[place] for each in drawn] for place in (5, 6))
+    differ = sum(len({str(first[1]), str(a), str(b)}) == 3 for first, a, b in zip(drawn, second, third, strict=True))
+    assert differ > len(places) / 8
+    assert len(set(second)) > 10
+
+
+def test_pure_draws_are_those_of_the_granularities_that_make_a_span():
+    draws = sampler(layers=(6, 1), granularities=(2, 7), draws=("pure", "pure-2"))
+    assert [str(draw) for draw in draws.draws(100, 0)] == ["e2x3-d1", "e6-d1", "e2x3-d1"]
+    settings = dataclasses.replace(draws.settings, granularities=(2, 3), encoder_granularities=(2,), draws=("pure-3",))
+    with pytest.raises(ValueError, match=r"draws has pure-3, .* no span of 6\+1 layers"):
+        Sampler(settings, seed=0, stacks=settings.stacks((6, 1)))
+
+
+@pytest.mark.parametrize(
+    ("draws", "words"),
+    [
+        ((), "draws names none"),
+        (("sampeld",), "draws has 'sampeld'"),
+        (("pure-4",), "choose from sampled, .*pure-6"),
+    ],
+)
+def test_draws_that_are_none_are_refused(draws, words):
+    with pytest.raises(ValueError, match=words):
+        DistillConfig(draws=draws)
+
+
+@pytest.mark.parametrize("draws", [("sampled",), ("sampled", "coarsest"), ("sampled", "sampled")])
+def test_the_dearest_draws_are_drawn_and_none_are_dearer(draws):
+    found = sampler(draws=draws, batch=BatchConfig(micro_batches_per_step=1))
+    drawn = [found.draws(step, 0) for step in range(LOCAL_STEPS, NUM_STEPS)]
+    assert found.dearest() in drawn
+    assert len(students_of(found.dearest())) == max(len(students_of(each)) for each in drawn)
+    some = sampler(draws=draws, batch=BatchConfig(micro_batches_per_step=16)).dearest()
+    assert len(students_of(some)) >= len(students_of(found.dearest())) - 2
+
+
+def test_what_draws_are_called():
+    assert text_of(None) == "the local phase"
+    assert text_of(()) == ""
+    assert text_of((Assembly.parse("e2x3-d6"), Assembly.parse("e6-d6"))) == "e2x3-d6 + e6-d6"
 
 
 @pytest.mark.parametrize("draws", [sampler("uniform"), sampler("stratified", coarse_weight=0.0)])

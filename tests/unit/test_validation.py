@@ -49,7 +49,7 @@ def validator(model, score=None, end_id=1):
     settings = DistillConfig()
     task = modular_task(model, family_of("t5"), tiny_t5().config, settings, seed=0)
     assemblies = followed(model.stacks, settings)
-    decoded = {name: (assemblies[name],) for name in ("teacher", "e6-d6")}
+    decoded = {name: ((assemblies[name],),) for name in ("teacher", "e6-d6")}
     translation = Translation(decoded, end_id, score) if score else None
     return Validator(
         model, ALONE, None, clock, args=task.validations, batches=batches, decoded=batches[:2], translation=translation
