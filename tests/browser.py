@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.patience import wait_until
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT_S = 60.0
 
 
 def browser_or_skip() -> str:
@@ -78,10 +78,7 @@ class Browser:
         return result["result"].get("value")
 
     def wait_for(self, expression: str) -> None:
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while not self.evaluate(expression):
-            assert time.monotonic() < deadline_s, expression
-            time.sleep(0.02)
+        wait_until(lambda: self.evaluate(expression), told=lambda: expression)
 
     def place(self, selector: str) -> tuple[float, float]:
         """The middle of an element, after scrolling to it."""

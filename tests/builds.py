@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 SMALL = {"num_demo_pairs": 1500, "num_validation": 60, "num_test": 60, "examples_per_block": 32, "blocks_per_shard": 2}
@@ -22,7 +24,7 @@ def command(recipe: Path, out: Path, ranks: int, *options: str) -> list[str]:
 def build(recipe: Path, out: Path, ranks: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
     """ranks = 0 is one plain process."""
     return subprocess.run(
-        command(recipe, out, ranks, *options), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        command(recipe, out, ranks, *options), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
 
 

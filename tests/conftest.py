@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import hypothesis
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +16,20 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("no deadline", deadline=None)  # how long an example takes says nothing here
 hypothesis.settings.load_profile("no deadline")
+
+# Files that take longest, longest first: whoever runs several at once (pytest -n 2 --dist loadfile) begins with them, so
+# that none is left over at the end while the other processes have nothing to do.
+LONGEST_FIRST = (
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(place)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, in one line a reason."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

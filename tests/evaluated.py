@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pipeline.evaluation.subject import folder_hashes
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly
 from pipeline.world import World
+from tests.patience import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_EXAMPLES = 200
@@ -173,11 +173,12 @@ def when_published(root: Path) -> dict[str, int]:
 
 def kill_when(worker: subprocess.Popen[bytes], root: Path, num_units: int, num_scores: int) -> None:
     """SIGKILL a worker's process group when so many units are decoded and so many systems are scored."""
-    deadline_s = time.monotonic() + 120
-    while len(units_done(root)) < num_units or len(when_published(root)) < num_scores:
+
+    def has_come_so_far() -> bool:
         assert worker.poll() is None, "the worker ended before it could be killed"
-        assert time.monotonic() < deadline_s
-        time.sleep(0.002)
+        return len(units_done(root)) >= num_units and len(when_published(root)) >= num_scores
+
+    wait_until(has_come_so_far, look_every_s=0.002)
     os.killpg(worker.pid, signal.SIGKILL)
     assert worker.wait() == -signal.SIGKILL
 

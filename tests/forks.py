@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.world import World, free_port
+from tests.patience import PATIENCE_S
 
 
 def context(*preload: str) -> ForkServerContext:
@@ -50,13 +51,13 @@ def run_ranks(
     *args: Any,
     preload: str,
     log: Path | None = None,
-    timeout_s: float = 60,
+    timeout_s: float = PATIENCE_S,
 ) -> list[int | None]:
     """Exit codes of the ranks; None for those that had to be killed after `timeout_s`."""
     return wait_for(start_ranks(num_ranks, function, *args, preload=preload, log=log), timeout_s)
 
 
-def wait_for(processes: list[ForkServerProcess], timeout_s: float) -> list[int | None]:
+def wait_for(processes: list[ForkServerProcess], timeout_s: float = PATIENCE_S) -> list[int | None]:
     """Exit codes (negative: the signal) of processes that end within `timeout_s`; the others are killed: None."""
     deadline = time.monotonic() + timeout_s
     codes: list[int | None] = []

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.world import free_port
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_ranks(num_ranks: int, function: str, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
+def run_ranks(num_ranks: int, function: str, timeout_s: float = PATIENCE_S, **kwargs: Any) -> list[Any]:
     """What `function` ("package.module:name") returns on each rank, through JSON.
 
     Raises:

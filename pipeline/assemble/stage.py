@@ -32,7 +32,7 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
     parts = Parts.of(run)
     systems = []
     for assembly, asked in tqdm(requests.items(), desc="assemble", unit="model", disable=None):
-        is_teacher = assembly.num_layers == assembly.stacks_of
+        is_teacher = assembly.num_layers == assembly.num_teacher_layers
         kinds = ["teacher"] if is_teacher else ["assembly", "dropped"]
         for kind in kinds:
             name = f"drop-{assembly}" if kind == "dropped" else str(assembly)

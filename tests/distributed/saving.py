@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pipeline.checkpoints.checkpointer import Checkpointer, Keep, TrainState
 from pipeline.data import Cursor
 from pipeline.world import World
 from tests.faults.disk import FailingDisk
+from tests.patience import wait_until
 
 SHAPES = {"layer.weight": (5, 7), "layer.bias": (3,), "scale": (1,), "head.weight": (64, 33)}
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
@@ -121,10 +121,7 @@ def fill_the_disk(world: World, folder: Path, on_rank: int) -> None:
     if world.rank == on_rank:
         os.write = full  # type: ignore[assignment]
     saver.save(shards, state_at(5))  # the error is not raised here: training goes on meanwhile
-    deadline = time.monotonic() + 30
-    while not saver.failed:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: saver.failed)
     with pytest.raises(RuntimeError, match=f"rank {on_rank}: OSError.*No space left") as error:
         saver.save(shards, state_at(6))
     if world.rank == on_rank:

@@ -18,6 +18,7 @@ from pipeline.training.clock import PhaseClock
 from pipeline.training.preempt import StepFlags, StopSignal
 from pipeline.training.watchdog import Watchdog
 from pipeline.world import World
+from tests.patience import PATIENCE_S
 
 STEP_S = 0.02
 
@@ -38,7 +39,7 @@ def stop_by_signal(world: World, folder: Path, asked_rank: int, asked_step: int)
     (folder / f"rank_{world.rank}").write_text(str(step))
 
 
-def watchdog_of(world: World, folder: Path, hang_timeout_s: float = 60) -> Watchdog:
+def watchdog_of(world: World, folder: Path, hang_timeout_s: float = PATIENCE_S) -> Watchdog:
     """One with the patience of a test."""
     return Watchdog(
         folder / "heartbeat", world, hang_timeout_s=hang_timeout_s, beat_s=0.1, look_after_s=0.4, silence_s=2.0
@@ -46,7 +47,7 @@ def watchdog_of(world: World, folder: Path, hang_timeout_s: float = 60) -> Watch
 
 
 @contextlib.contextmanager
-def watch(world: World, folder: Path, clock: PhaseClock, hang_timeout_s: float = 60) -> Iterator[None]:
+def watch(world: World, folder: Path, clock: PhaseClock, hang_timeout_s: float = PATIENCE_S) -> Iterator[None]:
     """In training, after the ranks have met."""
     with watchdog_of(world, folder, hang_timeout_s) as watchdog:
         watchdog.met()
@@ -120,7 +121,7 @@ def rank_that_dies_on_its_way(folder: Path, is_seen: bool) -> None:
     world = World.from_environment()
     if world.rank == 1 and not is_seen:
         return
-    with watchdog_of(world, folder, hang_timeout_s=60 if is_seen else 1.0) as watchdog:
+    with watchdog_of(world, folder, hang_timeout_s=PATIENCE_S if is_seen else 1.0) as watchdog:
         if world.rank == 1:
             for rank in (0, 2):
                 wait_for_looks(folder, rank, 3)

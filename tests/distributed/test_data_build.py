@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import pytest
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
 from tests.builds import MPIEXEC, ROOT, build, command, contents, family_of, kill_session
+from tests.patience import PATIENCE_S, wait_until
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -52,10 +52,7 @@ def test_a_killed_build_is_finished_by_another_world(recipe: Path, built: Path, 
     process = subprocess.Popen(
         command(recipe, out, 2), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
-    while not (out / moment).exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: (out / moment).exists() or process.poll() is not None, look_every_s=0.001)
     kill_session(process)
     assert not (out / "manifest.json").exists(), "the build was over before the kill"
     with pytest.raises(FileNotFoundError, match="not finished"):
@@ -79,7 +76,7 @@ def test_a_killed_rank_stops_no_other_and_a_rerun_makes_only_its_units(
     rank = f"""trap "" USR1; if ((PMI_RANK == 5)); then {own} "${{@:4}}"; else "$@"; fi; exit $?"""
     words = ["bash", "-c", rank, "rank", sys.executable, "-m", "data_prep", *command(recipe, out, 0, *options)[3:]]
     launch = [str(MPIEXEC), "-disable-auto-cleanup", "-n", "8", *words]
-    result = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert "a rank has died; run the same command again" in result.stderr
     assert not (out / "manifest.json").exists()
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
@@ -100,15 +97,12 @@ def test_no_rank_outlives_the_launcher_of_its_node(recipe: Path, tmp_path: Path)
     launcher = subprocess.Popen(
         command(recipe, tmp_path / "data", 2), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "data/corpus").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until((tmp_path / "data/corpus").exists, look_every_s=0.001)
     ranks = [p for p in map(psutil.Process, family_of(launcher)) if "PMI_RANK" in p.environ()]
     assert len(ranks) == 2
     ranks[1].suspend()
     ranks[0].parent().kill()
-    _, left = psutil.wait_procs(ranks, timeout=10)
+    _, left = psutil.wait_procs(ranks, timeout=PATIENCE_S)
     kill_session(launcher)
     for rank in left:
         rank.kill()

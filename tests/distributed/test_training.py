@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import time
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load
 from pipeline.checkpoints.format import checkpoints
 from tests.distributed import training
 from tests.forks import run_ranks, wait_for
+from tests.patience import wait_until
 
 LOSSES = ("hidden", "logit", "task", "hidden/granularity_2", "hidden/granularity_3", "replaced_share")
 
@@ -52,13 +52,14 @@ def stop_after(run_dir, num_ranks, step, *options):
     (run_dir / "STOP").unlink(missing_ok=True)
     processes = training.start("distill", num_ranks, run_dir, *options, log=run_dir)
     metrics = run_dir / "distill" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
-        assert time.monotonic() < deadline
+
+    def has_come_so_far():
         assert processes[0].is_alive(), (run_dir / "rank_0").read_text()[-3000:]
-        time.sleep(0.01)
+        return metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+    wait_until(has_come_so_far)
     os.kill(processes[-1].pid, signal.SIGUSR1)
-    codes = wait_for(processes, 60)
+    codes = wait_for(processes)
     stopped = int((run_dir / "distill" / "REQUEUE").read_text().split()[1])
     assert codes == [85] * num_ranks
     assert step <= stopped <= step + 3
@@ -98,9 +99,7 @@ def test_a_record_a_step_with_all_that_should_be_in_it(whole):
 def test_the_longest_micro_batches_come_first_in_each_phase(prepared, tmp_path):
     run_dir = training.copy_of(prepared, tmp_path / "run")
     options = ("--distill.optim.num_steps=5",)
-    (code,) = run_ranks(
-        1, training.stage_step_by_step, "distill", str(run_dir), options, preload=training.PRELOAD, timeout_s=200
-    )
+    (code,) = run_ranks(1, training.stage_step_by_step, "distill", str(run_dir), options, preload=training.PRELOAD)
     assert code == 0
     steps = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
     assert [step for step, _, _ in steps] == [0, 3, 0, 1, 2, 3, 4]
@@ -149,13 +148,10 @@ def test_a_rank_that_is_lost_ends_the_run_and_the_next_start_continues(prepared,
     run_dir = training.copy_of(prepared, tmp_path / "run")
     processes = training.start("distill", 2, run_dir, log=tmp_path)
     checkpoint = run_dir / "distill" / "checkpoints" / "step_00000002" / "manifest.json"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(checkpoint.exists, look_every_s=0.005)
     os.kill(processes[1].pid, number)
-    assert wait_for(processes[:1], 60) == [1]
-    wait_for(processes, 0)
+    assert wait_for(processes[:1]) == [1]
+    wait_for(processes, timeout_s=0)
     said = (tmp_path / "rank_0").read_text()
     assert re.search(r"rank 1 \(process \d+ on .*\) has (died|not been heard of)", said)
     assert training.run("distill", 2, run_dir) == [0, 0]

@@ -62,7 +62,7 @@ def start(name: str, num_ranks: int, run_dir: Path, *options: str, log: Path | N
 
 def run(name: str, num_ranks: int, run_dir: Path, *options: str, log: Path | None = None) -> list[int | None]:
     """Exit codes of the ranks."""
-    return run_ranks(num_ranks, stage, name, str(run_dir), options, preload=PRELOAD, log=log, timeout_s=200)
+    return run_ranks(num_ranks, stage, name, str(run_dir), options, preload=PRELOAD, log=log)
 
 
 def prepare(run_dir: Path) -> Path:

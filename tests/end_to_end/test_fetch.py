@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = hashlib.sha1(b"a commit").hexdigest()
 FILES = {
@@ -78,14 +80,14 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 def fetch(environment: dict[str, str], name: str) -> subprocess.CompletedProcess[str]:
     options = ["--config", "minute", "--teacher.folder", name, "--data.tokenizer", name]
     command = [sys.executable, "-m", "pipeline", "fetch", *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def local_folder(environment: dict[str, str], name: str) -> subprocess.CompletedProcess[str]:
     code = f"from data_prep.hub import local_folder; print(local_folder({name!r}))"
     offline = {**environment, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=offline, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=offline, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,11 +49,16 @@ def test_a_taken_port_is_named() -> None:
 def test_a_worker_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(
-        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('error: a line')\ntime.sleep(60)\n"
+        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('error: a line')\ntime.sleep(1000)\n"
     )
     command = [sys.executable, "-m", "pipeline.launch", "--standalone", "--nproc-per-node", "2", str(worker)]
     result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 1
     said, launcher = result.stderr.splitlines()

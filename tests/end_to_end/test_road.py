@@ -16,6 +16,7 @@ from pipeline.library.command import checkpoint_command as checkpoint_command
 from pipeline.recover import Score
 from pipeline.report.data import read_jsonl
 from tests.faults.harness import ROOT, STAGES, Road, kill_group, scores, seconds_of_stages
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,6 @@ def table_of(output: str) -> list[str]:
     return lines[first:last]
 
 
-@pytest.mark.timeout(900)
 def test_the_road_ends_with_every_output(finished):
     road, output = finished
     assert set(seconds_of_stages(output)) == set(STAGES)
@@ -75,7 +75,6 @@ def test_a_library_comes_out_of_any_checkpoint_on_one_cpu(finished, tmp_path, ca
     assert f"damaged: {tmp_path / newest.name}: rank_00001.safetensors has 0 bytes" in capsys.readouterr().out
 
 
-@pytest.mark.timeout(300)
 def test_a_second_run_redoes_nothing_and_shows_the_same(finished):
     road, output = finished
     before = {path: path.stat().st_mtime_ns for path in road.run_dir.rglob("*.safetensors")}
@@ -86,7 +85,6 @@ def test_a_second_run_redoes_nothing_and_shows_the_same(finished):
     assert len(table_of(again)) > 8
 
 
-@pytest.mark.timeout(300)
 def test_recovery_tuning_never_publishes_a_worse_model(finished, tmp_path):
     road, _ = finished
     run_dir = tmp_path / "recovered run"
@@ -96,7 +94,7 @@ def test_recovery_tuning_never_publishes_a_worse_model(finished, tmp_path):
         command = [sys.executable, "-m", "pipeline", "recover", "--config", "minute", "--run_dir", str(run_dir)]
         options = {"assembly": "e3x2-d3x2", "optim.num_steps": "20", "optim.learning_rate": learning_rate}
         command += [text for name, value in options.items() for text in (f"--recover.{name}", value)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stderr[-3000:]
         stamp = json.loads((run_dir / "recover" / "stage.json").read_text())
         before, after = Score(**stamp["before"]), Score(**stamp["after"])
@@ -108,7 +106,6 @@ def test_recovery_tuning_never_publishes_a_worse_model(finished, tmp_path):
         shutil.rmtree(run_dir / "recover")
 
 
-@pytest.mark.timeout(900)
 def test_a_kill_in_training_and_one_in_evaluation_change_no_score(finished, tmp_path):
     road, output = finished
     broken = Road(tmp_path / "broken run")
@@ -122,7 +119,6 @@ def test_a_kill_in_training_and_one_in_evaluation_change_no_score(finished, tmp_
     assert scores(broken.run_dir) == scores(road.run_dir)
 
 
-@pytest.mark.timeout(600)
 def test_a_stop_file_saves_and_the_same_command_goes_on(finished, tmp_path):
     """Asked to stop in the middle, where saving and logging fall on the same step too, then run again."""
     road, _ = finished
@@ -135,7 +131,7 @@ def test_a_stop_file_saves_and_the_same_command_goes_on(finished, tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     (stopped.run_dir / "STOP").touch()
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 85, output[-2000:]
     assert (stopped.run_dir / "teacher" / "REQUEUE").read_text().startswith("step ")
     assert not (stopped.run_dir / "teacher" / "stage.json").exists()

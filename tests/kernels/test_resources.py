@@ -7,10 +7,7 @@ import os
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.timeout(300)
 def test_kernels_compile_ahead_of_time() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pipeline.kernels.resources"]

@@ -28,6 +28,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "munged")
@@ -171,7 +173,7 @@ class SlurmCluster:
         if self._supervisor is not None:
             supervisor, self._supervisor = self._supervisor, None
             try:
-                supervisor.communicate(timeout=10)  # closes its pipe
+                supervisor.communicate(timeout=PATIENCE_S)  # closes its pipe
             finally:
                 supervisor.kill()
         shutil.rmtree(self.root, ignore_errors=True)
@@ -264,7 +266,7 @@ class SlurmCluster:
         shown = self.run("scontrol", "-o", "show", "job", number).stdout
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def wait_job(self, number: int, states: Sequence[str] = ENDED, timeout_s: float = 60.0) -> dict[str, str]:
+    def wait_job(self, number: int, states: Sequence[str] = ENDED, timeout_s: float = PATIENCE_S) -> dict[str, str]:
         end = time.monotonic() + timeout_s
         while True:
             job = self.job(number)
@@ -274,7 +276,7 @@ class SlurmCluster:
                 raise TimeoutError(f"job {number} is {job['JobState']} ({job.get('Reason')})\n{self.logs()}")
             time.sleep(0.1)
 
-    def wait_nodes(self, timeout_s: float = 20.0) -> bool:
+    def wait_nodes(self, timeout_s: float = 60.0) -> bool:
         """True when all nodes are idle."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:

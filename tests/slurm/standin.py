@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from slurm.cluster import Cluster, find_cluster, load_cluster
 from slurm.render import Nodes, Script, render
+from tests.patience import wait_until
 from tests.slurm.cluster import SlurmCluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,11 +180,8 @@ class StandIn:
     def wait_running(self, stage: str = "teacher", num_ranks: int = 2) -> None:
         self.wait(lambda: all((self.run / stage / f"running-{rank}").exists() for rank in range(num_ranks)))
 
-    def wait(self, true: Callable[[], bool], timeout_s: float = 60) -> None:
-        end = time.monotonic() + timeout_s
-        while not true():
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.1)
+    def wait(self, true: Callable[[], bool]) -> None:
+        wait_until(true, look_every_s=0.1, told=self.log)
 
     def wait_requeued(self, job: int, restarts: int = 1) -> None:
         """Wait until a job was put back into the queue; SLURM starts it again after some seconds."""

@@ -120,7 +120,7 @@ class Supervisor:
     def start_daemon(self, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors)
 
-    def start_munged(self, timeout_s: float = 5.0) -> bool:
+    def start_munged(self, timeout_s: float = 60.0) -> bool:
         run = self.root / "run"
         files = {
             "key-file": self.root / "munge.key",
@@ -134,7 +134,7 @@ class Supervisor:
         )
         return _poll(lambda: files["socket"].exists(), timeout_s)
 
-    def start_controller(self, timeout_s: float = 10.0) -> bool:
+    def start_controller(self, timeout_s: float = 60.0) -> bool:
         conf = self.root / "slurm.conf"
         port = re.search(r"^SlurmctldPort=(\d+)", conf.read_text(), re.MULTILINE)
         assert port is not None

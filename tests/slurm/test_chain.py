@@ -8,8 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from slurm.cluster import load_cluster
 from tests.slurm.cluster import SlurmCluster, require_slurm
 
@@ -27,7 +25,6 @@ def commands_of_readme() -> list[str]:
     return [line.strip() for line in text.splitlines()]
 
 
-@pytest.mark.timeout(600)
 def test_readme_leads_from_a_fresh_account_to_a_report(tmp_path: Path) -> None:
     require_slurm()
     home = tmp_path / "a home" / "modular"

@@ -205,7 +205,7 @@ def test_sweep_shares_data_and_teacher(slurm: SlurmCluster, tmp_path: Path) -> N
     again = submit(stand_in, "--vary", "seed=0,1", name="sweep")
     assert again.returncode == 2
     assert "of this sweep are in the queue" in again.stderr
-    stand_in.wait(lambda: slurm.run("squeue", "-h", "-j", jobs["report"]).stdout == "", timeout_s=90)
+    stand_in.wait(lambda: slurm.run("squeue", "-h", "-j", jobs["report"]).stdout == "")
     shown = slurm.run("squeue", "-h", "-r", "--states=all", "-o", "%T", "-j", jobs["report"]).stdout
     assert shown.split() == ["COMPLETED"] * 4, stand_in.log()
     for name in names:

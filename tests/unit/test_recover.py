@@ -12,6 +12,7 @@ from pipeline.recover import Score, recover
 from pipeline.rundir.stage import Stage
 from pipeline.training.watchdog import Watchdog
 from pipeline.world import World
+from tests.patience import PATIENCE_S
 from tests.unit.test_assemble import make_run
 
 
@@ -46,5 +47,5 @@ def test_what_cannot_be_tuned_is_refused_before_an_older_model_is_set_aside(tmp_
     mistaken, stage = stage_of("e3x2-d3x3")
     world = World.from_environment()
     with pytest.raises(ValueError, match="assembly e3x2-d3x3 does not fit: the decoder has 6 layers"):
-        recover(mistaken, stage, world, Watchdog(run.root / "heartbeat", world, hang_timeout_s=60.0))
+        recover(mistaken, stage, world, Watchdog(run.root / "heartbeat", world, hang_timeout_s=PATIENCE_S))
     assert tuned.stamp() is not None

@@ -6,13 +6,13 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of
 from pipeline.rundir import claims as units
+from tests.patience import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,8 +45,6 @@ def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert units.is_held(claim), "nothing can be known of a process on another host"
     monkeypatch.undo()
     holder.kill()  # not waited for: a zombie is dead too
-    deadline_s = time.monotonic() + 10
-    while units.is_held(claim) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
+    wait_until(lambda: not units.is_held(claim))
     assert units.take_claim(tmp_path, "unit") == tmp_path / "unit.1"
     holder.wait()
