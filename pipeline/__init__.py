@@ -8,4 +8,4 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, from its first tensor on: large ones on huge pages
 
-import data_prep  # noqa: F401 refuses an old Python
+import data_prep  # refuses an old Python

@@ -1,7 +1,5 @@
 """From the module library to plain Hugging Face folders: which are asked for, and how each is written."""
 
-from __future__ import annotations
-
 from pipeline.assemble.requests import (
     Baseline,
     baselines_of,
@@ -14,17 +12,3 @@ from pipeline.assemble.requests import (
 from pipeline.assemble.stage import assemble
 from pipeline.assemble.systems import System
 from pipeline.assemble.write import Parts, write_checkpoint
-
-__all__ = [
-    "Baseline",
-    "Parts",
-    "System",
-    "assemble",
-    "baselines_of",
-    "check_granularities",
-    "one_granularity",
-    "requested_assemblies",
-    "stacks_of",
-    "theseus_settings",
-    "write_checkpoint",
-]

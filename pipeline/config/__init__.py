@@ -1,7 +1,5 @@
 """What a run is told: one recipe of typed, frozen settings, and the command line that reads it."""
 
-from __future__ import annotations
-
 from pipeline.config.cli import parse_recipe, recipe_parser, recipe_yaml, run_program
 from pipeline.config.kinds import fields_of_kind, identity_of
 from pipeline.config.recipe import (
@@ -18,24 +16,3 @@ from pipeline.config.recipe import (
     Recipe,
 )
 from pipeline.config.search import SearchConfig
-
-__all__ = [
-    "COARSEST",
-    "PURE",
-    "SAMPLED",
-    "SAMPLERS",
-    "SEARCHED",
-    "BatchConfig",
-    "DistillConfig",
-    "LoopConfig",
-    "LossConfig",
-    "OptimConfig",
-    "Recipe",
-    "SearchConfig",
-    "fields_of_kind",
-    "identity_of",
-    "parse_recipe",
-    "recipe_parser",
-    "recipe_yaml",
-    "run_program",
-]

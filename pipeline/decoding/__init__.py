@@ -5,25 +5,7 @@ layers; rules.py: the settings of generate; decoder.py: one step of the decoder;
 pending.py: rows of several assemblies that go through one decoder together; together.py: all of it over one batch.
 """
 
-from __future__ import annotations
-
 from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of, generate, load, losses_of, padded_sources
 from pipeline.decoding.rules import Rules, rules_of
 from pipeline.decoding.together import Member, Outputs, decode_together
 from pipeline.decoding.views import Pool, load_pool
-
-__all__ = [
-    "MAX_EXAMPLES_PER_BATCH",
-    "Member",
-    "Outputs",
-    "Pool",
-    "Rules",
-    "batches_of",
-    "decode_together",
-    "generate",
-    "load",
-    "load_pool",
-    "losses_of",
-    "padded_sources",
-    "rules_of",
-]

@@ -1,10 +1,6 @@
 """All systems of a run decoded, scored and timed in one batch that any number of workers share."""
 
-from __future__ import annotations
-
 from pipeline.evaluation.cost import Sample, costs
 from pipeline.evaluation.slices import decode_in_memory
 from pipeline.evaluation.stage import evaluate
 from pipeline.evaluation.subject import folder_hashes, peer
-
-__all__ = ["Sample", "costs", "decode_in_memory", "evaluate", "folder_hashes", "peer"]

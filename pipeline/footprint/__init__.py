@@ -1,7 +1,5 @@
 """What a training run holds, moves and computes, counted from sizes alone; which DeepSpeed configuration fits."""
 
-from __future__ import annotations
-
 from pipeline.footprint.estimate import (
     BYTES_IN_CHECKPOINT,
     GIB,
@@ -20,24 +18,3 @@ from pipeline.footprint.estimate import (
     useful_flops,
 )
 from pipeline.footprint.sharding import AUTO, Sharding, read_ds_config
-
-__all__ = [
-    "AUTO",
-    "BYTES_IN_CHECKPOINT",
-    "GIB",
-    "SHARE_OF_MEMORY",
-    "Machine",
-    "Memory",
-    "Sharding",
-    "Sizes",
-    "Traffic",
-    "local_flops",
-    "memory",
-    "plan",
-    "read_ds_config",
-    "readable",
-    "sizes_of",
-    "traffic",
-    "training_flops",
-    "useful_flops",
-]

@@ -1,29 +1,7 @@
 """Teacher and modular layers as one module of leaves, the draws it is trained with, and its objectives."""
 
-from __future__ import annotations
-
 from pipeline.model.draws import Draws, Sampler, pure_assemblies, text_of
 from pipeline.model.huggingface import check_lengths, load_model
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf
 from pipeline.model.losses import GlobalCounts, LossTerms, Objectives, granularity_label, task_loss
 from pipeline.model.modular import ModularModel, ModularOutputs, Wanted, granularity_of
-
-__all__ = [
-    "Draws",
-    "GlobalCounts",
-    "LossTerms",
-    "ModularLeaf",
-    "ModularModel",
-    "ModularOutputs",
-    "Objectives",
-    "Sampler",
-    "TeacherLeaf",
-    "Wanted",
-    "check_lengths",
-    "granularity_label",
-    "granularity_of",
-    "load_model",
-    "pure_assemblies",
-    "task_loss",
-    "text_of",
-]

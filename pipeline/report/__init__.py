@@ -1,9 +1,5 @@
 """What is published of a run, as a table, a page, pictures, comparisons and a choice."""
 
-from __future__ import annotations
-
 from pipeline.report.choose import choose_command
 from pipeline.report.compare import compare_command
 from pipeline.report.stage import report
-
-__all__ = ["choose_command", "compare_command", "report"]

@@ -1,25 +1,6 @@
 """What of a run is on disk and when it counts: paths, stamps of stages, files that are whole or absent, claims."""
 
-from __future__ import annotations
-
 from pipeline.rundir.claims import create_once, digest_of, publish_sealed, read_sealed, work_off
 from pipeline.rundir.files import check_empty, difference, read_json, write_atomic
 from pipeline.rundir.run_dir import STAGES, RunDir
 from pipeline.rundir.stage import Stage, StageConflict, left_out
-
-__all__ = [
-    "STAGES",
-    "RunDir",
-    "Stage",
-    "StageConflict",
-    "check_empty",
-    "create_once",
-    "difference",
-    "digest_of",
-    "left_out",
-    "publish_sealed",
-    "read_json",
-    "read_sealed",
-    "work_off",
-    "write_atomic",
-]

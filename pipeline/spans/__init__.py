@@ -1,7 +1,5 @@
 """Which layers stand for which, in integers alone: spans, tilings, assemblies, their sizes, and the best of them."""
 
-from __future__ import annotations
-
 from pipeline.spans.paths import students_of
 from pipeline.spans.prefixes import walk
 from pipeline.spans.sizes import ModelSizes
@@ -18,27 +16,3 @@ from pipeline.spans.spans import (
     pure_tiling,
 )
 from pipeline.spans.stacks import Stacks
-
-__all__ = [
-    "PRESETS",
-    "STACKS",
-    "Assembly",
-    "Budget",
-    "Cost",
-    "ModelSizes",
-    "Shape",
-    "Span",
-    "Stacks",
-    "Tiling",
-    "best_assemblies",
-    "best_of",
-    "costs_of_sizes",
-    "count_tilings",
-    "kept_layers",
-    "modular_spans",
-    "pareto_front",
-    "pure_tiling",
-    "shape_of",
-    "students_of",
-    "walk",
-]

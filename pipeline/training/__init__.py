@@ -1,24 +1,7 @@
 """From one step to the next: what is trained (Task) and the loop that trains it (Trainer)."""
 
-from __future__ import annotations
-
 from pipeline.training.engine import Engine, join_world
 from pipeline.training.loop import Task, Trainer, begin_stage
 from pipeline.training.validation import Translation
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.whole_model import DistilledModel, distilled_task, full_model_task, save_model, save_trained
-
-__all__ = [
-    "DistilledModel",
-    "Engine",
-    "Task",
-    "Trainer",
-    "Translation",
-    "Watchdog",
-    "begin_stage",
-    "distilled_task",
-    "full_model_task",
-    "join_world",
-    "save_model",
-    "save_trained",
-]
