@@ -8,34 +8,34 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint test-faults bench bench-gpu full-size doctor clean help
 
-help:  ## what there is to make
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: .venv/installed  ## the main job on the built-in corpus: data, teacher, modular layers, every ratio, report
+demo: .venv/installed  ## run the whole pipeline on the built-in corpus, from data to report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here  ## all tests, on WORKERS (2) processes (about 15 minutes on 2 cores)
+test: .venv/installed slurm-here chromium-here  ## run all tests, on WORKERS (2) processes (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-lint: .venv/installed  ## format, lint and types
+lint: .venv/installed  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-faults: .venv/installed slurm-here  ## one long fault suite, in slices of FAULT_SECONDS: SUITE=data|engine|training|evaluation|slurm
+test-faults: .venv/installed slurm-here  ## kill and damage runs for FAULT_SECONDS a test: SUITE=data|engine|training|evaluation|slurm
 	$(BIN)/python -m pytest tests/faults/test_$(SUITE).py -m faults --timeout 2400 -s
 
-bench: .venv/installed  ## benchmarks that run on a CPU
+bench: .venv/installed  ## measure against named baselines, on a CPU
 	$(BIN)/python -m pipeline.bench kernels --device cpu
 	$(BIN)/python -m pipeline.bench checkpoint
 	$(BIN)/python -m pipeline.bench step
 	$(BIN)/python -m pipeline.bench data
 
-full-size: .venv/installed  ## T5-large and mT5-large all the way on a CPU: 24 GiB of memory, 40 GiB of disk, half an hour
+full-size: .venv/installed  ## run T5-large and mT5-large all the way on a CPU: 24 GiB of memory, 40 GiB of disk, half an hour
 	$(BIN)/python -m pipeline.bench full-size --model t5-large
 	$(BIN)/python -m pipeline.bench full-size --model mt5-large
 
-bench-gpu: .venv/installed  ## tests marked gpu, then the benchmarks on an NVIDIA GPU, each whatever became of those before
+bench-gpu: .venv/installed  ## run the tests and benchmarks that need an NVIDIA GPU; one that fails stops no other
 	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel accelerate psutil  # baselines; left out where they do not install
 	status=0; $(BIN)/python -m pytest -m gpu || status=1; \
 	for loss in hidden head attention; do \

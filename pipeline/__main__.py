@@ -1,20 +1,22 @@
-"""python -m pipeline STAGE --config RECIPE [--any.field value ...]
+"""python -m pipeline COMMAND --config RECIPE [--any.field value ...]
 
-run        all stages in order, each in its own processes; stages that are done are skipped (--dry-run: only say so)
-estimate   memory, traffic, FLOPs, hours and disk that a run will take (--nodes N --gpus M --gib G)
+A recipe is a YAML file, or the name of one in pipeline/recipes/. `COMMAND --help` shows every field of a recipe.
+
+run        do all stages in order, each in its own processes; skip those that are done (--dry-run: only say so)
+estimate   say what memory, traffic, hours and disk a run will take (--nodes N --gpus M --gib G)
 fetch      download what the recipe names as hub:owner/name, on a machine with internet
-teacher    train, fine-tune or take the teacher            (under torchrun or srun)
-label      have the teacher write targets for the training sources: one more source of data (pseudo-labels)
-distill    train the modular layers of all granularities   (under torchrun or srun)
-baseline   shrink and fine-tune one small model directly   (under torchrun or srun)
+teacher    train, fine-tune or take the teacher, the large model (under torchrun or srun)
+label      have the teacher write targets for the training sources: one more source of data
+distill    train the modular layers, each of which stands for several teacher layers (under torchrun or srun)
+baseline   train small models one by one, for comparison (under torchrun or srun)
 search     find the assemblies that lose least under any budget
-recover    tune one assembly for a while, and keep it if it is not worse    (under torchrun or srun)
-assemble   put checkpoints of all asked ratios together
-evaluate   score and time all of them in one batch
-report     the table, scores.csv, report.html and the pictures
-compare    two systems or two runs: differences with significance, and what changed
-choose     the assembly that fits a budget of latency, bytes or quality; exports it
-trim       drop the vocabulary that the languages in use never need, from a T5 or mT5 folder
+recover    train one assembly further, and keep the result if it is not worse (under torchrun or srun)
+assemble   put teacher layers and modular layers together into checkpoints of all sizes asked for
+evaluate   score and time all checkpoints in one batch
+report     make the table, scores.csv, report.html and the pictures
+compare    show what differs between two systems or two runs, and how surely
+choose     name, and export, the assembly that fits a budget of latency, bytes or quality
+trim       remove the tokens that given texts never use from a T5 or mT5 folder
 doctor     check this machine or allocation: each line is ok, or says what to do
 checkpoint list, verify or export the checkpoints of a run
 bench      measure against named baselines (also: python -m pipeline.bench)
@@ -77,18 +79,24 @@ def main(arguments: Sequence[str]) -> None:
     run_program(lambda: _run_stage(name, rest), verbose="--verbose" in rest)
 
 
+def about(command: str) -> str:
+    """What a command does, from the list above."""
+    (line,) = [line for line in (__doc__ or "").splitlines() if line.startswith(f"{command} ")]
+    return line.removeprefix(command).strip()
+
+
 def _run_stage(name: str, arguments: Sequence[str]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun starts workers in sessions of their own, out of a kill's reach
         die_with_parent()
-    parser = recipe_parser(f"python -m pipeline {name}", __doc__ or "")
+    parser = recipe_parser(f"python -m pipeline {name}", about(name))
     if name == "run" or name in TRAINING:
-        parser.add_argument("--extend", action="store_true", help="Continue with a schedule other than the one begun.")
+        parser.add_argument("--extend", action="store_true", help="Continue with another num_steps or learning rate.")
     if name == "run":
-        parser.add_argument("--dry-run", action="store_true", help="Check everything, say what would be done, and end.")
+        parser.add_argument("--dry-run", action="store_true", help="Check everything and say what would be done.")
     if name == "estimate":
         _add_machine(parser)
     if name == "label":
-        parser.add_argument("--num_beams", type=int, default=4, help="Beams of the teacher.")
+        parser.add_argument("--num_beams", type=int, default=4, help="Beams of the teacher; 1 is greedy.")
         parser.add_argument("--min_chrf", type=float, default=40.0, help="Least chrF (0-100) with the reference.")
     recipe, options = parse_recipe(parser, arguments)
     run = RunDir(Path(recipe.resolved_run_dir))
@@ -121,11 +129,11 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
 def _add_machine(parser: ArgumentParser) -> None:
     from pipeline.planning import PEAK_TFLOPS, SHARE
 
-    parser.add_argument("--nodes", type=int, default=1, help="Nodes.")
-    parser.add_argument("--gpus", type=int, default=0, help="Ranks of a node; 0 takes launch.num_ranks.")
-    parser.add_argument("--gib", type=float, default=80.0, help="Memory of a rank's device in GiB.")
-    parser.add_argument("--tflops", type=float, default=PEAK_TFLOPS, help="Matmul peak of a rank in TFLOP/s.")
-    parser.add_argument("--share", type=float, default=SHARE, help="Share of that peak that useful FLOPs reach.")
+    parser.add_argument("--nodes", type=int, default=1, help="Nodes to train on.")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of a node; 0: launch.num_ranks.")
+    parser.add_argument("--gib", type=float, default=80.0, help="Memory of a GPU in GiB.")
+    parser.add_argument("--tflops", type=float, default=PEAK_TFLOPS, help="Peak of a GPU in TFLOP/s.")
+    parser.add_argument("--share", type=float, default=SHARE, help="Share of that peak that training reaches.")
 
 
 def _fetch(recipe: Recipe) -> None:

@@ -198,7 +198,7 @@ def gpu(
             task = replace(task, loss_terms=lambda _step, outputs, _counts: LossTerms(outputs.head.share, {}))
         sizes = sizes_of(task.module, task.leaf_classes)
         loop = LoopConfig(ds_config="auto")
-        ds_config, paragraph = plan(sizes, Machine.of(world), batch_config, loop)
+        ds_config, plan_lines = plan(sizes, Machine.of(world), batch_config, loop)
         engine = new_engine(task, world, ds_config)
         reset_peak_of(world.device)
         seconds, flops = [], []
@@ -231,7 +231,7 @@ def gpu(
         ],
         "fine-tuning": flops_of_fine_tuning(sizes, shape_BST) / peak,
         "memory": peak_memory,
-        "setting": f"{world.size} x {device_name(world.device)}, {paragraph}",
+        "setting": f"{world.size} x {device_name(world.device)}: {'. '.join(plan_lines)}.",
         "summary": f"{tokens / ours['seconds']:,.0f} tokens/s; useful FLOPs "
         f"{ours['flops'] / ours['seconds'] / peak:.1%} of the matmul peak of {peak / 1e12:.0f} TFLOP/s.\n"
         f"Share of the step that the losses of distillation take (all that the task loss alone does not): "

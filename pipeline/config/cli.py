@@ -42,8 +42,9 @@ class _Parser(ArgumentParser):
 def recipe_parser(program: str, description: str) -> ArgumentParser:
     """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="Recipe: a YAML file or a name in pipeline/recipes/.")
+    usage = f"{program} --config RECIPE [--any.field value ...]"
+    parser = _Parser(prog=program, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A YAML file, or a name in pipeline/recipes/; repeatable.")
     parser.add_argument("--verbose", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(Recipe, as_group=False)
     return parser

@@ -39,9 +39,9 @@ class OptimConfig(Settings):
     num_steps: int = schedule(1000, low=0)
     """Optimizer steps."""
     learning_rate: float = schedule(1e-3, above=0)
-    """Peak learning rate, before the factors that the model family gives to groups of parameters."""
+    """Peak learning rate. family_lr_factors multiplies it for some groups of parameters."""
     warmup_steps: int = schedule(100, low=0)
-    """Steps of linear warm-up; linear decay to 2 % of the peak follows."""
+    """Steps in which the learning rate rises to its peak. After them it falls in a straight line to 2 % of it."""
     weight_decay: float = identity(0.0, low=0)
     """AdamW's decoupled weight decay."""
     beta1: float = identity(0.9, low=0, below=1)
@@ -49,32 +49,33 @@ class OptimConfig(Settings):
     beta2: float = identity(0.98, low=0, below=1)
     """Decay of AdamW's second moment."""
     max_grad_norm: float = identity(1.0, above=0)
-    """Gradient norm above which gradients are scaled down, counted for each modular layer (the whole model for a
-    teacher) by itself."""
+    """Largest gradient norm; gradients with a larger one are scaled down to it. Each modular layer has a norm of its
+    own, a teacher one for the whole model."""
     family_lr_factors: bool = identity(True)
-    """Multiply learning rates by the family's factors for groups of parameters. Needed to train a T5 from scratch or at
-    high rates; turn off to fine-tune a pretrained teacher at the field's usual rates."""
+    """Multiply the learning rate of each group of parameters by a factor that suits the model family. Needed to train
+    a T5 from scratch or at high rates. Turn it off to fine-tune a pretrained teacher at usual rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(Settings):
-    """The global batch. It does not depend on the number of ranks."""
+    """The batch of one optimizer step. It does not depend on the number of ranks (training processes)."""
 
     tokens_per_micro_batch: int = identity(4096, low=1)
-    """Largest padded size of a micro-batch: examples x (longest source + longest target), in tokens."""
+    """Most tokens of a micro-batch, padding included: examples x (longest source + longest target)."""
     micro_batches_per_step: int = identity(8, low=1)
-    """Micro-batches of one optimizer step over all ranks; the number of ranks must divide it."""
+    """Micro-batches of one optimizer step, all ranks together. The number of ranks must divide it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(Settings):
-    """Cadence of a training loop."""
+    """How training is run, logged, validated and saved."""
 
     ds_config: str = operational("zero3")
-    """How DeepSpeed spreads the model: the name of a file in ds_configs/, a path, or auto, which takes what moves least
-    of those that fit into memory."""
+    """DeepSpeed configuration: the name of a file in ds_configs/, a path, or auto. auto takes the one that sends least
+    between ranks of those that fit into memory."""
     recompute_activations: bool = operational(False)
-    """Activation checkpointing: keep the input of each layer only and compute the rest again in backward."""
+    """Save memory: keep only the input of each layer, and compute the rest again in the backward pass (activation
+    checkpointing)."""
     log_every_steps: int = operational(10, low=1)
     """Steps between two records in metrics.jsonl and TensorBoard."""
     validate_every_steps: int = operational(200, low=1)
@@ -82,24 +83,24 @@ class LoopConfig(Settings):
     validation_examples: int = operational(256, low=1)
     """Examples of the validation part that a validation loss is computed on."""
     validation_bleu_examples: int = operational(0, low=0)
-    """Examples of the validation part that are decoded greedily at every validation, for a small BLEU of the teacher,
-    the finest, a 2x and the coarsest assembly; 0 for none. Each token of an output costs a forward pass."""
+    """Examples of the validation part that are decoded at every validation, for a BLEU of the teacher, the finest, a 2x
+    and the coarsest assembly. 0: none. Each token of an output costs a forward pass."""
     save_every_steps: int = operational(200, low=1)
     """Steps between two checkpoints."""
     keep_checkpoints: int = operational(2, low=1)
-    """Newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep."""
     keep_every_steps: int = operational(0, low=0)
-    """Keep the checkpoints of every so many steps, too; 0 keeps none for that."""
+    """Also keep the checkpoint of every so many steps. 0: keep none for that."""
     keep_best: bool = operational(True)
-    """Keep the checkpoint with the lowest mean validation loss, too (of those saved at a step that was validated)."""
+    """Also keep the checkpoint with the lowest mean validation loss. Only steps that are saved and validated count."""
     save_beside: bool = operational(True)
-    """Write checkpoints beside training, from a copy of a rank's share in host memory; false copies none, and waits."""
+    """Write checkpoints while training goes on, from a copy in host memory. false makes no copy, and training waits."""
     stop_before_end_s: float = operational(120.0, low=0)
-    """Seconds before the end of a SLURM job's time at which training saves and asks for another start; at most half of
-    the time that is left when it starts. Longer than two steps, a validation and a save."""
+    """Seconds before the end of a SLURM job's time at which training saves and asks for another start, but at most half
+    of the job's time. Choose more than two steps, a validation and a save take."""
     hang_timeout_s: float = operational(600.0, low=1)
-    """Seconds without progress, or of waiting for others at the start, after which a rank takes the run for hung, says
-    where every rank is, and leaves. Longer than any forward, backward or save. Ranks that died are found sooner."""
+    """Seconds without progress, or of waiting for others at the start, after which a rank takes the run for hung. It
+    then says where every rank is, and exits. Choose more than any forward pass, backward pass or save takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ class TeacherConfig(Settings):
 
     folder: str = identity("")
     """Folder of a T5, Flan-T5, mT5 or BART model to start from, or hub:owner/name[@revision], which
-    `python -m pipeline fetch` downloads; empty: train one of the sizes below from scratch."""
+    `python -m pipeline fetch` downloads. Empty: train a model from scratch, with the sizes of teacher.architecture."""
     architecture: ArchitectureConfig = dataclasses.field(default_factory=ArchitectureConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Training of the teacher; with a folder, num_steps = 0 takes the model as it is."""
@@ -145,29 +146,30 @@ class TeacherConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Settings):
-    """The objectives. A weight is a number, or points [[step, weight], ...] with straight lines between them. The local
-    phase has the hidden-state loss, with weight 1, and the attention losses."""
+    """What modular layers learn from. Each loss has a weight: a number, or points [[step, weight], ...] with straight
+    lines between them. The local phase takes the hidden-state loss, with weight 1, and the attention losses."""
 
     hidden: float | tuple[tuple[int, float], ...] = identity(1.0)
-    """Hidden-state loss at the ends of the drawn spans."""
+    """Weight of the hidden-state loss, which compares the states of student and teacher behind each modular layer."""
     hidden_mode: str = identity("span", choices=("span", "mse", "cosine"))
     """How states are compared: span (squared error over what the teacher's span changes), mse (squared error) or
     cosine (1 - cosine of student and teacher, token by token)."""
     logit: float | tuple[tuple[int, float], ...] = identity(1.0)
-    """Kullback-Leibler divergence from the teacher's output distribution."""
+    """Weight of the logit loss: Kullback-Leibler divergence between the outputs of teacher and student."""
     logit_direction: str = identity("forward", choices=("forward", "reverse"))
     """forward: KL(teacher || student); reverse: KL(student || teacher)."""
     task: float | tuple[tuple[int, float], ...] = identity(1.0)
-    """Cross entropy with the references."""
+    """Weight of the task loss: cross entropy with the references."""
     attention_self: float | tuple[tuple[int, float], ...] = identity(0.0)
-    """Kullback-Leibler divergence of self-attention, in both stacks, from the last teacher layer of the span."""
+    """Weight of the self-attention loss, in both stacks: Kullback-Leibler divergence from the last teacher layer of the
+    span."""
     attention_cross: float | tuple[tuple[int, float], ...] = identity(0.0)
-    """The same for cross-attention."""
+    """Weight of the same loss for cross-attention."""
     temperature: float = identity(1.0, above=0)
-    """Temperature of the logit distillation; the loss is multiplied by its square."""
+    """Temperature of the logit loss, which is multiplied by its square."""
     fused: bool = operational(True)
-    """Take the fused losses of pipeline/kernels; false takes their definitions in plain PyTorch, which equal them but
-    for rounding."""
+    """Compute losses with the fused kernels of pipeline/kernels. false takes their definitions in plain PyTorch, which
+    give the same but for rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,18 +187,19 @@ class DistillConfig(Settings):
     """Training of the modular layers over the frozen teacher."""
 
     granularities: tuple[int, ...] = identity((2, 3, 6), low=2)
-    """Teacher layers that a modular layer stands for; each granularity covers both stacks."""
+    """How many teacher layers a modular layer stands for. For each granularity, modular layers are made for both stacks
+    (encoder and decoder)."""
     encoder_granularities: tuple[int, ...] | None = identity(None, low=2)
     """The encoder's own granularities, instead of those above; [] leaves the encoder whole."""
     decoder_granularities: tuple[int, ...] | None = identity(None, low=2)
     """The decoder's own granularities, instead of those above; [] leaves the decoder whole."""
     init: str = identity("first", choices=("first", "middle", "last", "average"))
-    """What a modular layer starts from: the first, middle or last teacher layer of its span (of two middle layers the
-    earlier one), or the average of all of them."""
+    """What a modular layer starts as: a copy of the first, middle or last layer of its span (the teacher layers that it
+    stands for), or the average of them. Of two middle layers it is the earlier one."""
     local_steps: int = identity(400, low=0)
-    """Steps of the local phase, where each modular layer learns its span from the teacher's own states; the steps after
-    it are the replacing phase, where draws put modular layers into the teacher and the whole path is trained. 0
-    leaves the local phase out, optim.num_steps the replacing phase."""
+    """Steps of the local phase, where each modular layer learns its span from the teacher's own states. The steps after
+    it are the replacing phase, where modular layers replace their spans in the teacher and are trained together. 0
+    leaves the local phase out, as many as optim.num_steps the replacing phase."""
     sampler: str = identity("stratified", choices=SAMPLERS)
     """How the replacing phase samples an assembly for each micro-batch:
     stratified (a stack takes one granularity throughout or any tiling, see coarse_weight),
@@ -212,13 +215,13 @@ class DistillConfig(Settings):
     mean: sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
     fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout)."""
     coarse_weight: float = identity(0.5, low=0, high=1)
-    """For stratified draws and the curricula: share of the draws in which a stack takes one granularity throughout,
-    chosen in proportion to its size; the rest is uniform over all tilings."""
+    """For the samplers stratified, coarse-to-fine and fine-to-coarse: share of the draws in which a stack takes one
+    granularity throughout, chosen in proportion to its size. The others are uniform over all tilings."""
     replace_rate: float = identity(0.5, above=0, high=1)
     """For the theseus samplers: chance that a span is replaced at the start of the replacing phase."""
     ramp: float = identity(0.5, low=0, high=1)
-    """For the theseus samplers and the curricula: share of the replacing phase after which every span is replaced, or
-    every granularity is admitted."""
+    """For the theseus samplers, and for coarse-to-fine and fine-to-coarse: share of the replacing phase after which
+    every span is replaced, or every granularity is admitted."""
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
@@ -260,14 +263,14 @@ class DistillConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig(Settings):
-    """Small models trained one by one on the same data, each with the depth of an assembly to stand beside."""
+    """Small models trained one by one on the same data, for comparison. Each has as many layers as an assembly."""
 
     methods: tuple[str, ...] = identity(("finetune",), choices=("finetune", "logit", "theseus"))
-    """finetune (shrink and fine-tune: kept teacher layers, task loss), logit (the same with logit distillation, weights
-    as in distill.losses), theseus (BERT-of-Theseus: one granularity, task loss only)."""
+    """finetune (keep some of the teacher's layers, train with the task loss), logit (the same with the logit loss, too,
+    weights as in distill.losses), theseus (BERT-of-Theseus: one granularity, task loss only)."""
     ratios: tuple[float, ...] = identity((), above=1)
-    """Ratios of layers at which each method makes a model, as size-first takes them; empty: that of the coarsest
-    assembly."""
+    """Ratios of layers at which each method makes a model, with the layers of the preset size-first. Empty: the ratio
+    of the coarsest assembly."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Training of each small model; num_steps = 0 leaves the baselines out."""
 
@@ -291,11 +294,13 @@ class AssembleConfig(Settings):
     """Which checkpoints to put together."""
 
     ratios: tuple[float, ...] = identity((1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0), low=1)
-    """Ratios of layers; ratio r asks for round(layers / r) layers, encoder and decoder together."""
+    """How many times fewer layers than the teacher. Ratio r asks for round(layers / r), both stacks together."""
     presets: tuple[str, ...] = identity(PRESETS, choices=(*PRESETS, SEARCHED))
-    """Ways to choose an assembly for a ratio: size-first, speed-first, searched (see the section search)."""
+    """Ways to choose an assembly for a ratio: size-first (shorten both stacks alike), speed-first (shorten the decoder
+    first), searched (what the section search finds)."""
     assemblies: tuple[str, ...] = identity(())
-    """Further assemblies by their text form, such as e2x3-d6."""
+    """Further assemblies by their text form, such as e2x3-d6: encoder of 3 layers for 2 teacher layers each, decoder of
+    one layer for 6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,11 +308,11 @@ class EvaluateConfig(Settings):
     """Scoring of all systems in one batch."""
 
     max_examples: int = identity(1000, low=1)
-    """Test examples to score, from the start of the test part."""
+    """How many examples to score, from the start of the test part."""
     max_new_tokens: int = identity(128, low=1)
     """Longest output, in tokens."""
     num_beams: int = identity(1, low=1)
-    """Beams; 1 is greedy."""
+    """Beams of beam search; 1 is greedy decoding."""
     folders: tuple[str, ...] = identity(())
     """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
     tokens_per_batch: int = operational(8192, low=1)
@@ -321,7 +326,7 @@ class LaunchConfig(Settings):
     """How many processes `python -m pipeline run` starts on this machine."""
 
     num_ranks: int = operational(1, low=1)
-    """Training processes (torchrun); on GPUs one for each."""
+    """Training processes that torchrun starts; one for each GPU."""
     num_mpi_ranks: int = operational(2, low=1)
     """MPI ranks that prepare data."""
     threads_per_rank: int = operational(1, low=1)

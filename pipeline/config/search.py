@@ -18,14 +18,14 @@ class SearchConfig(Settings):
     num_examples: int = identity(256, low=1)
     """Validation examples that losses are measured on."""
     candidates_per_size: int = identity(4, low=1)
-    """Assemblies measured end to end for every number of layers and every budget, in each round."""
+    """How many assemblies are measured for every number of layers and every budget, in each round."""
     rounds: int = identity(2, low=1)
-    """Rounds of solving and measuring; from the second on, scores are fitted to all losses measured so far."""
+    """Rounds of proposing assemblies and measuring their losses. Later rounds learn from all losses measured before."""
     budgets: tuple[str, ...] = identity(())
     """Further budgets beside assemble.ratios, each with the best assembly found within it: layers=8, parameters=60M,
     bytes=300M, or ms=40 (latency at batch 1 on this device)."""
     latency_examples: int = identity(8)
-    """Examples that time the shapes of assemblies; 0 leaves time out."""
+    """Examples that are decoded to time assemblies of every shape. 0: no times, and no budgets in ms."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

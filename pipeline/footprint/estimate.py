@@ -312,8 +312,8 @@ def choose_ds_config(
         mode = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
         needed = memory(sizes, mode, tokens_per_micro_batch, recompute=recompute).device_total
         if needed <= limit:
-            reason = f"needs {needed / GIB:.1f} of the {limit / GIB:.1f} GiB that may be filled and moves least"
-            return name, reason + ("; too large are " + ", ".join(too_large) if too_large else "")
+            reason = f"of those that fit into {limit / GIB:.1f} GiB it sends least between ranks"
+            return name, reason + (f" (too large: {', '.join(too_large)})" if too_large else "")
         too_large.append(f"{name} ({needed / GIB:.1f} GiB)")
     raise ValueError(
         f"nothing fits into {limit / GIB:.1f} GiB a device: {', '.join(too_large)}; use more ranks, fewer "
@@ -321,27 +321,19 @@ def choose_ds_config(
     )
 
 
-def paragraph(sizes: Sizes, mode: Sharding, batch: BatchConfig, loop: LoopConfig, reason: str) -> str:
-    """What a run will train and need, for people."""
+def summary(sizes: Sizes, mode: Sharding, batch: BatchConfig, loop: LoopConfig, reason: str) -> list[str]:
+    """Short lines for people on what a run trains and needs; `python -m pipeline estimate` tells the rest."""
     recompute = loop.recompute_activations
     needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute, save_beside=loop.save_beside)
-    moved = traffic(sizes, mode, batch.micro_batches_per_step // mode.num_ranks)
     num_layers = sum(leaf.trained for leaf in sizes.leaves)
-    largest = sorted(needs.device.items(), key=lambda item: -item[1])[:3]
-    sentences = [
-        f"trains {sizes.num_trained:,} parameters in {num_layers} layers{' and around them' * sizes.rest_is_trained}, "
-        f"with {sizes.num_frozen:,} frozen ones",
-        f"A step is {batch.micro_batches_per_step} micro-batches of up to {batch.tokens_per_micro_batch:,} tokens on "
-        f"{mode.num_ranks} rank{'s' * (mode.num_ranks > 1)}{', recomputing activations' * recompute}",
+    beside = f" and {readable(needs.host_total)} of host memory" if needs.host else ""
+    return [
+        f"{sizes.num_trained:,} parameters in {num_layers} layers{' and around them' * sizes.rest_is_trained} are "
+        f"trained; {sizes.num_frozen:,} are frozen",
         f"DeepSpeed configuration {mode.name}, {reason}",
-        f"Expected on each rank: {readable(needs.device_total)}, most of it "
-        + ", ".join(f"{name} {readable(count)}" for name, count in largest)
-        + (f"; {readable(needs.host_total)} of host memory" if needs.host else ""),
-        f"Each step it receives {readable(moved.gathered)} of weights, {readable(moved.reduced)} of gradients"
-        + (f", {readable(moved.between_nodes)} of that between nodes" if moved.between_nodes else ""),
+        f"{mode.num_ranks} rank{'s' * (mode.num_ranks > 1)}: each needs {readable(needs.device_total)} of "
+        f"memory{beside}; a checkpoint takes {readable(BYTES_IN_CHECKPOINT * sizes.num_trained)}",
     ]
-    sentences.append(f"A checkpoint has {readable(BYTES_IN_CHECKPOINT * sizes.num_trained)}")
-    return ". ".join(sentences) + "."
 
 
 def readable(num_bytes: float) -> str:
@@ -349,8 +341,8 @@ def readable(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -> tuple[str, str]:
-    """(name of the DeepSpeed configuration, with `auto` decided; the paragraph for people).
+def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -> tuple[str, list[str]]:
+    """(name of the DeepSpeed configuration, with `auto` decided; short lines for people).
 
     Raises:
         ValueError: `auto` finds nothing that fits, or there is no such configuration.
@@ -362,4 +354,4 @@ def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -
         )
         reason = f"chosen by auto: {reason}"
     mode = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
-    return name, paragraph(sizes, mode, batch, loop, reason)
+    return name, summary(sizes, mode, batch, loop, reason)

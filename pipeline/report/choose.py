@@ -27,7 +27,7 @@ def choose_command(arguments: Sequence[str]) -> None:
         FileNotFoundError: the run has not been evaluated.
     """
     parser = argparse.ArgumentParser(prog="python -m pipeline choose", description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory that has been evaluated")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="evaluated run (default: runs/demo)")
     parser.add_argument("--latency-ms", type=float, help="at most so many milliseconds for one example at batch 1")
     parser.add_argument("--bytes", type=str, help="at most so many bytes of weights: 300M, 1.5G, 200Mi")
     parser.add_argument("--keep", type=float, help="at least this share of the teacher's BLEU: 0.98")

@@ -38,9 +38,9 @@ def compare_command(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m pipeline compare", description=__doc__)
     parser.add_argument("a", metavar="A", help="a system, RUN:SYSTEM, or a run directory")
-    parser.add_argument("b", metavar="B", help="the same kind of thing")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory of plain system names")
-    parser.add_argument("--examples", type=int, default=5, help="changed examples to show")
+    parser.add_argument("b", metavar="B", help="what to compare it with, of the same kind")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run of plain names (default: runs/demo)")
+    parser.add_argument("--examples", type=int, default=5, help="how many changed outputs to show (default: 5)")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     console = Console(width=None if Console().is_terminal else 160, highlight=False)

@@ -108,15 +108,17 @@ class Trainer:
         seed = stage.identity["seed"]
         if batch.micro_batches_per_step % world.size:
             raise ValueError(
-                f"micro_batches_per_step is {batch.micro_batches_per_step}, which {world.size} ranks do not divide"
+                f"micro_batches_per_step is {batch.micro_batches_per_step}, which {world.size} ranks do not divide: "
+                f"make it a multiple of {world.size}"
             )
         self.batches = Batches(data, "train", seed, batch.tokens_per_micro_batch, batch.micro_batches_per_step)
         self.clock = PhaseClock(world.device)
         if loop.recompute_activations:
             recompute_in_backward(task.layers)
         sizes = sizes_of(task.module, task.leaf_classes)
-        ds_config, paragraph = plan(sizes, Machine.of(world), batch, loop)
-        logger_of(world).info("%s: %s", stage.name, paragraph)
+        ds_config, summary = plan(sizes, Machine.of(world), batch, loop)
+        for line in summary:
+            logger_of(world).info("%s: %s", stage.name, line)
         self.engine = Engine(
             task.module,
             world=world,

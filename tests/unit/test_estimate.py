@@ -17,9 +17,9 @@ from pipeline.footprint.estimate import (
     choose_ds_config,
     local_flops,
     memory,
-    paragraph,
     plan,
     sizes_of,
+    summary,
     traffic,
     useful_flops,
 )
@@ -215,9 +215,10 @@ def test_auto_takes_what_moves_least_of_what_fits(model, machine, chosen, reques
     batch = dataclasses.replace(BATCH, tokens_per_micro_batch=4096)
     name, said = plan(sizes, machine, batch, LoopConfig(ds_config="auto", recompute_activations=model == "mt5_xxl"))
     assert name == chosen
-    assert f"DeepSpeed configuration {chosen}, chosen by auto" in said
-    assert f"{sizes.num_trained:,} parameters" in said
-    assert f"{machine.num_ranks} ranks" in said
+    trained, configuration, needed = said
+    assert f"DeepSpeed configuration {chosen}, chosen by auto" in configuration
+    assert f"{sizes.num_trained:,} parameters" in trained
+    assert f"{machine.num_ranks} ranks" in needed
 
 
 def test_auto_says_what_to_do_when_nothing_fits(mt5_xxl):
@@ -228,15 +229,14 @@ def test_auto_says_what_to_do_when_nothing_fits(mt5_xxl):
 def test_a_named_configuration_stays_and_is_described(t5_large):
     name, said = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3"))
     assert name == "zero3"
-    assert "as the recipe says" in said
-    assert "A checkpoint has 7.88 GiB" in said
-    moved = traffic(t5_large, Sharding.of("zero3", 2, 2), BATCH.micro_batches_per_step // 2)
-    assert f"it receives {moved.gathered / GIB:.2f} GiB of weights" in said
-    assert "3.94 GiB of host memory" in said  # the copy of what is saved
+    assert "as the recipe says" in said[1]
+    assert "a checkpoint takes 7.88 GiB" in said[-1]
+    assert "3.94 GiB of host memory" in said[-1]  # the copy of what is saved
+    assert all(len(line.split()) <= 25 for line in said)
     _, alone = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3", save_beside=False))
-    assert "of host memory" not in alone
+    assert "of host memory" not in alone[-1]
     mode = Sharding.of("zero3_offload", 2, 2)
-    assert "of host memory" in paragraph(t5_large, mode, BATCH, LoopConfig(), "because")
+    assert "of host memory" in summary(t5_large, mode, BATCH, LoopConfig(), "because")[-1]
 
 
 def test_useful_flops_count_parameters_and_tokens():
