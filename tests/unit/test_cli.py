@@ -73,6 +73,14 @@ def test_every_command_has_help(command, capsys):
     assert command.split()[0] in (pipeline.__main__.__doc__ or "")
 
 
+def test_help_of_a_stage_begins_with_what_the_stage_does(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["distill", "--help"])
+    usage, about, _ = capsys.readouterr().out.split("\n\n", 2)
+    assert usage == "usage: python -m pipeline distill --config RECIPE [--any.field value ...]"
+    assert about.startswith("train the modular layers")
+
+
 @pytest.mark.parametrize("command", [[], ["plan"], ["build"], ["verify"], ["repair"], ["stats"], ["cat"]])
 def test_every_command_of_data_preparation_has_help(command, capsys):
     with pytest.raises(SystemExit, match="0"):
