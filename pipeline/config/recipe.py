@@ -201,18 +201,18 @@ class DistillConfig(Settings):
     it are the replacing phase, where modular layers replace their spans in the teacher and are trained together. 0
     leaves the local phase out, as many as optim.num_steps the replacing phase."""
     sampler: str = identity("stratified", choices=SAMPLERS)
-    """How the replacing phase samples an assembly for each micro-batch:
-    stratified (a stack takes one granularity throughout or any tiling, see coarse_weight),
-    uniform (any tiling is as likely as any other),
-    sandwich (the coarsest assembly in every other micro-batch, uniform in the rest; the teacher, which is the other
-    end of the sandwich, runs in every micro-batch and gives the targets),
-    theseus-constant, theseus-linear (where a span starts it is replaced with chance replace_rate, which jumps to 1 at
-    the end of the ramp or rises to 1 over it, as in BERT-of-Theseus),
+    """How the replacing phase samples, for each micro-batch, an assembly (which modular layers replace which spans):
+    stratified (a stack takes one granularity throughout, or any tiling, that is any choice of spans: see
+    coarse_weight),
+    uniform (every tiling is as likely as any other),
+    sandwich (the coarsest assembly in every other micro-batch, uniform in the rest),
+    theseus-constant, theseus-linear (as in BERT-of-Theseus: each span is replaced with chance replace_rate, which jumps
+    to 1 at the end of the ramp, or rises to 1 over it),
     coarse-to-fine, fine-to-coarse (stratified over some granularities: the coarsest or the finest at first, one more
     in each equal part of the ramp, all of them after it)."""
     draws: tuple[str, ...] = identity((SAMPLED,), before=(SAMPLED,))
-    """Assemblies that share a micro-batch of the replacing phase, over one pass of the teacher; the losses are their
-    mean: sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
+    """Assemblies that share a micro-batch of the replacing phase and one pass of the teacher. The loss is their mean.
+    Choose from sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
     fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout)."""
     coarse_weight: float = identity(0.5, low=0, high=1)
     """For the samplers stratified, coarse-to-fine and fine-to-coarse: share of the draws in which a stack takes one
