@@ -39,7 +39,7 @@ def test_public_models_have_their_published_sizes(name):
     found = planned(name)
     assert "not here" in found.source
     assert found.teacher_sizes.num_trained == pytest.approx(PUBLISHED[name] * 1e6, rel=2e-3)
-    assert found.checkpoint_sizes().num_layers == found.num_layers
+    assert found.checkpoint_sizes().num_layers == found.stacks.num_layers
 
 
 def test_a_folder_is_counted_as_it_is_loaded(tmp_path):
@@ -54,7 +54,7 @@ def test_a_folder_is_counted_as_it_is_loaded(tmp_path):
             assemble=AssembleConfig(ratios=(1.5,)),
         )
         found = Planned.of(recipe)
-        assert found.num_layers == depth
+        assert found.stacks.num_layers == depth
         assert found.teacher_sizes.num_trained == sum(p.numel() for p in model.parameters())
         small = tiny_t5(kind, 2, 2)
         assert sum(p.numel() for p in found.model((2, 2)).parameters()) == sum(p.numel() for p in small.parameters())
@@ -161,4 +161,4 @@ def test_a_mistake_is_one_line(options, says, capsys):
 def test_every_public_model_can_be_planned():
     for name in PUBLIC:
         assert json.dumps(PUBLIC[name])
-        assert planned(name).num_layers[0] == PUBLIC[name].get("num_layers", PUBLIC[name].get("encoder_layers"))
+        assert planned(name).stacks.num_layers[0] == PUBLIC[name].get("num_layers", PUBLIC[name].get("encoder_layers"))
