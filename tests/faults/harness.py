@@ -75,6 +75,19 @@ class Road:
         finally:
             kill_group(process)
 
+    def kill_when_there_is(self, pattern: str) -> None:
+        """Start, wait until a path of the run directory matches, SIGKILL the whole group."""
+        process = self.start()
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            while not any(self.run_dir.glob(pattern)):
+                assert process.poll() is None, f"it ended without {pattern}"
+                assert time.monotonic() < deadline, f"no {pattern}"
+                time.sleep(0.01)
+        finally:
+            kill_group(process)
+
 
 def kill_group(process: subprocess.Popen[str]) -> None:
     """SIGKILL to every process of the group, as a scheduler or an impatient user sends it."""
