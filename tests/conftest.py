@@ -17,10 +17,9 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("no deadline", deadline=None)  # how long an example takes says nothing here
 hypothesis.settings.load_profile("no deadline")
 
-# Files that take longest, longest first: whoever runs several at once (pytest -n 2 --dist loadfile) begins with them, so
-# that none is left over at the end while the other processes have nothing to do.
-LONGEST_FIRST = (
-)
+# Files that take longest, longest first: several processes (pytest -n 2 --dist loadfile) begin with them, so that none
+# is left over at the end while the others have nothing to do.
+LONGEST_FIRST = ()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

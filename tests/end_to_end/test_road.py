@@ -110,7 +110,7 @@ def test_a_kill_in_training_and_one_in_evaluation_change_no_score(finished, tmp_
     road, output = finished
     broken = Road(tmp_path / "broken run")
     shutil.copytree(road.run_dir, broken.run_dir)
-    for stage in ("distill", "baseline", "assemble", "evaluate", "report"):
+    for stage in ("distill", "assemble", "evaluate", "report"):
         shutil.rmtree(broken.run_dir / stage)
     seconds = seconds_of_stages(output)
     assert broken.kill_in("distill", 0.7 * seconds["distill"])
