@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from data_prep.publish import sha256_of
+from pipeline.__main__ import main
 from pipeline.assemble.systems import System, describe
 from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.config.recipe import EvaluateConfig, Recipe
@@ -29,7 +31,8 @@ from pipeline.evaluation.subject import folder_hashes
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly
 from pipeline.world import World
-from tests.patience import wait_until
+from tests.forks import context
+from tests.patience import PATIENCE_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_EXAMPLES = 200
@@ -75,7 +78,8 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after one worker has evaluated it without interruption."""
     root = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(inputs, root)
-    assert start_worker(root).wait() == 0
+    command = [sys.executable, "-m", "pipeline", "evaluate", *options_of(root)]
+    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return root
 
 
@@ -143,11 +147,28 @@ def plain_outputs(folder: Path, sources: list[str]) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def start_worker(root: Path, rank: int = 0, size: int = 1) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline", "evaluate", f"--run_dir={root}", "--evaluate.latency_examples=3"]
-    command += [f"--evaluate.{name}={value}" for name, value in SETTINGS.items()]
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
+def start_worker(root: Path, rank: int = 0, size: int = 1) -> ForkServerProcess:
+    """A worker of a session of its own, forked from a process that has imported what it needs."""
+    worker = context("tests.evaluated").Process(target=_work, args=(root, rank, size), daemon=True)
+    worker.start()
+    return worker
+
+
+def _work(root: Path, rank: int, size: int) -> None:
+    os.setsid()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    main(["evaluate", *options_of(root)])
+
+
+def options_of(root: Path) -> list[str]:
+    settings = {**SETTINGS, "latency_examples": 3}
+    return [f"--run_dir={root}", *(f"--evaluate.{name}={value}" for name, value in settings.items())]
+
+
+def exit_code(worker: ForkServerProcess) -> int | None:
+    """Once it has ended."""
+    worker.join(PATIENCE_S)
+    return worker.exitcode
 
 
 def evaluate_here(root: Path, **settings: Any) -> None:
@@ -171,16 +192,16 @@ def when_published(root: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_mtime_ns for path in (root / "evaluate/scores").glob("*.json")}
 
 
-def kill_when(worker: subprocess.Popen[bytes], root: Path, num_units: int, num_scores: int) -> None:
+def kill_when(worker: ForkServerProcess, root: Path, num_units: int, num_scores: int) -> None:
     """SIGKILL a worker's process group when so many units are decoded and so many systems are scored."""
 
     def has_come_so_far() -> bool:
-        assert worker.poll() is None, "the worker ended before it could be killed"
+        assert worker.is_alive(), "the worker ended before it could be killed"
         return len(units_done(root)) >= num_units and len(when_published(root)) >= num_scores
 
     wait_until(has_come_so_far, look_every_s=0.002)
     os.killpg(worker.pid, signal.SIGKILL)
-    assert worker.wait() == -signal.SIGKILL
+    assert exit_code(worker) == -signal.SIGKILL
 
 
 def units_done(root: Path) -> list[str]:

@@ -1,14 +1,17 @@
-"""Ranks that start at once: forked from a clean server that has imported everything once.
+"""Processes that start at once: forked from a clean server that has imported everything once.
 
-For what needs real processes and a real process group, many times over: kills, hangs, saves on several ranks.
+For what needs real processes, or ranks with a real process group, many times over: kills, hangs, saves on several
+ranks, commands. A new interpreter would take longer to import torch than most tests take.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,35 @@ def wait_for(processes: list[ForkServerProcess], timeout_s: float = PATIENCE_S) 
     return codes
 
 
+def run_forked(
+    function: Callable[..., Any], *args: Any, preload: str, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Call `function(*args)` in a process with this environment; how it ended and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = context(preload).Process(target=_forked, args=(dict(environment), outputs, function, args))
+        process.start()
+        (code,) = wait_for([process])
+        assert code is not None, f"{args} hangs"
+        return subprocess.CompletedProcess(args, code, *(path.read_text() for path in outputs))
+
+
+def _forked(
+    environment: dict[str, str], outputs: list[Path], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate(outputs, start=1):
+        _redirect(path, number)
+    function(*args)
+
+
+def _redirect(path: str | Path, *descriptors: int) -> None:
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for each in descriptors:
+        os.dup2(opened, each)
+
+
 def with_group(function: Callable[..., Any], *args: Any) -> None:
     """Call `function(world, *args)` inside a gloo process group of the ranks."""
     world = World.from_environment()
@@ -81,7 +113,5 @@ def with_group(function: Callable[..., Any], *args: Any) -> None:
 
 def _rank(environment: dict[str, str], output: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(environment)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _redirect(output, 1, 2)
     function(*args)

@@ -1,19 +1,16 @@
-"""Run a function of a test module on real ranks: separate processes with a real process group between them."""
+"""Run a function of a test module on real ranks, and have what it returns: forked processes, a real process group."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.world import free_port
+from tests import forks
 from tests.patience import PATIENCE_S
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_ranks(num_ranks: int, function: str, timeout_s: float = PATIENCE_S, **kwargs: Any) -> list[Any]:
@@ -22,42 +19,17 @@ def run_ranks(num_ranks: int, function: str, timeout_s: float = PATIENCE_S, **kw
     Raises:
         AssertionError: a rank failed or hung; carries the output of all ranks.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        processes = []
-        for rank in range(num_ranks):
-            output = Path(folder) / f"{rank}.json"
-            command = [sys.executable, "-m", "tests.ranks", function, json.dumps(kwargs), str(output)]
-            each = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
-            )
-        try:
-            texts = [process.communicate(timeout=timeout_s)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        codes = [process.returncode for process in processes]
-        assert not any(codes), f"exit codes {codes}:\n" + "\n".join(text[-3000:] for text in texts)
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def _main(function: str, kwargs: str, output: str) -> None:
-    import importlib
-
     module, name = function.split(":")
-    result = getattr(importlib.import_module(module), name)(**json.loads(kwargs))
-    Path(output).write_text(json.dumps(result))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        codes = forks.run_ranks(
+            num_ranks, _answer, module, name, kwargs, folder, preload=module, log=folder, timeout_s=timeout_s
+        )
+        said = [(folder / f"rank_{rank}").read_text() for rank in range(num_ranks)]
+        assert codes == [0] * num_ranks, f"exit codes {codes}:\n" + "\n".join(text[-3000:] for text in said)
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+def _answer(module: str, name: str, kwargs: dict[str, Any], folder: Path) -> None:
+    result = getattr(importlib.import_module(module), name)(**kwargs)
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))

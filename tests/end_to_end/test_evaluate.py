@@ -26,6 +26,7 @@ from tests.evaluated import (
     NUM_NEW_TOKENS,
     SYSTEMS,
     evaluate_here,
+    exit_code,
     finished,
     inputs,
     kill_when,
@@ -74,7 +75,7 @@ def test_killed_and_resumed_equals_uninterrupted(inputs: Path, finished: Path, t
         kill_when(start_worker(root), root, *progress)
         assert not (root / "evaluate/scores.csv").exists()
     kept = when_published(root)
-    assert start_worker(root).wait() == 0
+    assert exit_code(start_worker(root)) == 0
     assert table(root) == table(finished)
     assert outputs(root) == outputs(finished)
     assert when_published(root) == kept
@@ -84,7 +85,7 @@ def test_two_workers_equal_one(inputs: Path, finished: Path, tmp_path: Path) -> 
     root = tmp_path / "run"
     shutil.copytree(inputs, root)
     workers = [start_worker(root, rank, 2) for rank in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
+    assert [exit_code(worker) for worker in workers] == [0, 0]
     assert table(root) == table(finished)
     assert outputs(root) == outputs(finished)
 

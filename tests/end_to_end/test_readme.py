@@ -21,7 +21,7 @@ FEWER = {
     "teacher.optim.num_steps": "0", "teacher.batch.micro_batches_per_step": "1",
     "distill.optim.num_steps": "2", "distill.local_steps": "1", "distill.optim.warmup_steps": "1",
     "distill.batch.micro_batches_per_step": "1", "distill.batch.tokens_per_micro_batch": "200",
-    "baseline.methods": "[]", "assemble.ratios": "[2]", "launch.num_ranks": "1", "launch.num_mpi_ranks": "1",
+    "baseline.optim.num_steps": "0", "assemble.ratios": "[2]", "launch.num_ranks": "1", "launch.num_mpi_ranks": "1",
     "evaluate.max_examples": "2", "evaluate.max_new_tokens": "4", "evaluate.latency_examples": "1",
 }  # fmt: skip
 

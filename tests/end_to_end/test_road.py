@@ -110,7 +110,7 @@ def test_a_kill_in_training_and_one_in_evaluation_change_no_score(finished, tmp_
     road, _ = finished
     broken = Road(tmp_path / "broken run")
     shutil.copytree(road.run_dir, broken.run_dir)
-    for stage in ("distill", "baseline", "assemble", "evaluate", "report"):
+    for stage in ("distill", "assemble", "evaluate", "report"):
         shutil.rmtree(broken.run_dir / stage)
     for stage, found in (("distill", "checkpoints/step_*/manifest.json"), ("evaluate", "units/*/*.json")):
         broken.kill_when_there_is(f"{stage}/{found}")
