@@ -38,27 +38,25 @@ class VocabularyHead(nn.Module):
     def forward(
         self,
         student_ND: torch.Tensor,
+        shares_U: Sequence[float] = (),
         teacher_ND: torch.Tensor | None = None,
         labels_N: torch.Tensor | None = None,
         objective: HeadObjective | None = None,
-        upstreams_U: Sequence[float] = (1.0,),
+        upstream: float = 1.0,
         with_gradient: bool = False,
-    ) -> torch.Tensor | list[HeadSums]:
-        """Logits [N, V]; or, with an objective, its sums for each student (see pipeline.kernels.head_sums), where
-        student_ND is [U, N, D]."""
+    ) -> torch.Tensor | HeadSums:
+        """Logits [N, V]; or, with an objective, its sums (see pipeline.kernels.head_sums), where the states of students
+        are [U, N, D]."""
         if objective is None:
             return nn.functional.linear(student_ND * self.scale, self.weight, self.bias)
         assert labels_N is not None
         if teacher_ND is not None:
             teacher_ND = teacher_ND * self.scale
-        return [
-            kernels.head_sums(
-                each_ND, teacher_ND, self.weight.detach(), labels_N, objective,
-                # the gradient for the states before the factor
-                upstream * self.scale, self.bias, with_gradient,
-            )
-            for each_ND, upstream in zip(student_ND * self.scale, upstreams_U, strict=True)
-        ]  # fmt: skip
+        return kernels.head_sums(
+            student_ND * self.scale, shares_U, teacher_ND, self.weight.detach(), labels_N, objective,
+            # the gradient for the states before the factor
+            upstream * self.scale, self.bias, with_gradient,
+        )  # fmt: skip
 
     def losses(
         self,
@@ -85,12 +83,9 @@ class VocabularyHead(nn.Module):
                 kernels.distribution_loss(student_NV, teacher_NV, labels_N, objective)
                 for student_NV in self(student_UND)
             ]
-        else:
-            upstreams_U = [share * upstream for share in shares_U]
-            sums_U = self(student_UND.detach(), teacher_ND, labels_N, objective, upstreams_U, student_UND.requires_grad)
-            found = [
-                kernels.attach(student_ND, sums, objective, each)
-                for student_ND, sums, each in zip(student_UND, sums_U, upstreams_U, strict=True)
-            ]
-        weighted = [[share * term for term in loss] for share, loss in zip(shares_U, found, strict=True)]
-        return HeadLoss(*(sum(terms[1:], start=terms[0]) for terms in zip(*weighted, strict=True)))
+            weighted = [[share * term for term in loss] for share, loss in zip(shares_U, found, strict=True)]
+            return HeadLoss(*(torch.stack(terms).sum() for terms in zip(*weighted, strict=True)))
+        sums = self(
+            student_UND.detach(), shares_U, teacher_ND, labels_N, objective, upstream, student_UND.requires_grad
+        )
+        return kernels.attach(student_UND, sums, objective, upstream)

@@ -87,13 +87,14 @@ def head_loss(
     """
     if eager or not is_fused(student_ND.device.type):
         return head_reference.head_loss(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V)
-    wanted = needs_gradient(student_ND)
-    sums = head_sums(student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, wanted)
-    return attach(student_ND, sums, objective, upstream)
+    wanted, student_UND = needs_gradient(student_ND), student_ND[None]
+    sums = head_sums(student_UND, (1.0,), teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, wanted)
+    return attach(student_UND, sums, objective, upstream)
 
 
 def head_sums(
-    student_ND: Tensor,
+    student_UND: Tensor,
+    shares_U: Sequence[float],
     teacher_ND: Tensor | None,
     weight_VD: Tensor,
     labels_N: Tensor,
@@ -102,15 +103,16 @@ def head_sums(
     bias_V: Tensor | None,
     with_gradient: bool,
 ) -> HeadSums:
-    """The part of `head_loss` that needs the weight; `attach` makes the loss of it, where the weight may be gone."""
-    if student_ND.device.type == "cuda":
+    """The part of `head_loss` that needs the weight, for several students of one teacher, whose losses are added up by
+    their shares; `attach` makes the loss of it, where the weight may be gone."""
+    if student_UND.device.type == "cuda":
         from pipeline.kernels.head import gpu
 
         row_pass = gpu.row_pass
     else:
         row_pass = head_cpu.row_pass
     return chunks.head_sums(
-        student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, with_gradient, row_pass
+        student_UND, shares_U, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, with_gradient, row_pass
     )
 
 

@@ -56,21 +56,23 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32,
 
 
 def loss_of(path: Path, *arguments) -> HeadLoss:
-    name, _ = path
-    if name == "reference":
+    if path[0] == "reference":
         return reference.head_loss(*arguments)
     student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V = arguments
-    if name == "cpu":
+    student_UND = student_ND[None]
+    return loss_of_students(path, student_UND, (1.0,), teacher_ND, weight_VD, labels_N, objective, upstream, bias_V)
+
+
+def loss_of_students(path: Path, student_UND: Tensor, *arguments) -> HeadLoss:
+    if path[0] == "cpu":
         row_pass = cpu.row_pass
     else:
-        module_of(name)  # fails where triton compiles in spite of a missing GPU
+        module_of(path[0])  # fails where triton compiles in spite of a missing GPU
         from pipeline.kernels.head import gpu
 
         row_pass = gpu.row_pass
-    sums = chunks.head_sums(
-        student_ND, teacher_ND, weight_VD, labels_N, objective, upstream, bias_V, student_ND.requires_grad, row_pass
-    )
-    return chunks.attach(student_ND, sums, objective, upstream)
+    sums = chunks.head_sums(student_UND, *arguments, student_UND.requires_grad, row_pass)
+    return chunks.attach(student_UND, sums, *arguments[4:6])
 
 
 def oracle(inputs: Inputs, objective: HeadObjective, with_teacher: bool, with_bias: bool) -> SimpleNamespace:
@@ -120,6 +122,34 @@ def assert_equals_oracle(
     expected_ND = torch.from_numpy(expected.gradient_ND) * grad
     tolerance = GRADIENT_TOLERANCE[dtype] * expected_ND.abs().max().item()
     torch.testing.assert_close(gradient_ND.cpu().double(), expected_ND, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_students_of_one_teacher(path, objective, dtype, monkeypatch) -> None:
+    """The sum of what each gives alone, by their shares; logits in several chunks."""
+    if path[0] == "reference":
+        pytest.skip("takes one student")
+    shares, inputs = (0.5, 0.125, 0.375), make_inputs((23, 16, 50), dtype, path[1])
+    monkeypatch.setitem(chunks.LOGIT_BYTES, path[1], 5 * 4 * 64 * 4)
+    scales = torch.tensor([1.0, 0.7, -0.4], device=path[1], dtype=dtype)
+    student_UND = (inputs.student_ND.detach() * scales[:, None, None]).requires_grad_()
+    found = loss_of_students(
+        path, student_UND, shares, inputs.teacher_ND, inputs.weight_VD, inputs.labels_N, objective, 2.0, inputs.bias_V
+    )
+    (gradient_UND,) = torch.autograd.grad(found.share, student_UND, torch.full_like(found.share, 2.0))
+    alone = []
+    for share, student_ND, gradient_ND in zip(shares, student_UND.detach(), gradient_UND, strict=True):
+        own = inputs._replace(student_ND=student_ND.clone().requires_grad_())
+        expected = oracle(own, objective, with_teacher=True, with_bias=True)
+        alone.append((share * expected.task, share * expected.logit))
+        expected_ND = torch.from_numpy(expected.gradient_ND) * 2.0 * share
+        tolerance = GRADIENT_TOLERANCE[dtype] * expected_ND.abs().max().item()
+        torch.testing.assert_close(gradient_ND.cpu().double(), expected_ND, rtol=0, atol=tolerance)
+    task, logit = (sum(each) for each in zip(*alone, strict=True))
+    assert found.task.item() == pytest.approx(task, rel=LOSS_RTOL[dtype])
+    assert found.logit.item() == pytest.approx(logit, rel=LOSS_RTOL[dtype], abs=LOSS_RTOL[dtype])
+    assert found.share.item() == pytest.approx(objective.task * task + objective.logit * logit, rel=LOSS_RTOL[dtype])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

@@ -1,14 +1,16 @@
 """Vocabulary head, cross entropy and divergence in one pass over chunks of tokens, so that logits never exist whole.
 
-For each chunk: one GEMM makes the logits of student and teacher (one read of the weight for both), a pass over the rows
-makes the losses and puts the gradient of the logits in the place of the student's logits, and a second GEMM takes it to
-the states. The GEMMs are the BLAS library's, the pass over rows is a Triton kernel (gpu.py) or plain PyTorch (cpu.py).
+For each chunk: one GEMM makes the logits of students and teacher (one read of the weight for all), a pass over the rows
+of each student makes the losses and puts the gradient of the logits in the place of the student's logits, and a second
+GEMM takes it to the states. The GEMMs are the BLAS library's, the pass over rows is a Triton kernel (gpu.py) or plain
+PyTorch (cpu.py).
 
-Shapes: N tokens, D channels, V vocabulary, M tokens of a chunk.
+Shapes: U students, N tokens, D channels, V vocabulary, M tokens of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,8 +33,10 @@ class RowPass(Protocol):
         logit_M: Tensor,
         objective: HeadObjective,
         with_gradient: bool,
+        keep_teacher: bool,
     ) -> None:
-        """Write the losses of each row and, with a gradient, the gradient of the logits over student_MV."""
+        """Write the losses of each row and, with a gradient, the gradient of the logits over student_MV; teacher_MV is
+        left as it is where it is to be kept."""
 
 
 class HeadSums(NamedTuple):
@@ -40,12 +44,13 @@ class HeadSums(NamedTuple):
 
     task: Tensor
     logit: Tensor
-    gradient_ND: Tensor | None
+    gradient_UND: Tensor | None
 
 
 @torch.no_grad()
 def head_sums(
-    student_ND: Tensor,
+    student_UND: Tensor,
+    shares_U: Sequence[float],
     teacher_ND: Tensor | None,
     weight_VD: Tensor,
     labels_N: Tensor,
@@ -55,33 +60,44 @@ def head_sums(
     with_gradient: bool,
     row_pass: RowPass,
 ) -> HeadSums:
-    """What `head.reference.head_loss` defines. Takes LOGIT_BYTES and twice the chunk's states beyond its results."""
-    check_head(student_ND, teacher_ND, weight_VD, labels_N, objective)
-    num_tokens, device = len(student_ND), student_ND.device
-    copies = 1 if teacher_ND is None else 2
+    """What `head.reference.head_loss` defines, summed over students by their shares; the logits of their one teacher
+    are made once. Takes LOGIT_BYTES and twice the chunk's states beyond its results."""
+    check_head(student_UND[0], teacher_ND, weight_VD, labels_N, objective)
+    num_tokens, device = student_UND.shape[1], student_UND.device
+    copies = len(shares_U) + (teacher_ND is not None)
     alignment = ROW_ALIGNMENT.get(device.type, 1)
     row_stride = -(-len(weight_VD) // alignment) * alignment
-    size = chunk_size(num_tokens, copies * row_stride * student_ND.element_size(), device.type)
-    logits = student_ND.new_empty(copies * size, row_stride)[:, : len(weight_VD)]
-    task_N, logit_N = student_ND.new_zeros(2, num_tokens, dtype=accumulation_dtype(student_ND)).unbind()
-    gradient_ND = empty_gradient(student_ND) if with_gradient else None
+    size = chunk_size(num_tokens, copies * row_stride * student_UND.element_size(), device.type)
+    logits = student_UND.new_empty(copies * size, row_stride)[:, : len(weight_VD)]
+    dtype = accumulation_dtype(student_UND)
+    task_UN, logit_UN = student_UND.new_zeros(2, len(shares_U), num_tokens, dtype=dtype).unbind()
+    gradient_UND = empty_gradient(student_UND) if with_gradient else None
     # gradients of logits are made for the larger weight 1 and scaled in the second GEMM: nothing underflows in fp16
     largest = max(abs(objective.task), abs(objective.logit)) or 1.0
     relative = objective._replace(task=objective.task / largest, logit=objective.logit / largest)
     for first in range(0, num_tokens, size):
         chunk = slice(first, min(first + size, num_tokens))
         count = chunk.stop - first
-        states = student_ND[chunk] if teacher_ND is None else torch.cat([student_ND[chunk], teacher_ND[chunk]])
-        logits_MV = torch.mm(states, weight_VD.t(), out=logits[: copies * count])
+        states = [*student_UND[:, chunk], *([] if teacher_ND is None else [teacher_ND[chunk]])]
+        together = torch.cat(states) if len(states) > 1 else states[0]
+        logits_MV = torch.mm(together, weight_VD.t(), out=logits[: copies * count])
         if bias_V is not None:
             logits_MV += bias_V
-        teacher_MV = logits_MV[count:] if teacher_ND is not None else None
-        student_MV = logits_MV[:count]
-        row_pass(student_MV, teacher_MV, labels_N[chunk], task_N[chunk], logit_N[chunk], relative, with_gradient)
-        if gradient_ND is not None:
-            out_MD = gradient_ND[chunk]
-            torch.addmm(out_MD, student_MV, weight_VD, beta=0, alpha=largest * upstream, out=out_MD)
-    return HeadSums(task_N.sum(), logit_N.sum(), gradient_ND)
+        teacher_MV = logits_MV[-count:] if teacher_ND is not None else None
+        for place, share in enumerate(shares_U):
+            student_MV = logits_MV[place * count : (place + 1) * count]
+            row_pass(
+                student_MV, teacher_MV, labels_N[chunk], task_UN[place, chunk], logit_UN[place, chunk], relative,
+                with_gradient, keep_teacher=place + 1 < len(shares_U),
+            )  # fmt: skip
+            if gradient_UND is not None:
+                out_MD = gradient_UND[place, chunk]
+                torch.addmm(out_MD, student_MV, weight_VD, beta=0, alpha=largest * upstream * share, out=out_MD)
+    task, logit = (
+        torch.stack([share * losses_N.sum() for share, losses_N in zip(shares_U, losses_UN, strict=True)]).sum()
+        for losses_UN in (task_UN, logit_UN)
+    )
+    return HeadSums(task, logit, gradient_UND)
 
 
 def chunk_size(num_tokens: int, bytes_per_token: int, device_type: str) -> int:
@@ -90,7 +106,7 @@ def chunk_size(num_tokens: int, bytes_per_token: int, device_type: str) -> int:
     return -(-max(1, num_tokens) // -(-max(1, num_tokens) // most))
 
 
-def attach(student_ND: Tensor, sums: HeadSums, objective: HeadObjective, upstream: float) -> HeadLoss:
-    """The loss whose gradient for `student_ND` was made beforehand; of one `sums` only once."""
+def attach(student_UND: Tensor, sums: HeadSums, objective: HeadObjective, upstream: float) -> HeadLoss:
+    """The loss whose gradient for `student_UND` was made beforehand; of one `sums` only once."""
     share = objective.task * sums.task + objective.logit * sums.logit
-    return HeadLoss(with_gradients(share, [student_ND], [sums.gradient_ND], upstream), sums.task, sums.logit)
+    return HeadLoss(with_gradients(share, [student_UND], [sums.gradient_UND], upstream), sums.task, sums.logit)

@@ -21,8 +21,9 @@ def row_pass(
     logit_M: Tensor,
     objective: HeadObjective,
     with_gradient: bool,
+    keep_teacher: bool,
 ) -> None:
-    """See pipeline.kernels.head.chunks.RowPass. Overwrites the teacher's logits, too."""
+    """See pipeline.kernels.head.chunks.RowPass."""
     size = max(1, SLAB_BYTES // (student_MV.shape[1] * task_M.element_size()))
     for first in range(0, len(student_MV), size):
         rows = slice(first, first + size)
@@ -32,7 +33,8 @@ def row_pass(
         task_M[rows] = -student_RV.gather(1, labels_R1)[:, 0]
         pull_RV = None
         if teacher_MV is not None:
-            pull_RV, divergence_R = _divergence(student_RV, teacher_MV[rows].to(task_M.dtype), objective, with_gradient)
+            teacher_RV = teacher_MV[rows].to(task_M.dtype, copy=keep_teacher)
+            pull_RV, divergence_R = _divergence(student_RV, teacher_RV, objective, with_gradient)
             logit_M[rows] = divergence_R * objective.temperature**2
         if with_gradient:
             gradient_RV = student_RV.exp_().mul_(objective.task)

@@ -26,8 +26,10 @@ def row_pass(
     logit_M: Tensor,
     objective: HeadObjective,
     with_gradient: bool,
+    keep_teacher: bool,
 ) -> None:
-    """See pipeline.kernels.head.chunks.RowPass; bf16, fp16 and fp32, no wait for the device."""
+    """See pipeline.kernels.head.chunks.RowPass; bf16, fp16 and fp32, no wait for the device. Always keeps the teacher's
+    logits."""
     if student_MV.dtype == torch.float64:
         raise ValueError("the fused head loss has no torch.float64; call it with eager=True")
     vocabulary = student_MV.shape[1]
