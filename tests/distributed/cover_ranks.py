@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -13,16 +14,15 @@ from tests.distributed.engine_ranks import Run, in_fp32, new_task, reference, se
 
 NUM_STEPS, NUM_LOCAL = 30, 5
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": sgd}
-SETTINGS = settings_of(NUM_STEPS, NUM_LOCAL)
 
 
-def cells(folder: str, cells: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
+def cells(folder: str, cells: list[tuple[str, int, bool]], draws: Sequence[str]) -> list[dict[str, Any]]:
     """For each (configuration, accumulated micro-batches, recompute) and optimizer: how far from plain PyTorch.
 
     `loss` is the largest relative difference of a step's loss, `weight` the largest difference of a weight, `distance`
     the largest over parameters of (distance from the reference / distance travelled).
     """
-    world = join_world()
+    world, settings = join_world(), settings_of(NUM_STEPS, NUM_LOCAL, draws)
     references: dict[tuple[int, str], Any] = {}
     found = []
     for ds_config, num_accumulated, recompute in cells:
@@ -31,7 +31,7 @@ def cells(folder: str, cells: list[tuple[str, int, bool]]) -> list[dict[str, Any
                 run = Run(
                     num_accumulated * world.size,
                     in_fp32(ds_config, folder),
-                    settings=SETTINGS,
+                    settings=settings,
                     recompute=recompute,
                     world=world,
                 )
@@ -40,15 +40,16 @@ def cells(folder: str, cells: list[tuple[str, int, bool]]) -> list[dict[str, Any
             if world.is_main:
                 key = (run.num_micro_batches, name)
                 if key not in references:
-                    references[key] = reference(run.num_micro_batches, SETTINGS, optimizer)
+                    references[key] = reference(run.num_micro_batches, settings, optimizer)
                 cell = f"{ds_config} ranks {world.size} accumulated {num_accumulated} recompute {recompute} {name}"
+                cell += f" draws {len(draws)}"
                 found.append({"cell": cell, "optimizer": name, **_errors(losses, weights, *references[key])})
     world.close()
     return found
 
 
 def _errors(losses: Any, weights: Any, expected_losses: Any, expected: Any) -> dict[str, float]:
-    start = {name: p.detach() for name, p in new_task(SETTINGS).module.named_parameters()}
+    start = {name: p.detach() for name, p in new_task().module.named_parameters()}
     distances = [
         ((weights[name] - expected[name]).norm() / (expected[name] - start[name]).norm()).item() for name in expected
     ]
@@ -59,10 +60,10 @@ def _errors(losses: Any, weights: Any, expected_losses: Any, expected: Any) -> d
     }
 
 
-def random_draws(num_steps: int) -> dict[str, Any]:
+def random_draws(num_steps: int, draws: Sequence[str]) -> dict[str, Any]:
     """Steps of random draws, different ones on every rank: how often DeepSpeed found its trace of leaves wrong, whether
     it prefetches by it at the end, this rank's draws, and the losses of ours and of plain PyTorch."""
-    settings = settings_of(num_steps, 0)
+    settings = settings_of(num_steps, 0, draws)
     world = join_world()
     run = Run(world.size, "zero3_cpu", settings=settings, world=world)
     coordinator = run.engine._engine.optimizer.parameter_offload.param_coordinator
@@ -70,8 +71,8 @@ def random_draws(num_steps: int) -> dict[str, Any]:
     invalidate = coordinator._invalidate_trace
     coordinator._invalidate_trace = lambda: (invalidated.append(None), invalidate())
     losses = [run.step(step) for step in range(num_steps)]
-    draws = [text_of(run.task.draws(step, world.rank)) for step in range(num_steps)]
-    found = {"invalidated": len(invalidated), "prefetches": coordinator.is_complete_trace(), "draws": draws}
+    drawn = [text_of(run.task.draws(step, world.rank)) for step in range(num_steps)]
+    found = {"invalidated": len(invalidated), "prefetches": coordinator.is_complete_trace(), "draws": drawn}
     world.close()
     expected = reference(world.size, settings)[0] if world.is_main else []
     return {**found, "losses": losses, "expected": expected}

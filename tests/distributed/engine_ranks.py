@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from pipeline.world import World
 from tests.tiny import on_device, random_batch, tiny_t5
 
 NUM_STEPS, NUM_LOCAL = 7, 3
+ONE, SEVERAL = ("sampled",), ("sampled", "coarsest", "sampled")
+"""Draws that share a micro-batch."""
 
 
-def settings_of(num_steps: int, num_local: int) -> DistillConfig:
+def settings_of(num_steps: int, num_local: int, draws: Sequence[str] = ONE) -> DistillConfig:
     optim = OptimConfig(num_steps=num_steps, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.05)
     losses = LossConfig(attention_self=0.3, attention_cross=0.2)
-    return DistillConfig(local_steps=num_local, optim=optim, losses=losses)
+    return DistillConfig(local_steps=num_local, optim=optim, losses=losses, draws=tuple(draws))
 
 
 SETTINGS = settings_of(NUM_STEPS, NUM_LOCAL)
@@ -63,7 +66,8 @@ def sgd(groups: Any, lr: float, weight_decay: float, **of_adam: Any) -> torch.op
 def reference(
     num_micro_batches: int, settings: DistillConfig = SETTINGS, new_optimizer: Any = torch.optim.AdamW
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses by step and final weights in plain PyTorch on one process; gradients of unused layers are zeros."""
+    """Losses by step and final weights in plain PyTorch on one process: a forward pass for each draw, and the mean of
+    their losses; gradients of unused layers are zeros."""
     task, optim = new_task(settings), settings.optim
     parameters = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     groups = [{"params": [p], "lr": optim.learning_rate * task.lr_factor(name)} for name, p in parameters.items()]
@@ -82,10 +86,13 @@ def reference(
             parameter.grad = torch.zeros_like(parameter)
         for batch in batches:
             counts = counts_of(batches)
-            outputs = task.module(batch, *task.forward_args(step, task.draws(step, batch.index), counts))
-            loss = task.loss_terms(step, outputs, counts).total
-            loss.backward()
-            total += loss.item()
+            draws = task.draws(step, batch.index)
+            each_alone = [None] if draws is None else [(draw,) for draw in draws]
+            for alone in each_alone:
+                outputs = task.module(batch, *task.forward_args(step, alone, counts))
+                loss = task.loss_terms(step, outputs, counts).total / len(each_alone)
+                loss.backward()
+                total += loss.item()
         for name in {task.clip_group(name) for name in parameters}:
             members = [p for key, p in parameters.items() if task.clip_group(key) == name]
             torch.nn.utils.clip_grad_norm_(members, optim.max_grad_norm)
@@ -156,10 +163,15 @@ class Run:
 
 
 def train(
-    num_micro_batches: int, folder: str, first: int = 0, last: int = NUM_STEPS, ds_config: str = "zero3_cpu"
+    num_micro_batches: int,
+    folder: str,
+    first: int = 0,
+    last: int = NUM_STEPS,
+    ds_config: str = "zero3_cpu",
+    draws: Sequence[str] = ONE,
 ) -> list[float]:
     """Steps first..last-1, from a checkpoint in `folder` when first > 0, then a checkpoint there."""
-    run = Run(num_micro_batches, ds_config)
+    run = Run(num_micro_batches, ds_config, settings=settings_of(NUM_STEPS, NUM_LOCAL, draws))
     checkpointer = run.checkpointer(folder)
     state = checkpointer.restore(run.engine, run.task.restarts)
     assert (state.step if state else 0) == first
@@ -206,13 +218,14 @@ def in_fp32(ds_config: str, folder: str) -> str:
     return str(path)
 
 
-def modes_in_turn(folder: str, turns: list[tuple[str, int, bool]]) -> list[float]:
+def modes_in_turn(folder: str, turns: list[tuple[str, int, bool]], draws: Sequence[str] = ONE) -> list[float]:
     """One training: each configuration makes some steps, perhaps recomputing activations, and saves; the next continues
     from its checkpoint."""
     world = join_world()
     losses: list[float] = []
     for ds_config, num_steps, recompute in turns:
-        run = Run(4, in_fp32(ds_config, folder), recompute=recompute, world=world)
+        settings = settings_of(NUM_STEPS, NUM_LOCAL, draws)
+        run = Run(4, in_fp32(ds_config, folder), settings=settings, recompute=recompute, world=world)
         checkpointer = run.checkpointer(folder + "/checkpoints")
         state = checkpointer.restore(run.engine, run.task.restarts)
         assert (state.step if state else 0) == len(losses)

@@ -57,6 +57,23 @@ def test_any_number_of_ranks_equals_plain_pytorch(references, tmp_path, num_rank
     check_weights(tmp_path, weights)
 
 
+@pytest.fixture(scope="module")
+def several():
+    """References whose micro-batches take three draws, each in a forward pass of its own, two of them independent."""
+    settings = engine_ranks.settings_of(engine_ranks.NUM_STEPS, engine_ranks.NUM_LOCAL, engine_ranks.SEVERAL)
+    return {size: engine_ranks.reference(size, settings) for size in (2, 4)}
+
+
+@pytest.mark.parametrize(("num_ranks", "num_micro_batches"), [(1, 2), (2, 4), (4, 4)])
+def test_draws_that_share_a_pass_equal_a_plain_pass_for_each(several, tmp_path, num_ranks, num_micro_batches):
+    losses, weights = several[num_micro_batches]
+    ours = run_ranks(
+        num_ranks, TRAIN, num_micro_batches=num_micro_batches, folder=str(tmp_path), draws=engine_ranks.SEVERAL
+    )
+    assert ours[0] == pytest.approx(losses, rel=1e-5)
+    check_weights(tmp_path, weights)
+
+
 def test_bf16_follows_the_reference(references, tmp_path):
     """The configuration of GPUs, with fp32 master weights."""
     losses, weights = references[2]
@@ -133,12 +150,13 @@ def test_what_was_not_published_is_not_read(tmp_path):
     assert [Path(c).name for c in checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
-def test_configurations_continue_each_others_checkpoints(references, tmp_path):
+@pytest.mark.parametrize("draws", [engine_ranks.ONE, engine_ranks.SEVERAL], ids=len)
+def test_configurations_continue_each_others_checkpoints(references, several, tmp_path, draws):
     """And each trains what plain PyTorch trains, weights and moments included."""
-    losses, weights = references[4]
+    losses, weights = {engine_ranks.ONE: references, engine_ranks.SEVERAL: several}[draws][4]
     turns = [("zero3", 2, False), ("zero2_replicated", 2, False), ("zero3_offload", 1, True)]
     turns += [("zero3_hpz", 1, True), ("zero3_hpz", 1, False)]  # more than one of them in a process
-    ours = run_ranks(2, "tests.distributed.engine_ranks:modes_in_turn", folder=str(tmp_path), turns=turns)
+    ours = run_ranks(2, "tests.distributed.engine_ranks:modes_in_turn", folder=str(tmp_path), turns=turns, draws=draws)
     assert ours[0] == pytest.approx(losses, rel=1e-5)
     check_weights(tmp_path / "checkpoints", weights)
 

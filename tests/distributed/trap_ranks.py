@@ -65,7 +65,7 @@ def _states_require_no_grad() -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return (lambda: False) if name == "is_grad_enabled" else getattr(torch, name)
 
-    with mock.patch("pipeline.model.modular.torch", Torch()):
+    with mock.patch("pipeline.model.streams.torch", Torch()):
         yield
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.bench import step
 from pipeline.doctor import CHECKS
+from tests.distributed.engine_ranks import ONE, SEVERAL
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
@@ -22,8 +23,9 @@ COVER = {
 }
 
 
+@pytest.mark.parametrize("draws", [ONE, SEVERAL], ids=len)
 @pytest.mark.parametrize("num_ranks", sorted(COVER))
-def test_the_cover_equals_plain_pytorch(num_ranks, tmp_path, monkeypatch):
+def test_the_cover_equals_plain_pytorch(num_ranks, draws, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(2, num_ranks)))  # two nodes for hpZ where there are four ranks
     found = run_ranks(
         num_ranks,
@@ -31,6 +33,7 @@ def test_the_cover_equals_plain_pytorch(num_ranks, tmp_path, monkeypatch):
         timeout_s=2400,
         folder=str(tmp_path),
         cells=COVER[num_ranks],
+        draws=draws,
     )[0]
     for cell in found:
         print(cell)
@@ -42,8 +45,10 @@ def test_the_cover_equals_plain_pytorch(num_ranks, tmp_path, monkeypatch):
             assert cell["distance"] <= 1e-3, cell
 
 
-def test_200_random_draws_never_invalidate_the_trace():
-    first, second = run_ranks(2, "tests.distributed.cover_ranks:random_draws", timeout_s=900, num_steps=200)
+@pytest.mark.parametrize("draws", [ONE, SEVERAL], ids=len)
+def test_200_random_draws_never_invalidate_the_trace(draws):
+    kwargs = {"num_steps": 200, "draws": draws}
+    first, second = run_ranks(2, "tests.distributed.cover_ranks:random_draws", timeout_s=900, **kwargs)
     assert first["invalidated"] == second["invalidated"] == 0
     assert first["prefetches"]
     assert second["prefetches"]
