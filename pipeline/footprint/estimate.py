@@ -25,7 +25,7 @@ from torch import nn
 
 from pipeline.config import BatchConfig, LoopConfig
 from pipeline.footprint.sharding import AUTO, Sharding
-from pipeline.spans import Assembly, students_of
+from pipeline.spans import STACKS, Assembly, Span, students_of
 from pipeline.world import World
 
 GIB = 2**30
@@ -70,6 +70,8 @@ class Sizes:
     """Sizes of the parameters outside leaves: embeddings, position biases, last norms, head."""
     rest_is_trained: bool
     vocabulary: int
+    draws: tuple[Assembly, ...] = ()
+    """Of the replacing phase over modular layers: the dearest that share a micro-batch."""
 
     @property
     def num_trained(self) -> int:
@@ -182,9 +184,15 @@ def _passes(sizes: Sizes, mode: Sharding, tokens_per_micro_batch: int, *, recomp
         live = min(mode.max_live + largest, sizes.num_frozen + sizes.num_trained)
         found["gathered layers"] = e * (live + (copies - 1) * largest)
     if mode.keeps_weights and not recompute:
-        # in the local phase of all modular layers, in replacing of those on the path: as much as a teacher's at most
+        # in the local phase of all modular layers, in replacing of those on a path: as much as a teacher's at most for
+        # one draw, and for several of each layer once
+        used = [_kind(sizes, layer).num_parameters for layer in set(students_of(sizes.draws))]
         found["weights kept for backward"] = e * max(
-            sum(leaf.num_parameters for leaf in sizes.leaves if leaf.trained is trained) for trained in (True, False)
+            sum(used),
+            *(
+                sum(leaf.num_parameters for leaf in sizes.leaves if leaf.trained is trained)
+                for trained in (True, False)
+            ),
         )
     found["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
     logits = sizes.vocabulary * tokens_per_micro_batch / 2
@@ -195,16 +203,17 @@ def _passes(sizes: Sizes, mode: Sharding, tokens_per_micro_batch: int, *, recomp
 
 
 def _activations(sizes: Sizes, num_tokens: int, *, recompute: bool) -> float:
-    """Elements that backward needs. The longest path holds all layers of a kind; without recomputation each keeps what
-    goes into and comes out of its linear maps, with it only its input, and one layer at a time the rest."""
+    """Elements that backward needs. The longest path holds all layers of a kind, several draws those that are computed
+    for them; without recomputation each keeps what goes into and comes out of its linear maps, with it only its input,
+    and one layer at a time the rest."""
+    drawn = drawn_layers(sizes, sizes.draws)
     kinds = {(leaf.stack, leaf.trained) for leaf in sizes.leaves}
+    paths = [[leaf for leaf in sizes.leaves if (leaf.stack, leaf.trained) == kind] for kind in kinds]
+    paths += [[leaf for leaf in drawn if leaf.stack == stack] for stack in STACKS]
     widest = max(leaf.width for leaf in sizes.leaves)
     if recompute:
-        depth = max(sum((leaf.stack, leaf.trained) == kind for leaf in sizes.leaves) for kind in kinds)
-        return num_tokens * (depth * widest / 8 + widest)
-    return num_tokens * max(
-        sum(leaf.width for leaf in sizes.leaves if (leaf.stack, leaf.trained) == kind) for kind in kinds
-    )
+        return num_tokens * (max(map(len, paths)) * widest / 8 + widest)
+    return num_tokens * max(sum(leaf.width for leaf in path) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -254,9 +263,14 @@ def useful_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int, d
 
 
 def drawn_layers(sizes: Sizes, draws: Sequence[Assembly]) -> list[Leaf]:
-    """The layers that are computed for the students of draws; those of a stack and kind are all of one size."""
-    of = {(leaf.stack, leaf.trained): leaf for leaf in sizes.leaves}
-    return [of[stack, span.num_layers > 1] for stack, span in students_of(draws)]
+    """The layers that are computed for the students of draws, each as often as it is."""
+    return [_kind(sizes, layer) for layer in students_of(draws)]
+
+
+def _kind(sizes: Sizes, layer: tuple[str, Span]) -> Leaf:
+    """A layer of the same stack and kind, which are all of one size."""
+    stack, span = layer
+    return next(leaf for leaf in sizes.leaves if (leaf.stack, leaf.trained) == (stack, span.num_layers > 1))
 
 
 def local_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int) -> float:

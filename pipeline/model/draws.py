@@ -42,6 +42,7 @@ class Sampler:
             if name.startswith(f"{PURE}-") and _granularity(name) not in self._pure:
                 raise ValueError(f"draws has {name}, but that granularity makes no span of {layers} layers")
         self._walks = cache(self._make_walks)
+        self.dearest = cache(self._dearest)
 
     def draws(self, step: int, micro_batch: int) -> tuple[Assembly, ...]:
         """The assemblies that share micro-batch `micro_batch` of the global batch of a step, as `settings.draws` names
@@ -60,7 +61,7 @@ class Sampler:
                 found.append(self._pure[_granularity(name)])
         return tuple(found)
 
-    def dearest(self) -> tuple[Assembly, ...]:
+    def _dearest(self) -> tuple[Assembly, ...]:
         """Of the draws of many micro-batches of the run those for which most layers are computed."""
         first, last = self.settings.local_steps, self.settings.optim.num_steps
         num_micro_batches = self.settings.batch.micro_batches_per_step

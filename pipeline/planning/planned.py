@@ -20,7 +20,7 @@ from pipeline.config import DistillConfig, Recipe
 from pipeline.families import family_of, t5_config
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.footprint import Sizes, sizes_of
-from pipeline.model import ModularLeaf, ModularModel, TeacherLeaf
+from pipeline.model import ModularLeaf, ModularModel, Sampler, TeacherLeaf
 from pipeline.planning.public_models import public_config
 from pipeline.spans import STACKS, ModelSizes, Stacks
 from pipeline.training import DistilledModel, full_model_task
@@ -98,7 +98,11 @@ class Planned:
         model = self.model()
         family = family_of(model.config.model_type)
         modular = ModularModel(model, family, settings.by_stack, settings.init, share_memory=True)
-        return sizes_of(modular, [TeacherLeaf, ModularLeaf])
+        sizes = sizes_of(modular, [TeacherLeaf, ModularLeaf])
+        if settings.local_steps == settings.optim.num_steps:
+            return sizes
+        sampler = Sampler(settings, seed=self.recipe.seed, stacks=modular.stacks)
+        return dataclasses.replace(sizes, draws=sampler.dearest())
 
     def baseline_sizes(self, baseline: Baseline) -> Sizes:
         """What the training of a baseline holds."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -115,7 +115,8 @@ class Trainer:
         self.clock = PhaseClock(world.device)
         if loop.recompute_activations:
             recompute_in_backward(task.layers)
-        sizes = sizes_of(task.module, task.leaf_classes)
+        dearest = task.dearest_draws(optim.num_steps - 1) or ()
+        sizes = replace(sizes_of(task.module, task.leaf_classes), draws=dearest)
         ds_config, summary = plan(sizes, Machine.of(world), batch, loop)
         for line in summary:
             logger_of(world).info("%s: %s", stage.name, line)
