@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -18,13 +19,19 @@ hypothesis.settings.register_profile("no deadline", deadline=None)  # how long a
 hypothesis.settings.load_profile("no deadline")
 
 # Files that take longest, longest first: several processes (pytest -n 2 --dist loadfile) begin with them, so that none
-# is left over at the end while the others have nothing to do.
-LONGEST_FIRST = ()
+# is left over at the end while the others have nothing to do. Those that compute alternate with those that wait.
+LONGEST_FIRST = (
+    "end_to_end/test_road.py", "slurm/test_scripts.py", "distributed/test_training.py", "slurm/test_submit.py",
+    "slurm/test_chain.py", "distributed/test_engine.py", "end_to_end/test_evaluate.py", "distributed/test_stopping.py",
+    "distributed/test_checkpoint.py", "distributed/test_data_build.py", "end_to_end/test_readme.py",
+    "end_to_end/test_mistakes.py", "kernels/test_hidden_loss.py",
+)  # fmt: skip
+PLACE = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+assert all(path.is_file() for path in PLACE), "a file was renamed"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(place)))
+    items.sort(key=lambda item: PLACE.get(item.path, len(PLACE)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
