@@ -149,7 +149,7 @@ def plain_outputs(folder: Path, sources: list[str]) -> list[str]:
 
 def start_worker(root: Path, rank: int = 0, size: int = 1) -> ForkServerProcess:
     """A worker of a session of its own, forked from a process that has imported what it needs."""
-    worker = context("tests.evaluated").Process(target=_work, args=(root, rank, size), daemon=True)
+    worker = context().Process(target=_work, args=(root, rank, size), daemon=True)
     worker.start()
     return worker
 

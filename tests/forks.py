@@ -21,21 +21,30 @@ import torch.distributed as dist
 from pipeline.world import World, free_port
 from tests.patience import PATIENCE_S
 
+IMPORTED = (
+    "tests.forks",
+    "pipeline.distill",
+    "pipeline.teacher",
+    "pipeline.evaluation",
+    "pipeline.planning",
+    "slurm.__main__",
+)
+"""By the server, before it forks."""
 
-def context(*preload: str) -> ForkServerContext:
-    """The fork server; what is named first of all in this process decides what it imports."""
+
+def context() -> ForkServerContext:
+    """The fork server of this process."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.forks", *preload])
+    found.set_forkserver_preload(list(IMPORTED))
     return found
 
 
 def start_ranks(
-    num_ranks: int, function: Callable[..., Any], *args: Any, preload: str, log: Path | None = None
+    num_ranks: int, function: Callable[..., Any], *args: Any, log: Path | None = None
 ) -> list[ForkServerProcess]:
     """Start `function(*args)` on ranks whose environment is that of torchrun's workers; the caller waits for them.
 
     Args:
-        preload: module that the server imports before it forks.
         log: folder that gets what each rank prints, as rank_0, rank_1, ...
     """
     environment = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -43,7 +52,7 @@ def start_ranks(
     for rank in range(num_ranks):
         each = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         output = str(log / f"rank_{rank}") if log else os.devnull
-        processes.append(context(preload).Process(target=_rank, args=(each, output, function, args), daemon=True))
+        processes.append(context().Process(target=_rank, args=(each, output, function, args), daemon=True))
         processes[-1].start()
     return processes
 
@@ -52,12 +61,11 @@ def run_ranks(
     num_ranks: int,
     function: Callable[..., Any],
     *args: Any,
-    preload: str,
     log: Path | None = None,
     timeout_s: float = PATIENCE_S,
 ) -> list[int | None]:
     """Exit codes of the ranks; None for those that had to be killed after `timeout_s`."""
-    return wait_for(start_ranks(num_ranks, function, *args, preload=preload, log=log), timeout_s)
+    return wait_for(start_ranks(num_ranks, function, *args, log=log), timeout_s)
 
 
 def wait_for(processes: list[ForkServerProcess], timeout_s: float = PATIENCE_S) -> list[int | None]:
@@ -74,12 +82,12 @@ def wait_for(processes: list[ForkServerProcess], timeout_s: float = PATIENCE_S) 
 
 
 def run_forked(
-    function: Callable[..., Any], *args: Any, preload: str, environment: Mapping[str, str]
+    function: Callable[..., Any], *args: Any, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
     """Call `function(*args)` in a process with this environment; how it ended and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context(preload).Process(target=_forked, args=(dict(environment), outputs, function, args))
+        process = context().Process(target=_forked, args=(dict(environment), outputs, function, args))
         process.start()
         (code,) = wait_for([process])
         assert code is not None, f"{args} hangs"

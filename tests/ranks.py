@@ -22,9 +22,7 @@ def run_ranks(num_ranks: int, function: str, timeout_s: float = PATIENCE_S, **kw
     module, name = function.split(":")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        codes = forks.run_ranks(
-            num_ranks, _answer, module, name, kwargs, folder, preload=module, log=folder, timeout_s=timeout_s
-        )
+        codes = forks.run_ranks(num_ranks, _answer, module, name, kwargs, folder, log=folder, timeout_s=timeout_s)
         said = [(folder / f"rank_{rank}").read_text() for rank in range(num_ranks)]
         assert codes == [0] * num_ranks, f"exit codes {codes}:\n" + "\n".join(text[-3000:] for text in said)
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]

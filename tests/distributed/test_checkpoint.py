@@ -28,13 +28,12 @@ from pipeline.world import World
 from tests.distributed import saving
 from tests.forks import run_ranks, with_group
 
-PRELOAD = "tests.distributed.saving"
 ALONE = World(0, 1, 0, torch.device("cpu"))
 NUM_DAMAGES = 60
 
 
 def ranks(num_ranks, function, *args):
-    return run_ranks(num_ranks, with_group, function, *args, preload=PRELOAD)
+    return run_ranks(num_ranks, with_group, function, *args)
 
 
 def steps_in(folder):

@@ -14,12 +14,10 @@ import pytest
 from tests.distributed import stopping
 from tests.forks import run_ranks, start_ranks, wait_for, with_group
 
-PRELOAD = "tests.distributed.stopping"
-
 
 @pytest.mark.parametrize(("num_ranks", "asked_rank", "latest"), [(1, 0, 3), (3, 0, 4), (3, 2, 4)])
 def test_all_ranks_stop_at_the_same_step_soon_after_one_was_asked(tmp_path, num_ranks, asked_rank, latest):
-    codes = run_ranks(num_ranks, with_group, stopping.stop_by_signal, tmp_path, asked_rank, 3, preload=PRELOAD)
+    codes = run_ranks(num_ranks, with_group, stopping.stop_by_signal, tmp_path, asked_rank, 3)
     assert codes == [0] * num_ranks
     steps = {int((tmp_path / f"rank_{rank}").read_text()) for rank in range(num_ranks)}
     assert steps == {latest}
@@ -32,7 +30,7 @@ def say(folder, num_ranks):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_leave_when_a_rank_dies_or_stops_and_name_it(tmp_path, number):
     """Three ranks in step; rank 1 is killed or stopped in the middle. The others wait for it in a collective."""
-    processes = start_ranks(3, with_group, stopping.steps_under_watch, tmp_path, preload=PRELOAD, log=tmp_path)
+    processes = start_ranks(3, with_group, stopping.steps_under_watch, tmp_path, log=tmp_path)
     while not (tmp_path / "go").exists():
         time.sleep(0.02)
     os.kill(processes[1].pid, number)
@@ -50,7 +48,7 @@ def test_the_others_leave_when_a_rank_dies_or_stops_and_name_it(tmp_path, number
     ("is_seen", "said"), [(True, r"rank 1 \(process \d+ on .*\) has died"), (False, "rank 1.* of 3 ha(s|ve) not come")]
 )
 def test_a_rank_that_dies_before_the_ranks_have_met_is_named(tmp_path, is_seen, said):
-    codes = run_ranks(3, stopping.rank_that_dies_on_its_way, tmp_path, is_seen, preload=PRELOAD, log=tmp_path)
+    codes = run_ranks(3, stopping.rank_that_dies_on_its_way, tmp_path, is_seen, log=tmp_path)
     assert codes == [1, -signal.SIGKILL if is_seen else 0, 1]
     for text in say(tmp_path, 3)[::2]:
         assert re.search(said, text)
@@ -61,14 +59,14 @@ def test_what_an_earlier_start_has_left_is_not_believed(tmp_path):
     stale |= {"namespace": os.readlink("/proc/self/ns/pid"), "step": 3, "phase": "forward", "draw": ""}
     (tmp_path / "heartbeat").mkdir()
     (tmp_path / "heartbeat" / "rank_00001.json").write_text(json.dumps(stale))
-    codes = run_ranks(2, stopping.rank_that_comes_late, tmp_path, preload=PRELOAD, log=tmp_path)
+    codes = run_ranks(2, stopping.rank_that_comes_late, tmp_path, log=tmp_path)
     assert codes == [0, 0], say(tmp_path, 2)
 
 
 def test_a_rank_killed_in_the_middle_of_a_beat_leaves_a_whole_record(tmp_path):
     record = tmp_path / "heartbeat" / "rank_00000.json"
     for trial in range(40):
-        (process,) = start_ranks(1, stopping.beats_without_pause, tmp_path, preload=PRELOAD)
+        (process,) = start_ranks(1, stopping.beats_without_pause, tmp_path)
         while stopping.record_of(tmp_path, 0)["pid"] != process.pid:
             time.sleep(0.001)
         time.sleep(0.001 * trial)
@@ -78,7 +76,7 @@ def test_a_rank_killed_in_the_middle_of_a_beat_leaves_a_whole_record(tmp_path):
 
 
 def test_a_hang_with_all_ranks_alive_is_reported_with_the_place_of_every_rank(tmp_path):
-    codes = run_ranks(3, with_group, stopping.rank_that_waits, tmp_path, preload=PRELOAD, log=tmp_path)
+    codes = run_ranks(3, with_group, stopping.rank_that_waits, tmp_path, log=tmp_path)
     assert codes == [1, 1, 1]
     said = say(tmp_path, 3)
     assert any("no progress for" in text for text in said)
@@ -87,7 +85,7 @@ def test_a_hang_with_all_ranks_alive_is_reported_with_the_place_of_every_rank(tm
 
 
 def test_an_error_of_one_rank_is_in_the_message_of_the_others(tmp_path):
-    codes = run_ranks(2, with_group, stopping.rank_that_fails, tmp_path, preload=PRELOAD, log=tmp_path)
+    codes = run_ranks(2, with_group, stopping.rank_that_fails, tmp_path, log=tmp_path)
     assert codes == [1, 1]
     own, other = say(tmp_path, 2)[::-1]
     assert own.rstrip().endswith("ValueError: a shard is missing")

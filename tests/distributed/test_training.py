@@ -99,7 +99,7 @@ def test_a_record_a_step_with_all_that_should_be_in_it(whole):
 def test_the_longest_micro_batches_come_first_in_each_phase(prepared, tmp_path):
     run_dir = training.copy_of(prepared, tmp_path / "run")
     options = ("--distill.optim.num_steps=5",)
-    (code,) = run_ranks(1, training.stage_step_by_step, "distill", str(run_dir), options, preload=training.PRELOAD)
+    (code,) = run_ranks(1, training.stage_step_by_step, "distill", str(run_dir), options)
     assert code == 0
     steps = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
     assert [step for step, _, _ in steps] == [0, 3, 0, 1, 2, 3, 4]

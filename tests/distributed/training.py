@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pipeline.distill
-import pipeline.teacher  # noqa: F401 for the fork server
 from pipeline.__main__ import main
+from pipeline.config import parse_recipe, recipe_parser, recipe_yaml
 from pipeline.data import StepBatch
 from pipeline.training.loop import Trainer
 from tests.forks import run_ranks, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = "tests.distributed.training"
 SMALL = (
     "--data.num_demo_pairs=600",
     "--teacher.optim.num_steps=4",
@@ -57,25 +54,21 @@ def stage_step_by_step(name: str, run_dir: str, options: tuple[str, ...]) -> Non
 
 
 def start(name: str, num_ranks: int, run_dir: Path, *options: str, log: Path | None = None) -> list[ForkServerProcess]:
-    return start_ranks(num_ranks, stage, name, str(run_dir), options, preload=PRELOAD, log=log)
+    return start_ranks(num_ranks, stage, name, str(run_dir), options, log=log)
 
 
 def run(name: str, num_ranks: int, run_dir: Path, *options: str, log: Path | None = None) -> list[int | None]:
     """Exit codes of the ranks."""
-    return run_ranks(num_ranks, stage, name, str(run_dir), options, preload=PRELOAD, log=log)
+    return run_ranks(num_ranks, stage, name, str(run_dir), options, log=log)
 
 
 def prepare(run_dir: Path) -> Path:
     """A run directory with data and a teacher of four steps, ready to distil."""
     run_dir.mkdir(parents=True)
     recipe = run_dir / "recipe.yaml"
-    words = [sys.executable, "-m", "pipeline", "report", "--config", "minute", *SMALL, "--print_config"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    recipe.write_text(
-        subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
-    )
+    recipe.write_text(recipe_yaml(parse_recipe(recipe_parser("test", ""), ["--config", "minute", *SMALL])[0]))
     build = [sys.executable, "-m", "data_prep", "build", "--config", str(recipe), "--out", str(run_dir / "data")]
-    subprocess.run(build, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     assert run("teacher", 1, run_dir) == [0]
     return run_dir
 

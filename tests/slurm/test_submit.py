@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.planning  # noqa: F401 for the fork server
 from slurm.__main__ import main
 from slurm.controller import ENDED
 from tests.forks import run_forked
@@ -30,7 +29,7 @@ def slurm() -> Iterator[SlurmCluster]:
 
 def command(stand_in: StandIn, *words: object) -> subprocess.CompletedProcess[str]:
     """python -m slurm WORDS, without the seconds of starting Python."""
-    return run_forked(main, [*map(str, words)], preload="tests.slurm.test_submit", environment=stand_in.slurm.env)
+    return run_forked(main, [*map(str, words)], environment=stand_in.slurm.env)
 
 
 def submit(stand_in: StandIn, *options: object, name: str = "submit") -> subprocess.CompletedProcess[str]:
