@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from pipeline.bench import Measure, report
+from pipeline.bench import Measure, report, step_draws
 from pipeline.footprint.estimate import GIB
 from pipeline.world import free_port
 
-PARTS = ("traffic", "memory", "overhead", "gpu")
+PARTS = ("traffic", "memory", "overhead", "draws", "gpu")
 TOLERANCE = 1e-9
+SHORT = (2, 32, 16)
+"""Examples, source and target tokens of a micro-batch of the full-size benchmark."""
 LARGE = {"num_layers": 24, "d_model": 1024, "d_ff": 2816, "shape_BST": (32, 512, 128)}
 """Of the GPU part: a teacher as large as T5-large, and the examples, source and target tokens of a micro-batch."""
 
@@ -38,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     has_gpu = torch.cuda.is_available()
-    parts = arguments.part or ["traffic", "gpu"] if has_gpu else arguments.part or ["traffic", "memory", "overhead"]
+    parts = (
+        arguments.part or ["traffic", "gpu"]
+        if has_gpu
+        else arguments.part or ["traffic", "memory", "overhead", "draws"]
+    )
     if "gpu" in parts and not has_gpu:
         raise ValueError("--part gpu, but torch sees no CUDA device")
     measures: list[Measure] = []
@@ -113,6 +119,45 @@ def _overhead(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
     )
 
 
+def _draws(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
+    """Two and more draws a micro-batch, each cost held against that of one draw."""
+    rows: list[tuple[str, dict[Any, float], dict[Any, float], str, float]] = []
+    for recipe, found in step_draws.flops().items():
+        of_teacher = {k: 0.0 for k in step_draws.DRAWS}
+        rows.append((f"FLOPs of a micro-batch, {recipe}", found["estimated"], of_teacher, "TFLOP", 1e12))
+        rows.append((f"FLOPs counted at 1/16 of its width, {recipe}", found["counted"], of_teacher, "GFLOP", 1e9))
+        for num_draws, counted in found["counted"].items():
+            expected = found["of the same draws"][num_draws]
+            if abs(counted - expected) > 0.02 * expected:
+                raise ValueError(f"{recipe}, {num_draws} draws: counted {counted:g} FLOPs, but estimated {expected:g}")
+    moved = _of_draws(_ranks("draws-traffic", 2))
+    rows += [(f"{name} in a step", moved[name], moved[name], "MiB", 2**20) for name in ("gathered", "reduced")]
+    timed = _of_draws(_ranks("draws-seconds", 1, threads=arguments.threads, steps=arguments.steps))
+    rows.append(("step time", timed["seconds"], timed["floor"], "s", 1.0))
+    peaks = {k: _ranks("memory", 2, draws=draws, shape_BST=SHORT) for k, draws in step_draws.DRAWS.items()}
+    fullest = {k: found["peak"] for k, found in peaks.items()}
+    rows.append(("resident memory over an idle rank", fullest, {k: f["floor"] for k, f in peaks.items()}, "GiB", GIB))
+    measures = [
+        Measure("step", f"{name}, {num_draws} draws", costs[num_draws] / unit, costs[1] / unit, "one draw", unit_name,
+                floors[num_draws] / unit)
+        for name, costs, floors, unit_name, unit in rows for num_draws in step_draws.DRAWS if num_draws > 1
+    ]  # fmt: skip
+    named = "; ".join(f"{num_draws}: {' + '.join(draws)}" for num_draws, draws in step_draws.DRAWS.items())
+    return measures, (
+        f"Draws of a micro-batch: {named}.\nFLOPs: replacing phase, {step_draws.NUM_MICRO_BATCHES} micro-batches. "
+        f"Traffic: T5 6+6 on 2 ranks.\nTime: {timed['setting']}, mean of {arguments.steps} steps in turns.\n"
+        f"Memory: {peaks[1]['setting']}, micro-batches of {SHORT[0]} x {SHORT[1]}/{SHORT[2]} tokens."
+    )
+
+
+def _of_draws(found: dict[str, Any]) -> dict[str, Any]:
+    """Tables by number of draws, which JSON has made text of."""
+    return {
+        name: {int(key): value for key, value in table.items()} if isinstance(table, dict) else table
+        for name, table in found.items()
+    }
+
+
 def _gpu(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
     return on_devices(torch.cuda.device_count(), steps=arguments.steps, **LARGE)
 
@@ -140,4 +185,4 @@ def on_devices(num_ranks: int, **options: Any) -> tuple[list[Measure], str]:
     return measures, f"GPU: {found['setting']}.\n{found['summary']}\n{note}"
 
 
-MEASURED = {"traffic": _traffic, "memory": _memory, "overhead": _overhead, "gpu": _gpu}
+MEASURED = {"traffic": _traffic, "memory": _memory, "overhead": _overhead, "draws": _draws, "gpu": _gpu}

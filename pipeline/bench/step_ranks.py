@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import T5ForConditionalGeneration
 
+from pipeline.bench import step_draws
 from pipeline.bench.step_model import (
     SETTINGS,
     Counted,
@@ -95,7 +96,13 @@ def traffic(folder: str) -> dict[str, Any]:
     }
 
 
-def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[str, Any]:
+def memory_part(
+    folder: str,
+    num_layers: int = 12,
+    d_model: int = 1024,
+    draws: Sequence[str] = SETTINGS.draws,
+    shape_BST: tuple[int, int, int] = (2, 24, 8),
+) -> dict[str, Any]:
     """Growth of resident memory over an idle rank: joined, with every module loaded, and a model-sized nothing."""
     world = join_world()
     model_folder = Path(folder) / "model"
@@ -106,7 +113,7 @@ def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[
     idle = resident()
     reset_peak()
     teacher = load_model(model_folder)
-    task = new_task(teacher)
+    task = new_task(teacher, replace(SETTINGS, draws=tuple(draws)))
     del teacher
     small = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
     path = in_fp32("zero3", folder, stage3_prefetch_bucket_size=BUCKET, **small)
@@ -115,7 +122,6 @@ def memory_part(folder: str, num_layers: int = 12, d_model: int = 1024) -> dict[
     loading_peak = loading.stop() - idle["RssAnon"]
     sizes = sizes_of(task.module, task.leaf_classes)
     reset_peak()
-    shape_BST = (2, 24, 8)
     for step in range(3):
         batch = random_batch(step * world.size + world.rank, shape_BST, config.vocab_size, world.device)
         engine.backward(loss_of(engine, task, step, batch, world.size))
@@ -242,6 +248,8 @@ def gpu(
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "traffic": traffic,
     "memory": memory_part,
+    "draws-traffic": step_draws.traffic,
+    "draws-seconds": step_draws.seconds,
     "overhead": overhead,
     "gpu": gpu,
     "trainer": trainer,

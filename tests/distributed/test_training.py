@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load
 
 from pipeline.checkpoints.format import checkpoints
+from pipeline.spans.paths import students_of
+from pipeline.spans.spans import Assembly
 from tests.distributed import training
 from tests.forks import run_ranks, wait_for
 from tests.patience import wait_until
@@ -98,15 +100,23 @@ def test_a_record_a_step_with_all_that_should_be_in_it(whole):
 
 def test_the_longest_micro_batches_come_first_in_each_phase(prepared, tmp_path):
     run_dir = training.copy_of(prepared, tmp_path / "run")
-    options = ("--distill.optim.num_steps=5",)
+    options = ("--distill.optim.num_steps=5", "--distill.draws=[sampled,coarsest]")
     (code,) = run_ranks(1, training.stage_step_by_step, "distill", str(run_dir), options)
     assert code == 0
     steps = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
-    assert [step for step, _, _ in steps] == [0, 3, 0, 1, 2, 3, 4]
-    longest = [max(side) for side in zip(*(each for _, _, lengths in steps for each in lengths), strict=True)]
-    assert [rest for _, *rest in steps[:2]] == [[0.0, [longest] * 4]] * 2
-    assert all(rate > 0 for _, rate, _ in steps[2:])
-    assert [longest] * 4 not in [lengths for _, _, lengths in steps[2:]]
+    assert [step for step, *_ in steps] == [0, 3, 0, 1, 2, 3, 4]
+    longest = [max(side) for side in zip(*(each for _, _, lengths, _ in steps for each in lengths), strict=True)]
+    assert [rest for _, *rest, _ in steps[:2]] == [[0.0, [longest] * 4]] * 2
+    assert all(rate > 0 for _, rate, *_ in steps[2:])
+    assert [longest] * 4 not in [lengths for _, _, lengths, _ in steps[2:]]
+    assert [draws for *_, draws in steps[2:5]] == [["the local phase"] * 4] * 3 == [steps[0][-1]] * 3
+    drawn = [draws for *_, step_draws in steps[5:] for draws in step_draws]
+    assert steps[1][-1] == [max(drawn, key=computed)] * 4
+
+
+def computed(text: str) -> int:
+    """Layers that are computed for the students of these draws."""
+    return len(students_of([Assembly.parse(each) for each in text.split(" + ")]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(prepared, tmp_path):

@@ -14,6 +14,7 @@ from unittest import mock
 from pipeline.__main__ import main
 from pipeline.config import parse_recipe, recipe_parser, recipe_yaml
 from pipeline.data import StepBatch
+from pipeline.model.draws import text_of
 from pipeline.training.loop import Trainer
 from tests.forks import run_ranks, start_ranks
 
@@ -39,13 +40,13 @@ def stage(name: str, run_dir: str, options: tuple[str, ...]) -> None:
 
 
 def stage_step_by_step(name: str, run_dir: str, options: tuple[str, ...]) -> None:
-    """The same, and a line for every step that the loop makes: its number, its learning rate, and the lengths of source
-    and target of each micro-batch."""
+    """The same, and a line for every step that the loop makes: its number, its learning rate, the lengths of source and
+    target of each micro-batch, and the draws that it takes."""
 
     def told(self: Trainer, step: int, batch: StepBatch, draws: Any, sums: Any, learning_rate: float) -> None:
         lengths = [(each.source_BS.shape[1], each.labels_BT.shape[1]) for each in batch.micro_batches]
         with open(Path(run_dir) / "steps.jsonl", "a") as file:
-            file.write(json.dumps([step, learning_rate, lengths]) + "\n")
+            file.write(json.dumps([step, learning_rate, lengths, list(map(text_of, draws))]) + "\n")
         untold(self, step, batch, draws, sums, learning_rate)
 
     untold = Trainer._step

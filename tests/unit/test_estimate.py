@@ -255,6 +255,24 @@ def test_useful_flops_count_parameters_and_tokens():
     assert useful_flops(sizes, 10, 4, [draw, Assembly.parse("e1x6-d6")]) == expected
 
 
+def test_memory_knows_what_several_draws_keep(t5_large):
+    """Nothing more while their paths together are no longer than the teacher's; else as much as they are longer."""
+    mode = Sharding.of("zero2_replicated", 4, 4)
+
+    def activations(*draws: str, recompute: bool = False) -> float:
+        sizes = dataclasses.replace(t5_large, draws=tuple(map(Assembly.parse, draws)))
+        return memory(sizes, mode, 16384, recompute=recompute).device["activations"]
+
+    one = activations()
+    assert activations("e2x12-d2x12") == activations("e2x12-d2x12", "e6x4-d6x4") == one
+    longest = "e2.1x22-d1x24", "e3.1x21-d1x24"
+    assert activations(*longest) == pytest.approx(one * 48 / 24)  # the decoder, of 24 layers for each
+    assert activations(*longest, longest[0]) == activations(*longest)
+    widest = max(leaf.width for leaf in t5_large.leaves)
+    deeper = activations(*longest, recompute=True) - activations(recompute=True)
+    assert deeper == pytest.approx(2 * 16384 * 24 * widest / 8)
+
+
 def test_local_flops_count_the_teacher_once_and_no_gradient_of_its_encoding():
     sizes, _ = sizes_of_modular(tiny_t5("v1.1"), granularities=(6,))
     encoder, decoder = (

@@ -137,6 +137,11 @@ def test_modular_layers_start_from_a_layer_of_their_span(kind, init, span, sourc
         assert torch.equal(weight, theirs[name]), name
 
 
+def test_an_unknown_start_is_refused():
+    with pytest.raises(ValueError, match="unknown init 'latest': choose from first, middle, last, average"):
+        modular_of(tiny_t5(), init="latest")
+
+
 @pytest.mark.parametrize("kind", ["v1.1", "bart"])
 def test_modular_layers_start_from_the_average_of_their_span(kind):
     model = tiny_model(kind)
