@@ -24,7 +24,7 @@ LONGEST_FIRST = (
     "end_to_end/test_road.py", "slurm/test_scripts.py", "distributed/test_training.py", "slurm/test_submit.py",
     "slurm/test_chain.py", "distributed/test_engine.py", "end_to_end/test_evaluate.py", "distributed/test_stopping.py",
     "distributed/test_checkpoint.py", "distributed/test_data_build.py", "end_to_end/test_readme.py",
-    "end_to_end/test_mistakes.py", "kernels/test_hidden_loss.py",
+    "kernels/test_resources.py", "end_to_end/test_mistakes.py", "kernels/test_hidden_loss.py",
 )  # fmt: skip
 PLACE = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
 assert all(path.is_file() for path in PLACE), "a file was renamed"

@@ -7,29 +7,29 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+from pipeline.__main__ import main
+from pipeline.config import run_program
+from pipeline.training import join_world
+from tests.forks import run_forked
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
 def test_a_training_stage_before_its_data_is_named(tmp_path: Path) -> None:
     """In a process of its own: it joins a process group."""
     words = ["teacher", "--config", "demo", "--run_dir", str(tmp_path / "none")]
-    result = python(f"from pipeline.__main__ import main; main({words!r})")
+    result = run_forked(main, words, environment=os.environ)
     assert result.returncode == 2
     assert result.stderr == "error: stage teacher needs the output of stage data: run that first\n"
 
 
 def test_an_old_python_is_named() -> None:
-    result = python("import sys; sys.version_info = (3, 10, 2); sys.version = '3.10.2 x'; import pipeline")
+    code = "import sys; sys.version_info = (3, 10, 2); sys.version = '3.10.2 x'; import pipeline"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "error: Python 3.11 or newer is needed, this is 3.10.2\n"
 
@@ -39,8 +39,8 @@ def test_a_taken_port_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        code = "from pipeline.config import run_program; from pipeline.training import join_world\n"
-        result = python(code + "run_program(join_world, verbose=False)", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        result = run_forked(partial(run_program, verbose=False), join_world, environment=environment)
     assert result.returncode == 2, result.stderr
     assert f"error: port {port} of 127.0.0.1 cannot be used" in result.stderr
     assert "Traceback" not in result.stderr

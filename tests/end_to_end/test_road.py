@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.checkpoints.format import checkpoints
 from pipeline.library.command import checkpoint_command as checkpoint_command
 from pipeline.recover import Score
 from pipeline.report.data import read_jsonl
-from tests.faults.harness import ROOT, STAGES, Road, kill_group, scores, seconds_of_stages
+from tests.faults.harness import STAGES, Road, kill_group, scores, seconds_of_stages
+from tests.forks import run_forked
 from tests.patience import PATIENCE_S
 
 
@@ -91,10 +92,10 @@ def test_recovery_tuning_never_publishes_a_worse_model(finished, tmp_path):
     for part in ("data", "teacher", "distill"):
         shutil.copytree(road.run_dir / part, run_dir / part)
     for learning_rate in ("1e-3", "30"):
-        command = [sys.executable, "-m", "pipeline", "recover", "--config", "minute", "--run_dir", str(run_dir)]
+        command = ["recover", "--config", "minute", "--run_dir", str(run_dir)]
         options = {"assembly": "e3x2-d3x2", "optim.num_steps": "20", "optim.learning_rate": learning_rate}
         command += [text for name, value in options.items() for text in (f"--recover.{name}", value)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = run_forked(main, command, environment=os.environ)
         assert done.returncode == 0, done.stderr[-3000:]
         stamp = json.loads((run_dir / "recover" / "stage.json").read_text())
         before, after = Score(**stamp["before"]), Score(**stamp["after"])
