@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep import served
 from data_prep.config import DataConfig, SetConfig, identity_settings
 from data_prep.corruption import segment_tokens, span_counts
-from data_prep.encode import SPIECE, TOKENIZER_FILES, TOKENIZER_JSON, Encoder, train_sentencepiece
+from data_prep.encode import SPIECE, TOKENIZER_CONFIG, TOKENIZER_JSON, Encoder, train_sentencepiece, write_plain_t5
 from data_prep.hub import data_files, local_folder, names_data
 from data_prep.partition import Unit
 from data_prep.publish import make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
@@ -27,6 +28,7 @@ PLAN = "plan.json"
 CORPUS, TOKENIZER = "corpus", "tokenizer"
 SPLITS = ("train", "validation", "test")
 _MADE_FROM = "made_from.json"
+_OF_A_TOKENIZER = (".json", ".model", ".txt", ".spm")  # files that it may be made of, and no weights
 
 
 @dataclass(frozen=True)
@@ -248,39 +250,50 @@ def _make_corpus_folder(out: Path, config: DataConfig) -> None:
 
 
 def make_tokenizer_folder(out: Path, plan: Plan, anew: bool = False) -> dict[str, Any]:
-    """Train or copy the tokenizer unless it stands; returns what plan and manifest say of it."""
-    config = plan.config
-    if config.tokenizer:
-        given = local_folder(config.tokenizer)
-        names = [name for name in TOKENIZER_FILES if (given / name).is_file()]
-        if not {SPIECE, TOKENIZER_JSON} & set(names):
-            raise FileNotFoundError(f"{given}: neither {SPIECE} nor {TOKENIZER_JSON} here; check data.tokenizer")
-        made_from: dict[str, Any] = {"copied": {name: sha256_of(given / name) for name in names}}
-
-        def fill(folder: Path) -> None:
-            Encoder(given, config.max_source_tokens, config.max_target_tokens)  # refuses what it cannot read
-            for name in names:
-                shutil.copyfile(given / name, folder / name)
-    else:
-        num_sentinels = _num_sentinels(config)
-        made_from = {
-            "trained_on": [item.sha256 for item in plan.inputs if item.split == "train"],
-            "texts": [[each.task, each.source_field, each.target_field, each.prefix] for each in config.all_sets],
-            **{name: getattr(config, name) for name in ("vocab_size", "split_digits")},
-            "num_sentinels": num_sentinels,
-        }
-
-        def fill(folder: Path) -> None:
-            texts = _training_texts(out, plan)
-            train_sentencepiece(texts, config.vocab_size, config.split_digits, folder / SPIECE, num_sentinels)
-
+    """Train the tokenizer or take the given one, unless it stands; returns what plan and manifest say of it."""
     folder = out / TOKENIZER
     if anew:
         (folder / _MADE_FROM).unlink(missing_ok=True)
+    made_from, make = _given_tokenizer(plan.config) if plan.config.tokenizer else _trained_tokenizer(out, plan)
+
+    def fill(into: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = make(Path(scratch))
+            if not write_plain_t5(source, into):
+                served.write(source, into)
+
     _publish_folder(folder, made_from, fill)
-    encoder = Encoder(folder, config.max_source_tokens, config.max_target_tokens)
-    used = SPIECE if encoder.info.kind == "sentencepiece" else TOKENIZER_JSON
-    return {**asdict(encoder.info), "file": f"{TOKENIZER}/{used}", "sha256": sha256_of(folder / used)}
+    encoder = Encoder(folder, plan.config.max_source_tokens, plan.config.max_target_tokens)
+    used = TOKENIZER_JSON if encoder.info.kind == "tokenizers" else TOKENIZER_CONFIG
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != _MADE_FROM}
+    return {**asdict(encoder.info), "file": f"{TOKENIZER}/{used}", "files": files}
+
+
+def _given_tokenizer(config: DataConfig) -> tuple[dict[str, Any], Callable[[Path], Path]]:
+    """What the tokenizer that data.tokenizer names is made from, and its folder."""
+    given = local_folder(config.tokenizer)
+    names = [path.name for path in sorted(given.glob("*")) if path.is_file() and path.suffix in _OF_A_TOKENIZER]
+    if not set(names) - {"config.json"}:
+        raise FileNotFoundError(f"{given}: neither {SPIECE} nor {TOKENIZER_JSON} here; check data.tokenizer")
+    return {"copied": {name: sha256_of(given / name) for name in names}}, lambda _: given
+
+
+def _trained_tokenizer(out: Path, plan: Plan) -> tuple[dict[str, Any], Callable[[Path], Path]]:
+    """What a tokenizer that is trained is made from, and what trains it in a folder."""
+    config, num_sentinels = plan.config, _num_sentinels(plan.config)
+    made_from = {
+        "trained_on": [item.sha256 for item in plan.inputs if item.split == "train"],
+        "texts": [[each.task, each.source_field, each.target_field, each.prefix] for each in config.all_sets],
+        **{name: getattr(config, name) for name in ("vocab_size", "split_digits")},
+        "num_sentinels": num_sentinels,
+    }
+
+    def train(scratch: Path) -> Path:
+        texts = _training_texts(out, plan)
+        train_sentencepiece(texts, config.vocab_size, config.split_digits, scratch / SPIECE, num_sentinels)
+        return scratch
+
+    return made_from, train
 
 
 def _num_sentinels(config: DataConfig) -> int:
