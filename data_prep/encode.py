@@ -259,7 +259,7 @@ def write_plain_t5(source: Path, target: Path) -> bool:
         single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, EOS_ID)]
     )
     written.add_special_tokens(list(_SPECIALS))
-    written.save(str(target / TOKENIZER_JSON))
+    (target / TOKENIZER_JSON).write_text(written.to_str(pretty=True), encoding="utf-8")
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": []}
     settings |= dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIALS, strict=True))
     settings["model_input_names"] = ["input_ids", "attention_mask"]

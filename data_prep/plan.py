@@ -22,7 +22,8 @@ from data_prep.hub import data_files, local_folder, names_data
 from data_prep.partition import Unit
 from data_prep.publish import make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
 from data_prep.shards import FORMAT_VERSION
-from data_prep.sources import Fields, Piece, Record, open_input
+from data_prep.sources import ArrowFile, Fields, Record, open_input
+from data_prep.textfile import Piece, TextFile
 
 PLAN = "plan.json"
 CORPUS, TOKENIZER = "corpus", "tokenizer"
@@ -41,6 +42,8 @@ class Input:
     bytes: int
     sha256: str
     records: int
+    quotes: str = ""
+    """What quotes mean in CSV and TSV: "cells" or "text"."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ class RecordReader:
         config = self._plan.set_of(unit)
         fields = _fields(config)
         if self._open[0] != unit.input:
-            name = self._plan.inputs[unit.input].path
-            self._open = (unit.input, open_input(_location(self._out, self._plan.config, name), name))
+            self._open = (unit.input, _opened(self._out, self._plan, self._plan.inputs[unit.input]))
         piece = Piece(unit.start, unit.stop, unit.offset, unit.bytes, unit.sha256)
         before = f"{config.name}/{unit.split}" if len(self._plan.config.all_sets) > 1 else unit.split
         count = 0
@@ -165,10 +167,14 @@ def make_plan(out: Path, config: DataConfig) -> Plan:
     return plan
 
 
+def _opened(out: Path, plan: Plan, item: Input) -> TextFile | ArrowFile:
+    return open_input(_location(out, plan.config, item.path), item.path, item.split, item.quotes)
+
+
 def _location(out: Path, config: DataConfig, name: str) -> Path:
     if names_data(name):
         return data_files(name)[0][1]
-    return out / name if config.corpus == "demo" else Path(name)
+    return out / name if config.corpus == "demo" else Path(name.partition("#")[0])
 
 
 def _fields(config: SetConfig) -> Fields:
@@ -187,7 +193,7 @@ def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
             for name in getattr(each, split):
                 names += [found for found, _ in data_files(name)] if names_data(name) else [name]
             for name in names:
-                source = open_input(_location(out, config, name), name)
+                source = open_input(_location(out, config, name), name, split, each.quotes)
                 pieces = source.scan(config.examples_per_block * config.blocks_per_shard, config.max_line_bytes)
                 place, row = next(
                     (place, row) for piece in pieces for place, row in source.rows(piece) if row is not None
@@ -196,7 +202,7 @@ def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
                 for piece in pieces:
                     units.append(Unit(split, index, len(inputs), first=first + piece.start, **asdict(piece)))
                     index += 1
-                inputs.append(Input(each.name, split, name, *source.identity(), pieces[-1].stop))
+                inputs.append(Input(each.name, split, name, *source.identity(), pieces[-1].stop, source.quotes))
                 first += pieces[-1].stop
     return Plan(settings, tuple(inputs), {}, tuple(units), {})
 
@@ -204,7 +210,7 @@ def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
 def _refuse_changed_inputs(out: Path, plan: Plan) -> None:
     """Compare the inputs with the plan: text files by size (their units carry a sha256), the others whole."""
     for item in plan.inputs:
-        source = open_input(_location(out, plan.config, item.path), item.path)
+        source = _opened(out, plan, item)
         if source.has_changed(item.bytes, item.sha256):
             raise ValueError(f"{item.path}: changed since {out} was planned; choose another --out")
 

@@ -50,6 +50,8 @@ class UnitMaker:
         for position, record in enumerate(records):
             if record is None or position in duplicates:
                 dropped.setdefault(BLANK if record is None else DUPLICATE, []).append(position)
+            elif record.null:
+                dropped.setdefault(f"null {record.null}", []).append(position)
             else:
                 kept.append(position)
         texts = [record for position in kept if (record := records[position]) is not None]
@@ -60,12 +62,8 @@ class UnitMaker:
             encoded = _span_corruption(plan, self._encoder, unit, texts)
         for reason, positions in encoded.dropped.items():
             dropped[reason] = [kept[position] for position in positions]
-            if not config.drop_empty:
-                record = texts[positions[0]]
-                place = f"{plan.inputs[unit.input].path}: record {unit.start + dropped[reason][0] + 1} (id {record.id})"
-                raise ValueError(
-                    f"{place}: {reason}; remove it, or set data.drop_empty to leave out and count such records"
-                )
+        if not config.drop_empty:
+            self._refuse_first(unit, records, dropped)
         blocks = cut_block(encoded.block, config.examples_per_block)
         shard = make_shard(f"{unit_name(unit)}.tar", blocks, config.compress)
         num_dropped = sum(len(positions) for positions in dropped.values())
@@ -86,6 +84,17 @@ class UnitMaker:
         if plan.set_of(unit).task == "pairs":
             assert shard.entry.examples == sidecar["written"], f"{unit_name(unit)}: lost an example"
         return shard, sidecar
+
+    def _refuse_first(self, unit: Unit, records: Sequence[Record | None], dropped: dict[str, list[int]]) -> None:
+        """ValueError of the first record that is left out because it lacks a text, if one is."""
+        firsts = [(min(places), reason) for reason, places in dropped.items() if reason not in (BLANK, DUPLICATE)]
+        for position, reason in sorted(firsts)[:1]:
+            record = records[position]
+            assert record is not None
+            place = f"{self._plan.inputs[unit.input].path}: record {unit.start + position + 1} (id {record.id})"
+            raise ValueError(
+                f"{place}: {reason}; remove it, or set data.drop_empty to leave out and count such records"
+            )
 
 
 def _span_corruption(plan: Plan, encoder: Encoder, unit: Unit, records: Sequence[Record]) -> Encoded:

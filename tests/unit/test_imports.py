@@ -25,8 +25,9 @@ ORDER = (  # a room imports only rooms that stand before it
     # text -> shards
     "data_prep.processes", "data_prep.config", "data_prep.batching", "data_prep.partition", "data_prep.hub",
     "data_prep.publish", "data_prep.shards", "data_prep.reader", "data_prep.corruption", "data_prep.words",
-    "data_prep.tokenizer", "data_prep.served", "data_prep.encode", "data_prep.sources", "data_prep.demo",
-    "data_prep.plan", "data_prep.units", "data_prep.build", "data_prep.verify", "data_prep.stats", "data_prep.__main__",
+    "data_prep.tokenizer", "data_prep.served", "data_prep.encode", "data_prep.quotes", "data_prep.textfile",
+    "data_prep.saved", "data_prep.sources", "data_prep.demo", "data_prep.plan", "data_prep.units", "data_prep.build",
+    "data_prep.verify", "data_prep.stats", "data_prep.__main__",
     # what is told, counted and kept, without a model
     "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
     "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scoring", "pipeline.curves", "pipeline.pictures",
@@ -49,6 +50,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
     "triton": "pipeline.kernels",
     "huggingface_hub": "data_prep.hub",
     "mpi4py": "data_prep.build",
+    "datasets": "data_prep.saved",
     "webdataset": "data_prep.shards",
     "torch.utils.tensorboard": "pipeline.curves",
     "sacrebleu": "pipeline.scoring",
