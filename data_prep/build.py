@@ -297,9 +297,9 @@ def _summary(manifest: Manifest) -> str:
     text = f"{parts} examples, {tokens:,} tokens of {manifest.tokenizer['vocab_size']:,}, {len(shards)} shards"
     ledgers = [split.ledger for _, split in splits]
     if unknown := sum(sum(ledger.unknown.values()) for ledger in ledgers):
-        text += f"; {unknown:,} tokens are unknown: characters that the tokenizer does not have"
+        text += f"; unknown tokens, for characters that the tokenizer does not have: {unknown:,}"
     if whole := sum(ledger.whole for ledger in ledgers):
-        text += f"; {whole:,} texts were encoded whole"
+        text += f"; texts not put together word by word: {whole:,}"
     return text
 
 
