@@ -25,14 +25,35 @@ from tqdm import tqdm
 from data_prep.config import DataConfig, identity_settings
 from data_prep.hub import names_data
 from data_prep.partition import Unit, share_of_rank
-from data_prep.plan import PLAN, SPLITS, Plan, RecordReader, make_plan, read_plan, refuse_difference, unit_name
+from data_prep.plan import (
+    PLAN,
+    SPLITS,
+    TOKENIZER,
+    Plan,
+    RecordReader,
+    make_plan,
+    read_plan,
+    refuse_difference,
+    unit_name,
+)
 from data_prep.publish import is_temporary, make_folder, publish_bytes, temporary_name
-from data_prep.shards import FORMAT_VERSION, MANIFEST, Ledger, Manifest, ShardEntry, Split, publish_index, read_manifest
-from data_prep.units import UnitMaker, published, sidecar_path
+from data_prep.served import Comparison
+from data_prep.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Ledger,
+    Manifest,
+    ShardEntry,
+    Split,
+    publish_index,
+    read_manifest,
+)
+from data_prep.units import UnitMaker, published, sample_of_unit, sidecar_path
 
 TEST_TEXT = "test.jsonl"
 _FAILURE = "failure.tmp-"  # begins the names of notes of failed ranks
 _POLL_S = 0.02
+_COMPARED_UNITS = 8
 _WARN_TRUNCATED = 0.05  # share of the records of a split
 _RANK, _WORLD = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 T = TypeVar("T")
@@ -61,9 +82,11 @@ def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
             if is_first_rank():
                 print(f"data: {_plan_summary(out) if plan_only else _nothing_to_do(out)}")
             return True
+        comparison = Comparison(out / TOKENIZER) if is_first_rank() else None
         _make_share(out, plan, missing)
-        if is_first_rank():
+        if comparison:
             _wait_for_others(out, plan, missing, config.patience_s)
+            _compare_sample(out, plan, comparison)
             manifest = _finish(out, plan)
             seconds = time.monotonic() - begin
             print(f"data: {_summary(manifest)}; {seconds:.1f} s on {_WORLD} rank(s), in {out}")
@@ -182,6 +205,13 @@ def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s:
 # ---- the end
 
 
+def _compare_sample(out: Path, plan: Plan, comparison: Comparison) -> None:
+    """The first examples of the first unit of each file have the ids that the tokenizer's folder gives by itself."""
+    first_of_input = {unit.input: unit for unit in reversed(plan.units)}
+    units = list(first_of_input.values())[:_COMPARED_UNITS]
+    comparison.end([example for unit in units for example in sample_of_unit(out, plan, unit)])
+
+
 def _finish(out: Path, plan: Plan) -> Manifest:
     """On rank 0: check that every record is accounted for, then publish test texts, indices and last the manifest."""
     sidecars: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
@@ -220,18 +250,19 @@ def _finish(out: Path, plan: Plan) -> Manifest:
 
 def _split_of_sidecars(out: Path, plan: Plan, name: str, sidecars: list[dict[str, Any]]) -> Split:
     dropped: Counter[str] = Counter()
-    truncated: Counter[str] = Counter({"source": 0, "target": 0})
     for sidecar in sidecars:
         dropped.update({reason: len(numbers) for reason, numbers in sidecar["dropped"].items()})
-        for side, count in sidecar["truncated"].items():
-            truncated[side] += count
-    read, written = (sum(sidecar[key] for sidecar in sidecars) for key in ("read", "written"))
+    truncated, unknown = (
+        {side: sum(sidecar[key][side] for sidecar in sidecars) for side in ("source", "target")}
+        for key in ("truncated", "unknown")
+    )
+    read, written, whole = (sum(sidecar[key] for sidecar in sidecars) for key in ("read", "written", "whole"))
     sets = Counter(plan.inputs[unit.input].set for unit in plan.units if unit.split == name)
     return Split(
         shards=tuple(ShardEntry(**sidecar["shard"]) for sidecar in sidecars),
         shards_of_sets=tuple(sets[each.name] for each in plan.config.all_sets),
         index=publish_index(out, name, [sidecar["blocks"] for sidecar in sidecars]),
-        ledger=Ledger(read=read, written=written, dropped=dict(dropped), truncated=dict(truncated)),
+        ledger=Ledger(read, written, dict(dropped), truncated, unknown, whole),
     )
 
 
@@ -263,7 +294,13 @@ def _summary(manifest: Manifest) -> str:
     parts = ", ".join(f"{name} {split.num_examples:,}" for name, split in splits)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     tokens = sum(shard.source_tokens + shard.target_tokens for shard in shards)
-    return f"{parts} examples, {tokens:,} tokens of {manifest.tokenizer['vocab_size']:,}, {len(shards)} shards"
+    text = f"{parts} examples, {tokens:,} tokens of {manifest.tokenizer['vocab_size']:,}, {len(shards)} shards"
+    ledgers = [split.ledger for _, split in splits]
+    if unknown := sum(sum(ledger.unknown.values()) for ledger in ledgers):
+        text += f"; unknown tokens, for characters that the tokenizer does not have: {unknown:,}"
+    if whole := sum(ledger.whole for ledger in ledgers):
+        text += f"; texts not put together word by word: {whole:,}"
+    return text
 
 
 def _nothing_to_do(out: Path) -> str:

@@ -133,6 +133,10 @@ class SetConfig(Settings):
     target_field: str = identity("target")
     """Field with the output text; a dotted path reads nested objects (translation.de)."""
 
+    quotes: str = identity("auto", before="cells", choices=("auto", "cells", "text"))
+    """What quotes mean in CSV and TSV: "cells", a program put cells in them; "text", they are characters of the texts;
+    "auto", cells in CSV, and in TSV what the whole file speaks for (refused where it could be either)."""
+
     prefix: str = identity("")
     """Text put before every source. Fields of the record in braces are filled in, which makes a language tag:
     "translate {src_lang} to {tgt_lang}: "."""
@@ -174,7 +178,8 @@ class DataConfig(Settings):
 
     train: tuple[str, ...] = identity(())
     """Files of the training part, in order: JSONL, CSV, TSV or plain text (each also .gz or .zst), Parquet, folders
-    that Hugging Face `datasets` saved, or files of a hub data set at a commit:
+    that Hugging Face `datasets` reads (what it saved, or the layout of data sets of the hub; FOLDER#PART or
+    FOLDER#CONFIGURATION/PART names another part than this one's), a hub data set at a commit, or files of it:
     hub:datasets/OWNER/NAME@COMMIT/data/*.parquet."""
 
     validation: tuple[str, ...] = identity(())
@@ -191,6 +196,10 @@ class DataConfig(Settings):
 
     target_field: str = identity("target")
     """Field with the output text; a dotted path reads nested objects (translation.de)."""
+
+    quotes: str = identity("auto", before="cells", choices=("auto", "cells", "text"))
+    """What quotes mean in CSV and TSV: "cells", a program put cells in them; "text", they are characters of the texts;
+    "auto", cells in CSV, and in TSV what the whole file speaks for (refused where it could be either)."""
 
     prefix: str = identity("")
     """Text put before every source, for example "summarize: ". Fields of the record in braces are filled in, which
@@ -282,7 +291,7 @@ class DataConfig(Settings):
         files = {split: getattr(self, split) for split in ("train", "validation", "test")}
         if self.corpus == "demo":
             files = {split: (f"corpus/{split}.jsonl",) for split in files}
-        names = ("task", "source_field", "target_field", "prefix", "licence")
+        names = ("task", "source_field", "target_field", "quotes", "prefix", "licence")
         return (SetConfig(**files, **{name: getattr(self, name) for name in names}),)
 
 

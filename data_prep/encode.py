@@ -1,11 +1,15 @@
-"""Record text -> token ids. SentencePiece in C++ for spiece.model (T5, mT5), `tokenizers` for tokenizer.json (BART)."""
+"""Record text -> token ids, by the tokenizer of record: the tokenizer.json that AutoTokenizer loads from the folder.
+
+Most texts are put together from words that were encoded before, which is several times as fast as encoding them whole
+and gives the same ids by construction; `data_prep/words.py` says when.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
 import json
-import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +18,16 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.shards import Block
+from data_prep.words import MARK, Words
 
-SPIECE, TOKENIZER_JSON = "spiece.model", "tokenizer.json"
-TOKENIZER_FILES = (SPIECE, TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPIECE, TOKENIZER_JSON, TOKENIZER_CONFIG = "spiece.model", "tokenizer.json", "tokenizer_config.json"
 SENTINEL = "<extra_id_{}>"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2  # of a trained model: T5's
+_SPECIALS = ("<pad>", "</s>", "<unk>")
 _NUM_TRAINING_TEXTS = 400_000  # enough for a vocabulary; bounds time and memory of training
 _LONGEST_TRAINING_TEXT = 65_536  # bytes; SentencePiece leaves out longer ones
 
@@ -46,161 +53,153 @@ class Encoded:
     num_truncated_targets: int = 0
 
 
+Rows = tuple[np.ndarray, np.ndarray, int]
+"""(tokens of each text int64 [num_texts], ids of all back to back int32, texts not encoded word by word)."""
+
+
 class _Backend(Protocol):
     info: TokenizerInfo
+    before: tuple[int, ...]
+    """Ids that begin every text; end-of-sequence ends it."""
 
-    def ids(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]: ...
+    def rows(self, texts: list[str]) -> Rows:
+        """Ids of texts without what begins and ends them; none of an empty text."""
 
     def text(self, ids: list[int]) -> str: ...
 
     def id_of(self, token: str) -> int | None: ...
 
 
-class _SentencePiece:
-    """The C++ model, and around it what Hugging Face's T5 tokenizer does with special tokens in a text: they are cut
-    out first, and what is between them is encoded by itself."""
-
-    def __init__(self, folder: Path) -> None:
+def _backend(folder: Path) -> _Backend:
+    """The tokenizer of a folder; transformers is asked only where `write_tokenizer` has not written it yet."""
+    path, settings = folder / TOKENIZER_JSON, folder / TOKENIZER_CONFIG
+    if path.is_file() and settings.is_file():
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(folder / SPIECE))
-        except (RuntimeError, OSError) as err:
-            raise _not_a_tokenizer(folder / SPIECE, err) from err
-        model = self._model
-        num_pieces = model.get_piece_size()
-        specials = {model.id_to_piece(i): i for i in (model.pad_id(), model.eos_id(), model.unk_id()) if i >= 0}
-        # Sentinels follow the pieces, the last one first, unless the model has them as pieces of its own.
-        num_sentinels = _num_sentinels(folder)
-        specials |= {SENTINEL.format(k): num_pieces + num_sentinels - 1 - k for k in range(num_sentinels)}
-        self._specials = specials
-        self._pattern = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
-        self.info = TokenizerInfo(
-            "sentencepiece", num_pieces + num_sentinels, model.pad_id(), model.eos_id(), model.unk_id()
-        )
+            model = tokenizers.Tokenizer.from_file(str(path))
+            config = json.loads(settings.read_text(encoding="utf-8"))
+        except Exception as err:  # the library raises no narrower one
+            raise ValueError(f"{path}: damaged, or no tokenizer of this kind ({err}); check data.tokenizer") from err
+        tokens = {name: config.get(f"{name}_token") for name in ("pad", "eos", "unk")}
+        names = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+        return _Tokenizers(model, names, bool(config.get("split_special_tokens")))
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise FileNotFoundError(f"{folder}: neither {SPIECE} nor {TOKENIZER_JSON}; check data.tokenizer")
+    from data_prep.tokenizer import load_tokenizer  # late: the others do without transformers
 
-    def ids(self, texts: list[str]) -> Sequence[np.ndarray]:
-        # One thread: the ranks are the parallelism.
-        rows = list(self._model.encode(texts, out_type="numpy", num_threads=1))
-        for position, text in enumerate(texts):
-            if "<" in text and self._pattern.search(text):
-                parts = [self._specials.get(part, part) for part in self._pattern.split(text)]
-                ids = [[part] if isinstance(part, int) else self._model.encode(part, out_type=int) for part in parts]
-                rows[position] = np.array(list(itertools.chain(*ids)), dtype=np.int32)
-        return rows
-
-    def text(self, ids: list[int]) -> str:
-        names = {number: name for name, number in self._specials.items() if number >= self._model.get_piece_size()}
-        runs = itertools.groupby(ids, key=lambda number: number in names)
-        return " ".join(
-            " ".join(names[i] for i in run) if special else self._model.decode(list(run)) for special, run in runs
-        )
-
-    def id_of(self, token: str) -> int | None:
-        if token in self._specials:
-            return self._specials[token]
-        found = self._model.piece_to_id(token)
-        return found if found != self._model.unk_id() else None
-
-
-def _num_sentinels(folder: Path) -> int:
-    """How many <extra_id_k> Hugging Face's tokenizer adds to the pieces, as the files beside the model say."""
-    config = _tokenizer_config(folder)
-    added = {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
-    return int(config.get("extra_ids") or sum(SENTINEL.format(k) in added for k in range(1000)))
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as err:
-        raise _not_a_tokenizer(path, err) from err
-
-
-def _not_a_tokenizer(path: Path, err: Exception) -> ValueError:
-    return ValueError(f"{path}: damaged, or no tokenizer of this kind ({err}); check data.tokenizer")
+    served = load_tokenizer(folder)
+    if not hasattr(served, "backend_tokenizer"):
+        return _Python(served)
+    model = tokenizers.Tokenizer.from_str(served.backend_tokenizer.to_str())
+    names = {name: getattr(served, f"{name}_token") for name in ("pad", "eos", "unk")}
+    return _Tokenizers(model, names, served.split_special_tokens)
 
 
 class _Tokenizers:
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._model = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-        except Exception as err:  # the library raises no narrower one
-            raise _not_a_tokenizer(folder / TOKENIZER_JSON, err) from err
-        self._model.no_truncation()
-        self._model.no_padding()
-        config = _tokenizer_config(folder)
-        pad, eos, unk = (self._special(config, name) for name in ("pad", "eos", "unk"))
-        self.info = TokenizerInfo("tokenizers", self._model.get_vocab_size(), pad, eos, unk)
-        self._num_special = self._model.num_special_tokens_to_add(False)
+    """tokenizer.json, as AutoTokenizer uses it."""
 
-    def _special(self, config: dict, name: str) -> int:
-        token = config.get(f"{name}_token") or {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}[name]
-        token = token["content"] if isinstance(token, dict) else token
-        token_id = self._model.token_to_id(token)
-        if token_id is None:
-            raise ValueError(f"tokenizer.json has no {name} token {token!r}: name it in tokenizer_config.json")
-        return token_id
+    def __init__(self, model: tokenizers.Tokenizer, names: dict[str, str | None], splits_special: bool) -> None:
+        self._model = model
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = splits_special
+        ids = {name: model.token_to_id(token) if token else None for name, token in names.items()}
+        pad, eos, unk = (-1 if (number := ids[name]) is None else number for name in ("pad", "eos", "unk"))
+        self.info = TokenizerInfo("tokenizers", model.get_vocab_size(), pad, eos, unk)
+        framed, bare = (model.encode("a", add_special_tokens=add).ids for add in (True, False))
+        num_before = len(framed) - 1 - len(bare)
+        if pad < 0 or eos < 0 or framed[num_before:] != [*bare, eos]:
+            raise ValueError(
+                f"the tokenizer does not end texts as a seq2seq model's does ({names}); check data.tokenizer"
+            )
+        self.before = tuple(framed[:num_before])
+        self._words = Words(model)
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        rows = [encoding.ids for encoding in self._model.encode_batch_fast(texts)]
-        rows = [row if len(row) > self._num_special else [] for row in rows]
-        return [row[:-1] if row and row[-1] == self.info.eos_id else row for row in rows]
+    def rows(self, texts: list[str]) -> Rows:
+        if self._words.can:
+            return self._words.encode(texts)
+        encoded = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        return _joined([encoding.ids for encoding in encoded])
 
     def text(self, ids: list[int]) -> str:
-        return self._model.decode(ids, skip_special_tokens=True)
+        hidden = {self.info.pad_id, self.info.eos_id, *self.before}
+        return self._model.decode([each for each in ids if each not in hidden], skip_special_tokens=False)
 
     def id_of(self, token: str) -> int | None:
         return self._model.token_to_id(token)
 
 
+class _Python:
+    """A tokenizer that is Python code of transformers alone, such as ByT5's."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        special = (getattr(self._model, f"{name}_token_id") for name in ("pad", "eos", "unk"))
+        self.info = TokenizerInfo("python", len(self._model), *(-1 if each is None else each for each in special))
+        self.before = tuple(self._model("").input_ids[:-1])
+
+    def rows(self, texts: list[str]) -> Rows:
+        encoded = self._model(texts).input_ids if texts else []
+        return _joined([row[len(self.before) : -1] for row in encoded])
+
+    def text(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        return self._model.get_vocab().get(token)
+
+
+def _joined(rows: list[list[int]]) -> Rows:
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    return lengths, np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum())), len(rows)
+
+
 class Encoder:
-    """Encodes text pairs with the tokenizer of a folder. Ids end with end-of-sequence, also when truncated."""
+    """Encodes text pairs with the tokenizer of a folder. Ids end with end-of-sequence,
+    also when truncated."""
 
     def __init__(self, folder: Path, max_source_tokens: int, max_target_tokens: int) -> None:
-        self._backend: _Backend
-        if (folder / SPIECE).is_file():
-            self._backend = _SentencePiece(folder)
-        elif (folder / TOKENIZER_JSON).is_file():
-            self._backend = _Tokenizers(folder)
-        else:
-            raise FileNotFoundError(f"{folder}: neither {SPIECE} nor {TOKENIZER_JSON}; check data.tokenizer")
+        self._backend = _backend(folder)
         self.info = self._backend.info
-        for name in ("pad_id", "eos_id"):
-            if getattr(self.info, name) < 0:
-                raise ValueError(f"{folder}: the tokenizer has no {name}; use the tokenizer of a seq2seq model")
+        self.num_whole = 0
+        """Texts so far that were not encoded word by word."""
         self._max_source_tokens = max_source_tokens
         self._max_target_tokens = max_target_tokens
         self._dtype = np.uint16 if self.info.vocab_size <= 1 << 16 else np.uint32
 
     def encode(self, sources: Sequence[str], targets: Sequence[str]) -> Encoded:
         """Encode pairs. Ids are uint16 (uint32 if the vocabulary needs it); pairs with an empty text are dropped."""
-        sources_ids, targets_ids = self._backend.ids(list(sources)), self._backend.ids(list(targets))
-        dropped: dict[str, list[int]] = {}
-        kept: list[int] = []
-        for position, (left, right) in enumerate(zip(sources_ids, targets_ids, strict=True)):
-            if len(left) and len(right):
-                kept.append(position)
-            else:
-                dropped.setdefault("empty target" if len(left) else "empty source", []).append(position)
-        sources_kept, num_source = self._packed([sources_ids[position] for position in kept], self._max_source_tokens)
-        targets_kept, num_target = self._packed([targets_ids[position] for position in kept], self._max_target_tokens)
-        (source_lengths, source), (target_lengths, target) = sources_kept, targets_kept
-        return Encoded(Block(source_lengths, target_lengths, source, target), dropped, num_source, num_target)
+        source, target = self._rows(sources), self._rows(targets)
+        has_source, has_target = source[0] > 0, target[0] > 0
+        empty = {"empty source": ~has_source, "empty target": has_source & ~has_target}
+        dropped = {reason: np.flatnonzero(rows).tolist() for reason, rows in empty.items() if rows.any()}
+        kept = has_source & has_target
+        source_lengths, source_ids, num_source = self._packed(source, kept, self._max_source_tokens)
+        target_lengths, target_ids, num_target = self._packed(target, kept, self._max_target_tokens)
+        block = Block(source_lengths, target_lengths, source_ids, target_ids)
+        return Encoded(block, dropped, num_source, num_target)
+
+    def _rows(self, texts: Sequence[str]) -> Rows:
+        # A text of spaces is empty, whatever a tokenizer makes of it.
+        rows = self._backend.rows(["" if text.isspace() else text for text in texts])
+        self.num_whole += rows[2]
+        return rows
 
     def tokens(self, texts: Sequence[str]) -> np.ndarray:
         """The texts back to back without end-of-sequence, int64 [num_tokens]."""
-        rows = self._backend.ids(list(texts))
-        return np.concatenate([*rows, np.empty(0, dtype=np.int64)]).astype(np.int64)
+        return self._rows(texts)[1].astype(np.int64)
 
     def sentinels(self, count: int) -> np.ndarray:
         """Ids of <extra_id_0>, <extra_id_1> ..., int64 [count]. ValueError if the tokenizer has fewer."""
-        ids = [self._backend.id_of(SENTINEL.format(k)) for k in range(count)]
-        found = [number for number in ids if number is not None]
-        if len(found) < count:
-            raise ValueError(
-                f"span corruption needs {count} tokens {SENTINEL.format(0)}, {SENTINEL.format(1)} ...; the tokenizer "
-                f"has {len(found)}: give T5's, or lower data.max_source_tokens"
-            )
+        found: list[int] = []
+        for name in map(SENTINEL.format, range(count)):
+            ids = (self._backend.id_of(token) for token in (name, MARK + name))  # mT5's are pieces with a mark
+            number = next((each for each in ids if each is not None), None)
+            if number is None:
+                raise ValueError(
+                    f"span corruption needs {count} tokens {SENTINEL.format(0)}, {SENTINEL.format(1)} ...; the "
+                    f"tokenizer has {len(found)}: give T5's, or lower data.max_source_tokens"
+                )
+            found.append(number)
         return np.array(found, dtype=np.int64)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -214,20 +213,59 @@ class Encoder:
             source, target, source_NS.reshape(-1).astype(self._dtype), target_NT.reshape(-1).astype(self._dtype)
         )
 
-    def _packed(
-        self, rows: Sequence[Sequence[int] | np.ndarray], max_tokens: int
-    ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        """(lengths, ids) of rows back to back, each cut and ended with end-of-sequence, and how many were cut."""
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        num_cut = int((lengths >= max_tokens).sum())
-        if num_cut:
-            rows = [row[: max_tokens - 1] for row in rows]
-        lengths = np.minimum(lengths, max_tokens - 1) + 1
-        ids = np.full(lengths.sum(), self.info.eos_id, dtype=self._dtype)
-        is_end = np.zeros(len(ids), dtype=bool)
-        is_end[np.cumsum(lengths) - 1] = True
-        ids[~is_end] = np.concatenate([np.empty(0, dtype=np.int64), *rows])
-        return (lengths.astype(np.uint16), ids), num_cut
+    def _packed(self, rows: Rows, kept: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(lengths, ids) of the kept rows back to back, each framed and cut, and how many were cut."""
+        lengths, ids, _ = rows
+        before = np.array(self._backend.before, dtype=self._dtype)
+        longest = max(max_tokens - 1 - len(before), 0)
+        num_cut = int((lengths[kept] > longest).sum())
+        if num_cut or not kept.all():
+            place_in_row = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            ids = ids[np.repeat(kept, lengths) & (place_in_row < longest)]
+            lengths = np.minimum(lengths[kept], longest)
+        framed = lengths + len(before) + 1
+        begins = np.cumsum(framed) - framed
+        packed = np.full(int(framed.sum()), self.info.eos_id, dtype=self._dtype)
+        is_text = np.ones(len(packed), dtype=bool)
+        is_text[begins + framed - 1] = False
+        for place, number in enumerate(before):
+            packed[begins + place], is_text[begins + place] = number, False
+        packed[is_text] = ids
+        return framed.astype(np.uint16), packed, num_cut
+
+
+def write_plain_t5(source: Path, target: Path) -> bool:
+    """Write a folder that holds nothing of a tokenizer but a spiece.model with T5's special ids, as `write_tokenizer`
+    would: what transformers' T5Tokenizer makes of the pieces, without sentinels. False where it holds anything else."""
+    if [path.name for path in source.iterdir() if path.suffix in (".json", ".model", ".txt")] != [SPIECE]:
+        return False
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        model.ParseFromString((source / SPIECE).read_bytes())
+    except DecodeError:
+        return False
+    specials = [(each.piece, each.score) for each in model.pieces[:3]]
+    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM or specials != [(each, 0.0) for each in _SPECIALS]:
+        return False
+    pieces = [(each.piece, each.score) for each in model.pieces]
+    written = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=UNK_ID, byte_fallback=False))
+    if model.normalizer_spec.precompiled_charsmap:
+        written.normalizer = tokenizers.normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)
+    cutters = tokenizers.pre_tokenizers
+    written.pre_tokenizer = cutters.Sequence([cutters.WhitespaceSplit(), cutters.Metaspace(MARK, "always", True)])
+    written.decoder = tokenizers.decoders.Metaspace(MARK, "always", True)
+    end = _SPECIALS[EOS_ID]
+    written.post_processor = tokenizers.processors.TemplateProcessing(
+        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, EOS_ID)]
+    )
+    written.add_special_tokens(list(_SPECIALS))
+    (target / TOKENIZER_JSON).write_text(written.to_str(pretty=True), encoding="utf-8")
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": []}
+    settings |= dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIALS, strict=True))
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (target / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(source / SPIECE, target / SPIECE)
+    return True
 
 
 def train_sentencepiece(

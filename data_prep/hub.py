@@ -1,5 +1,5 @@
 """Folders that a recipe names: a path, or `hub:owner/name[@revision]`, a repository of the Hugging Face hub; and files
-of data sets there, `hub:datasets/owner/name@COMMIT/data/*.parquet`.
+of data sets there, `hub:datasets/owner/name@COMMIT/data/*.parquet`, or a whole one, `hub:datasets/owner/name@COMMIT`.
 
 Downloading is a step of its own (`python -m pipeline fetch`), because compute nodes often have no internet; everything
 else only looks into the local cache.
@@ -12,7 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 PREFIX = "hub:"
-_DATA = re.compile(r"hub:datasets/(?P<name>[\w.-]+(/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})/(?P<files>.+)")
+_DATA = re.compile(
+    r"hub:datasets/(?P<name>[\w.-]+(/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})(/(?P<files>[^#]+))?(?P<part>#.+)?"
+)
 _SMALL = ("*.json", "*.model", "*.txt")  # settings, tokenizers, and their notes
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first kind that a repository has
 
@@ -67,7 +69,8 @@ def names_data(name: str) -> bool:
 
 
 def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
-    """(name, file in the cache) of the files that the name of a data set's files stands for, sorted.
+    """(name, file in the cache) of the files that the name of a data set's files stands for, sorted; of a whole data
+    set its folder.
 
     Raises:
         ValueError: the name has no commit or no files, or cannot be downloaded.
@@ -76,8 +79,8 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
     match = _DATA.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"{name}: write {PREFIX}datasets/OWNER/NAME@COMMIT/FILES with all 40 digits of a commit and files such as "
-            f"data/train-*.parquet; a set without a list of files cannot be cut into units"
+            f"{name}: write {PREFIX}datasets/OWNER/NAME@COMMIT with all 40 digits of a commit, and if not the whole "
+            f"set is meant, files such as /data/train-*.parquet, or its part such as #train or #CONFIGURATION/train"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -88,7 +91,7 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
             repository,
             repo_type="dataset",
             revision=commit,
-            allow_patterns=[pattern],
+            allow_patterns=[pattern] if pattern else None,
             local_files_only=not download,
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -96,7 +99,9 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
             raise ValueError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
         snapshot = ""
     folder = Path(snapshot)
-    paths = sorted(path for path in folder.glob(pattern) if path.is_file()) if snapshot else []
+    paths = sorted(path for path in folder.glob(pattern) if path.is_file()) if snapshot and pattern else []
+    if snapshot and not pattern:
+        return [(name, folder)]
     if not paths:
         raise FileNotFoundError(
             f"{name} is not in the local cache: run `python -m pipeline fetch` with this recipe where there is internet"

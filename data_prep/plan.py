@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep import served
 from data_prep.config import DataConfig, SetConfig, identity_settings
 from data_prep.corruption import segment_tokens, span_counts
-from data_prep.encode import SPIECE, TOKENIZER_FILES, TOKENIZER_JSON, Encoder, train_sentencepiece
+from data_prep.encode import SPIECE, TOKENIZER_CONFIG, TOKENIZER_JSON, Encoder, train_sentencepiece, write_plain_t5
 from data_prep.hub import data_files, local_folder, names_data
 from data_prep.partition import Unit
 from data_prep.publish import make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
 from data_prep.shards import FORMAT_VERSION
-from data_prep.sources import Fields, Piece, Record, open_input
+from data_prep.sources import ArrowFile, Fields, Record, open_input
+from data_prep.textfile import Piece, TextFile
 
 PLAN = "plan.json"
 CORPUS, TOKENIZER = "corpus", "tokenizer"
 SPLITS = ("train", "validation", "test")
 _MADE_FROM = "made_from.json"
+_OF_A_TOKENIZER = (".json", ".model", ".txt", ".spm")  # files that it may be made of, and no weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Input:
     bytes: int
     sha256: str
     records: int
+    quotes: str = ""
+    """What quotes mean in CSV and TSV: "cells" or "text"."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,7 @@ class RecordReader:
         config = self._plan.set_of(unit)
         fields = _fields(config)
         if self._open[0] != unit.input:
-            name = self._plan.inputs[unit.input].path
-            self._open = (unit.input, open_input(_location(self._out, self._plan.config, name), name))
+            self._open = (unit.input, _opened(self._out, self._plan, self._plan.inputs[unit.input]))
         piece = Piece(unit.start, unit.stop, unit.offset, unit.bytes, unit.sha256)
         before = f"{config.name}/{unit.split}" if len(self._plan.config.all_sets) > 1 else unit.split
         count = 0
@@ -163,10 +167,14 @@ def make_plan(out: Path, config: DataConfig) -> Plan:
     return plan
 
 
+def _opened(out: Path, plan: Plan, item: Input) -> TextFile | ArrowFile:
+    return open_input(_location(out, plan.config, item.path), item.path, item.split, item.quotes)
+
+
 def _location(out: Path, config: DataConfig, name: str) -> Path:
     if names_data(name):
         return data_files(name)[0][1]
-    return out / name if config.corpus == "demo" else Path(name)
+    return out / name if config.corpus == "demo" else Path(name.partition("#")[0])
 
 
 def _fields(config: SetConfig) -> Fields:
@@ -185,7 +193,7 @@ def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
             for name in getattr(each, split):
                 names += [found for found, _ in data_files(name)] if names_data(name) else [name]
             for name in names:
-                source = open_input(_location(out, config, name), name)
+                source = open_input(_location(out, config, name), name, split, each.quotes)
                 pieces = source.scan(config.examples_per_block * config.blocks_per_shard, config.max_line_bytes)
                 place, row = next(
                     (place, row) for piece in pieces for place, row in source.rows(piece) if row is not None
@@ -194,7 +202,7 @@ def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
                 for piece in pieces:
                     units.append(Unit(split, index, len(inputs), first=first + piece.start, **asdict(piece)))
                     index += 1
-                inputs.append(Input(each.name, split, name, *source.identity(), pieces[-1].stop))
+                inputs.append(Input(each.name, split, name, *source.identity(), pieces[-1].stop, source.quotes))
                 first += pieces[-1].stop
     return Plan(settings, tuple(inputs), {}, tuple(units), {})
 
@@ -202,7 +210,7 @@ def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
 def _refuse_changed_inputs(out: Path, plan: Plan) -> None:
     """Compare the inputs with the plan: text files by size (their units carry a sha256), the others whole."""
     for item in plan.inputs:
-        source = open_input(_location(out, plan.config, item.path), item.path)
+        source = _opened(out, plan, item)
         if source.has_changed(item.bytes, item.sha256):
             raise ValueError(f"{item.path}: changed since {out} was planned; choose another --out")
 
@@ -248,39 +256,50 @@ def _make_corpus_folder(out: Path, config: DataConfig) -> None:
 
 
 def make_tokenizer_folder(out: Path, plan: Plan, anew: bool = False) -> dict[str, Any]:
-    """Train or copy the tokenizer unless it stands; returns what plan and manifest say of it."""
-    config = plan.config
-    if config.tokenizer:
-        given = local_folder(config.tokenizer)
-        names = [name for name in TOKENIZER_FILES if (given / name).is_file()]
-        if not {SPIECE, TOKENIZER_JSON} & set(names):
-            raise FileNotFoundError(f"{given}: neither {SPIECE} nor {TOKENIZER_JSON} here; check data.tokenizer")
-        made_from: dict[str, Any] = {"copied": {name: sha256_of(given / name) for name in names}}
-
-        def fill(folder: Path) -> None:
-            Encoder(given, config.max_source_tokens, config.max_target_tokens)  # refuses what it cannot read
-            for name in names:
-                shutil.copyfile(given / name, folder / name)
-    else:
-        num_sentinels = _num_sentinels(config)
-        made_from = {
-            "trained_on": [item.sha256 for item in plan.inputs if item.split == "train"],
-            "texts": [[each.task, each.source_field, each.target_field, each.prefix] for each in config.all_sets],
-            **{name: getattr(config, name) for name in ("vocab_size", "split_digits")},
-            "num_sentinels": num_sentinels,
-        }
-
-        def fill(folder: Path) -> None:
-            texts = _training_texts(out, plan)
-            train_sentencepiece(texts, config.vocab_size, config.split_digits, folder / SPIECE, num_sentinels)
-
+    """Train the tokenizer or take the given one, unless it stands; returns what plan and manifest say of it."""
     folder = out / TOKENIZER
     if anew:
         (folder / _MADE_FROM).unlink(missing_ok=True)
+    made_from, make = _given_tokenizer(plan.config) if plan.config.tokenizer else _trained_tokenizer(out, plan)
+
+    def fill(into: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = make(Path(scratch))
+            if not write_plain_t5(source, into):
+                served.write(source, into)
+
     _publish_folder(folder, made_from, fill)
-    encoder = Encoder(folder, config.max_source_tokens, config.max_target_tokens)
-    used = SPIECE if encoder.info.kind == "sentencepiece" else TOKENIZER_JSON
-    return {**asdict(encoder.info), "file": f"{TOKENIZER}/{used}", "sha256": sha256_of(folder / used)}
+    encoder = Encoder(folder, plan.config.max_source_tokens, plan.config.max_target_tokens)
+    used = TOKENIZER_JSON if encoder.info.kind == "tokenizers" else TOKENIZER_CONFIG
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != _MADE_FROM}
+    return {**asdict(encoder.info), "file": f"{TOKENIZER}/{used}", "files": files}
+
+
+def _given_tokenizer(config: DataConfig) -> tuple[dict[str, Any], Callable[[Path], Path]]:
+    """What the tokenizer that data.tokenizer names is made from, and its folder."""
+    given = local_folder(config.tokenizer)
+    names = [path.name for path in sorted(given.glob("*")) if path.is_file() and path.suffix in _OF_A_TOKENIZER]
+    if not set(names) - {"config.json"}:
+        raise FileNotFoundError(f"{given}: neither {SPIECE} nor {TOKENIZER_JSON} here; check data.tokenizer")
+    return {"copied": {name: sha256_of(given / name) for name in names}}, lambda _: given
+
+
+def _trained_tokenizer(out: Path, plan: Plan) -> tuple[dict[str, Any], Callable[[Path], Path]]:
+    """What a tokenizer that is trained is made from, and what trains it in a folder."""
+    config, num_sentinels = plan.config, _num_sentinels(plan.config)
+    made_from = {
+        "trained_on": [item.sha256 for item in plan.inputs if item.split == "train"],
+        "texts": [[each.task, each.source_field, each.target_field, each.prefix] for each in config.all_sets],
+        **{name: getattr(config, name) for name in ("vocab_size", "split_digits")},
+        "num_sentinels": num_sentinels,
+    }
+
+    def train(scratch: Path) -> Path:
+        texts = _training_texts(out, plan)
+        train_sentencepiece(texts, config.vocab_size, config.split_digits, scratch / SPIECE, num_sentinels)
+        return scratch
+
+    return made_from, train
 
 
 def _num_sentinels(config: DataConfig) -> int:

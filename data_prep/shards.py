@@ -18,7 +18,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from backports import zstd
 
 from data_prep.publish import publish_bytes, publish_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 BLOCK, BLOCK_ZSTD = "block", "block.zst"  # extensions of the members of a shard
 _MAGIC = b"MTB1"
@@ -229,6 +229,10 @@ class Ledger:
     written: int
     dropped: dict[str, int]
     truncated: dict[str, int]
+    unknown: dict[str, int] = field(default_factory=dict)
+    """Tokens that stand for characters which the tokenizer does not know, by side."""
+    whole: int = 0
+    """Texts that were encoded whole instead of word by word."""
 
     def check(self, split: str) -> None:
         """Refuse a split that lost or invented a record."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,11 +16,12 @@ from data_prep.encode import Encoded, Encoder
 from data_prep.partition import Unit, mix
 from data_prep.plan import SPLITS, Plan, RecordReader, unit_name
 from data_prep.publish import publish_bytes, publish_json
-from data_prep.shards import Block, Shard, ShardEntry, cut_block, make_shard
+from data_prep.shards import Block, Shard, ShardEntry, blocks_of_shard, cut_block, make_shard
 from data_prep.sources import Record
 
 BLANK, DUPLICATE = "blank line", "duplicate"
 _MASKS = 3  # stream of the keyed bits
+_SAMPLE = 32  # examples of a unit that are compared with AutoTokenizer
 _SEGMENTS_AT_ONCE = 512  # bounds the memory of span corruption
 
 
@@ -48,21 +50,20 @@ class UnitMaker:
         for position, record in enumerate(records):
             if record is None or position in duplicates:
                 dropped.setdefault(BLANK if record is None else DUPLICATE, []).append(position)
+            elif record.null:
+                dropped.setdefault(f"null {record.null}", []).append(position)
             else:
                 kept.append(position)
         texts = [record for position in kept if (record := records[position]) is not None]
+        num_whole = self._encoder.num_whole
         if plan.set_of(unit).task == "pairs":
             encoded = self._encoder.encode([record.source for record in texts], [record.target for record in texts])
         else:
             encoded = _span_corruption(plan, self._encoder, unit, texts)
         for reason, positions in encoded.dropped.items():
             dropped[reason] = [kept[position] for position in positions]
-            if not config.drop_empty:
-                record = texts[positions[0]]
-                place = f"{plan.inputs[unit.input].path}: record {unit.start + dropped[reason][0] + 1} (id {record.id})"
-                raise ValueError(
-                    f"{place}: {reason}; remove it, or set data.drop_empty to leave out and count such records"
-                )
+        if not config.drop_empty:
+            self._refuse_first(unit, records, dropped)
         blocks = cut_block(encoded.block, config.examples_per_block)
         shard = make_shard(f"{unit_name(unit)}.tar", blocks, config.compress)
         num_dropped = sum(len(positions) for positions in dropped.values())
@@ -73,11 +74,27 @@ class UnitMaker:
             "written": len(records) - num_dropped,
             "dropped": dropped,
             "truncated": {"source": encoded.num_truncated_sources, "target": encoded.num_truncated_targets},
+            "unknown": {
+                side: int((ids == self._encoder.info.unk_id).sum())
+                for side, ids in (("source", encoded.block.source_ids), ("target", encoded.block.target_ids))
+            },
+            "whole": self._encoder.num_whole - num_whole,
             "blocks": shard.blocks,
         }
         if plan.set_of(unit).task == "pairs":
             assert shard.entry.examples == sidecar["written"], f"{unit_name(unit)}: lost an example"
         return shard, sidecar
+
+    def _refuse_first(self, unit: Unit, records: Sequence[Record | None], dropped: dict[str, list[int]]) -> None:
+        """ValueError of the first record that is left out because it lacks a text, if one is."""
+        firsts = [(min(places), reason) for reason, places in dropped.items() if reason not in (BLANK, DUPLICATE)]
+        for position, reason in sorted(firsts)[:1]:
+            record = records[position]
+            assert record is not None
+            place = f"{self._plan.inputs[unit.input].path}: record {unit.start + position + 1} (id {record.id})"
+            raise ValueError(
+                f"{place}: {reason}; remove it, or set data.drop_empty to leave out and count such records"
+            )
 
 
 def _span_corruption(plan: Plan, encoder: Encoder, unit: Unit, records: Sequence[Record]) -> Encoded:
@@ -102,6 +119,31 @@ def _span_corruption(plan: Plan, encoder: Encoder, unit: Unit, records: Sequence
             sentinels = encoder.sentinels(span_counts(num_tokens, *shape)[1])
             blocks.append(encoder.block_of(*corrupt(segments_NL, keys_N, sentinels, encoder.info.eos_id, *shape)))
     return Encoded(Block.joined(blocks), {"empty source": empty} if empty else {})
+
+
+def sample_of_unit(out: Path, plan: Plan, unit: Unit) -> list[tuple[str, list[int], int]]:
+    """(text, its ids, the most tokens it may have) of the first examples of a unit, the ids as its shard has them; of
+    span corruption, which leaves no text as it was, as the encoder gives them."""
+    config, reader = plan.config, RecordReader(out, plan)
+    sidecar = published(out, plan, unit)
+    assert sidecar is not None, f"{unit_name(unit)} is not published"
+    dropped = {number for numbers in sidecar["dropped"].values() for number in numbers}
+    kept = (record for number, record in enumerate(reader.records(unit)) if record and number not in dropped)
+    records = list(itertools.islice(kept, _SAMPLE))
+    sides = [([record.source for record in records], config.max_source_tokens)]
+    if plan.set_of(unit).task == "pairs":
+        sides.append(([record.target for record in records], config.max_target_tokens))
+        shard = out / sidecar["shard"]["path"]
+        block = next(blocks_of_shard(shard.read_bytes(), str(shard)), None)
+    else:
+        block = plan.encoder(out).encode(sides[0][0], sides[0][0]).block
+    if block is None:
+        return []
+    sample = []
+    for (texts, longest), lengths, ids in zip(sides, block.lengths, (block.source_ids, block.target_ids), strict=False):
+        rows = np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1])
+        sample += [(text, row.tolist(), longest) for text, row in zip(texts, rows, strict=False)]
+    return sample
 
 
 def sidecar_path(out: Path, unit: Unit) -> Path:

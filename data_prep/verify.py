@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.plan import Plan, make_tokenizer_folder, read_plan, unit_name
+from data_prep.plan import TOKENIZER, Plan, make_tokenizer_folder, read_plan, unit_name
 from data_prep.publish import publish_bytes, publish_json, sha256_of
 from data_prep.shards import Manifest, ShardEntry, Split, blocks_of_shard, publish_index, read_index, read_manifest
 from data_prep.units import UnitMaker, published, sidecar_path
@@ -25,11 +25,8 @@ def find_damage(folder: Path, workers: int = 1) -> list[str]:
             read_index(folder, split)
         except ValueError as err:
             problems.append(str(err))
-    if not _tokenizer_is_whole(folder, manifest):
-        problems.append(
-            f"{folder / manifest.tokenizer['file']}: missing or its sha256 differs from the manifest; repair it"
-        )
-    return problems
+    damaged = _damaged_tokenizer_files(folder, manifest)
+    return problems + [f"{path}: missing or its sha256 differs from the manifest; repair it" for path in damaged]
 
 
 def _damaged_shards(folder: Path, manifest: Manifest, workers: int) -> dict[ShardEntry, str | None]:
@@ -59,9 +56,9 @@ def _damage_of_shard(folder: Path, shard: ShardEntry) -> str | None:
     return None
 
 
-def _tokenizer_is_whole(folder: Path, manifest: Manifest) -> bool:
-    path = folder / manifest.tokenizer["file"]
-    return path.is_file() and sha256_of(path) == manifest.tokenizer["sha256"]
+def _damaged_tokenizer_files(folder: Path, manifest: Manifest) -> list[Path]:
+    files = {folder / TOKENIZER / name: sha256 for name, sha256 in manifest.tokenizer["files"].items()}
+    return [path for path, sha256 in files.items() if not path.is_file() or sha256_of(path) != sha256]
 
 
 def repair(folder: Path) -> list[str]:
@@ -73,11 +70,9 @@ def repair(folder: Path) -> list[str]:
     if plan is None or plan.hash != manifest.plan_hash:
         raise ValueError(f"{folder}: plan.json is missing or of another build; build the data again elsewhere")
     done = []
-    if not _tokenizer_is_whole(folder, manifest):
-        _refuse_other(
-            folder / manifest.tokenizer["file"], make_tokenizer_folder(folder, plan, anew=True), plan.tokenizer
-        )
-        done.append(f"{folder / manifest.tokenizer['file']}: made again")
+    if damaged := _damaged_tokenizer_files(folder, manifest):
+        _refuse_other(folder / TOKENIZER, make_tokenizer_folder(folder, plan, anew=True), plan.tokenizer)
+        done.append(f"{', '.join(map(str, damaged))}: made again")
     wanted = {entry.path: problem for entry, problem in _damaged_shards(folder, manifest, 1).items() if problem}
     done += _repair_shards(folder, manifest, plan, wanted)
     for name, split in manifest.splits.items():

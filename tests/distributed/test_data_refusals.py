@@ -32,7 +32,13 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
     row = '{"q": {"en": "number %d is here"}, "a": "Nummer %d ist da"}'
     lines = [row % (n, n) for n in range(200)]
     lines += [lines[7], lines[150]]
-    lines[3:3] = ["", '{"q": {"en": " "}, "a": "x"}', '{"q": {"en": "y"}, "a": ""}']
+    lines[3:3] = [
+        "",
+        '{"q": {"en": " "}, "a": "x"}',
+        '{"q": {"en": "y"}, "a": ""}',
+        '{"q": {"en": "y"}, "a": null}',
+        '{"q": null, "a": "x"}',
+    ]
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(lines), encoding="utf-8")
     data = {"corpus": "files", "train": [str(train)], "test": [str(train)], "source_field": "q.en", "target_field": "a"}
@@ -43,6 +49,12 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert f"{train}: record 5 (id train/4): empty source; remove it, or set data.drop_empty" in result.stderr
     assert not (out / "manifest.json").exists()
+    (tmp_path / "null.jsonl").write_text("\n".join([*lines[:3], *lines[6:]]), encoding="utf-8")
+    result = build(
+        write_recipe(tmp_path / "null.yaml", data | {"train": [str(tmp_path / "null.jsonl")]}), tmp_path / "n"
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "record 4 (id train/3): null target; remove it, or set data.drop_empty to leave out and" in result.stderr
     out = tmp_path / "dropped"
     recipe = write_recipe(tmp_path / "recipe.yaml", data | {"drop_empty": True, "drop_duplicates": True})
     result = build(recipe, out, 2)
@@ -50,10 +62,12 @@ def test_files_with_defects_are_counted_or_refused(tmp_path: Path) -> None:
     manifest = read_manifest(out)
     assert set(manifest.splits) == {"train", "test"}
     ledger = manifest.splits["train"].ledger
-    assert (ledger.read, ledger.written) == (205, 200)
-    assert ledger.dropped == {"blank line": 1, "empty source": 1, "empty target": 1, "duplicate": 2}
+    assert (ledger.read, ledger.written) == (207, 200)
+    assert ledger.dropped == {
+        "blank line": 1, "empty source": 1, "empty target": 1, "null target": 1, "null source": 1, "duplicate": 2
+    }  # fmt: skip
     test = [json.loads(line) for line in (out / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert test[3] == {"id": "test/6", "source": "translate: number 3 is here", "target": "Nummer 3 ist da"}
+    assert test[3] == {"id": "test/8", "source": "translate: number 3 is here", "target": "Nummer 3 ist da"}
     train.write_text("\n".join([*lines[:150], '{"q": {"en": "y"}}']), encoding="utf-8")
     message = f"{train}:151: no field 'a'; present: q.en; set data.target_field"
     # Found on rank 0 while it trains a tokenizer, and on rank 1 in its unit (lines 129-151) with a given one.
@@ -99,8 +113,8 @@ def with_bad_line(line: bytes) -> bytes:
             with_bad_line('{"source": "\u200b", "target": "b"}'.encode()),
             "record 41 (id train/40): empty source",
         ),
-        ("spiece.model", b"no model", ": damaged, or no tokenizer of this kind"),
-        ("tokenizer.json", b"{}", ": damaged, or no tokenizer of this kind"),
+        ("spiece.model", b"no model", "(spiece.model) cannot be read"),
+        ("tokenizer.json", b"{}", "(tokenizer.json) cannot be read"),
     ],
     ids=["gzip", "utf-8", "field", "empty", "nuls", "nul", "long", "nothing", "sentencepiece", "tokenizer"],
 )
@@ -116,7 +130,10 @@ def test_bad_inputs_are_one_line_and_publish_nothing(
     recipe = write_recipe(tmp_path / "recipe.yaml", data | {"examples_per_block": 8, "blocks_per_shard": 1})
     result = build(recipe, tmp_path / "data", 2)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
-    assert result.stderr.startswith(f"data_prep: {tmp_path / name}{message if message[0] == ':' else ': ' + message}")
+    place = tmp_path / name if is_text else f"the tokenizer in {tmp_path}"
+    assert result.stderr.startswith(
+        f"data_prep: {place}{'' if message[0] == ':' else ': ' if is_text else ' '}{message}"
+    )
     assert not (tmp_path / "data/manifest.json").exists()
     if not is_text:
         assert [path.name for path in (tmp_path / "data").iterdir()] == []

@@ -90,7 +90,8 @@ def split_at(ids: list[int], marks: list[int]) -> list[list[int]]:
 
 
 def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 pairs as JSONL, gzip, zstd, CSV, TSV, Parquet, a folder saved by `datasets`, and fetched from a hub."""
+    """1,000 pairs as JSONL, gzip, zstd, CSV, TSV, Parquet, folders that `datasets` saved (one table, a dictionary of
+    parts, a selection), and fetched from a hub: files of a set, and a whole set."""
     import datasets
 
     rows = [json.loads(line) for line in (built / "corpus/train.jsonl").read_text(encoding="utf-8").splitlines()][:1000]
@@ -102,6 +103,9 @@ def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path, monkeyp
     table.to_csv(tmp_path / "a.tsv", sep="\t")
     table.to_parquet(tmp_path / "a.parquet")
     table.save_to_disk(tmp_path / "saved", num_shards=2)
+    doubled = datasets.concatenate_datasets([table, table])
+    doubled.select(range(1000, 2000)).save_to_disk(tmp_path / "selected")
+    datasets.DatasetDict({"test": table.select(range(9)), "train": table}).save_to_disk(tmp_path / "parts")
     text = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
     (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(text))
@@ -110,10 +114,13 @@ def test_every_source_gives_the_same_shards(built: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fetched = tmp_path / f"cache/datasets--owner--pairs/snapshots/{commit}/data"
     fetched.mkdir(parents=True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "tables"))
     shutil.copy(tmp_path / "a.parquet", fetched / "train-0.parquet")
-    names = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "saved")
+    names = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "saved", "selected", "parts")
     inputs = {name: str(tmp_path / name) for name in names}
     inputs["hub"] = f"hub:datasets/owner/pairs@{commit}/data/train-*.parquet"
+    inputs["hub-set"] = f"hub:datasets/owner/pairs@{commit}"
+    inputs["hub-part"] = f"hub:datasets/owner/pairs@{commit}#train"
     hashes = {}
     for name, train in inputs.items():
         data = {"corpus": "files", "train": [train], "tokenizer": str(built / "tokenizer")}

@@ -114,7 +114,7 @@ def test_records_have_ids_dotted_fields_prefixes_and_language_tags() -> None:
             r"a.jsonl:1: no field 'target'; present: source, text.de; set data.ta",
         ),
         (b"{}", "present: none"),
-        (b'{"source": "a", "target": null}', "field 'target' is a NoneType, not a text"),
+        (b'{"source": "a", "target": 5}', "field 'target' is a int, not a text"),
         (b'{"source": "a"', "a.jsonl:1: not a JSON object"),
         (b"[1]", "a JSON list, not an object"),
         (b'{"source": "a\\u0000", "target": "b"}', "a.jsonl:1: field 'source' holds a NUL character"),
@@ -162,9 +162,179 @@ def test_unknown_missing_and_half_named_inputs_are_refused(tmp_path: Path) -> No
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(ValueError, match=r"a.xml: unknown format; known are .jsonl"):
         open_input(tmp_path / "a.xml", "a.xml")
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(ValueError, match=r"set: a folder of several splits; name one of them: set/ and train, test"):
-        open_input(tmp_path, "set")
+
+
+def records(path: Path, split: str = "train", quotes: str = "auto") -> list[dict[str, Any]]:
+    source = open_input(path, path.name, split, quotes)
+    return [row for piece in source.scan(7, 1_000_000) for _, row in source.rows(piece)]
+
+
+# Quotes: what people and programs write in TSV. `...` is many plain lines.
+PLAIN_LINES = [f"line {number}, plain\tZeile {number}, schlicht" for number in range(40)]
+
+
+def table(path: Path, lines: list[str], header: str = "source\ttarget") -> Path:
+    path.write_text("\n".join([header, *PLAIN_LINES[:20], *lines, *PLAIN_LINES[20:]]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ['"Yes."\t"Ja."', '"No," he said\tNein'],
+        ['"Yes."\t"Ja."'],
+        ['5" disk\t5-Zoll-Diskette', 'a 3" nail\tein Nagel'],
+        ['"Stop!\tHalt!', "and then\tund dann"],
+        ['say ""no""\tsag ""nein""'],
+        ['"Well, yes."\tNun ja.', "a, b\tc"],
+        ['"Well\tTja', "so\tso", 'that is it"\tdas war es', '"Yes."\t"Ja."'],
+    ],
+)
+def test_quotes_that_people_wrote_in_tsv_are_text(tmp_path: Path, lines: list[str]) -> None:
+    rows = records(table(tmp_path / "a.tsv", lines))
+    assert [list(row.values()) for row in rows] == [
+        line.split("\t") for line in [*PLAIN_LINES[:20], *lines, *PLAIN_LINES[20:]]
+    ]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_quotes_that_a_program_wrote_in_tsv_are_none_of_the_text(tmp_path: Path, quoting: Any) -> None:
+    cells = [["a\tb", "c"], ["two\nlines", 'he said "no"'], ["plain", '"'], ["x", "y, z"]]
+    with (tmp_path / "a.tsv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting).writerows([["source", "target"], *cells])
+    assert [list(row.values()) for row in records(tmp_path / "a.tsv")] == cells
+
+
+def test_quotes_that_may_be_either_are_refused_until_it_is_said(tmp_path: Path) -> None:
+    """Three lines that are rows, in which a quote opens at the first and closes at the third."""
+    path = table(tmp_path / "a.tsv", ['"Well\tTja', "so\tso", 'that is it"\tdas war es'])
+    with pytest.raises(
+        ValueError, match=r"a.tsv:22: quotes that may be text or stand around cells: set data.quotes to"
+    ):
+        records(path)
+    assert len(records(path, quotes="text")) == 43
+    assert len(records(path, quotes="cells")) == 41
+    with pytest.raises(ValueError, match=r"a.tsv:22: not a row of 2 cells, nor with cells in quotes \(line 23\)"):
+        records(table(tmp_path / "a.tsv", ["a\tb\tc", 'd "e"\tf']))
+
+
+def test_a_csv_record_over_lines_that_are_rows_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('source,target\n"Well,Tja\nso,so\nthat is it",das war es\nlast,Letzte\n')
+    assert len(records(path)) == 2
+    assert "a.csv:2: a cell in quotes goes on over lines that are rows by themselves" in capsys.readouterr().err
+    assert len(records(path, quotes="text")) == 4
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "csv.gz", "txt"])
+def test_a_mark_of_byte_order_is_none_of_the_text(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "txt":
+        path.write_text("\ufeffone\ntwo\n", encoding="utf-8")
+        assert read(path) == [{"text": "one"}, {"text": "two"}]
+        return
+    write(path, ROWS)
+    unpack, pack = (gzip.decompress, gzip.compress) if kind.endswith("gz") else (bytes, bytes)
+    once = b"\xef\xbb\xbf" + unpack(path.read_bytes())
+    path.write_bytes(pack(once))
+    assert read(path) == ROWS
+    if kind == "jsonl":  # files put one after another
+        path.write_bytes(once * 2)
+        assert read(path) == ROWS * 2
+
+
+def test_zstd_of_the_longest_window_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.content_size_flag: 0}
+    packer = zstd.ZstdCompressor(options=options)
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    path.write_bytes(packer.compress(text) + packer.flush())
+    assert read(path) == ROWS
+
+
+def test_null_is_neither_empty_nor_missing() -> None:
+    assert record({"source": "a", "target": None}) == Record("train/6", "a", "", "target")
+    assert record({"source": None, "target": "b"}) == Record("train/6", "", "b", "source")
+    assert record({"source": "a", "target": ""}) == Record("train/6", "a", "")
+    dotted = Fields("translation.en", "translation.de", "to {tgt}: ")
+    assert record({"translation": None, "tgt": "de"}, dotted).null == "source"
+    assert record({"translation": {"en": "a", "de": None}, "tgt": None}, dotted).null == "target"
+    with pytest.raises(ValueError, match=r"field 'tgt' is null, and data.prefix needs it"):
+        record({"translation": {"en": "a", "de": "b"}, "tgt": None}, dotted)
+    with pytest.raises(ValueError, match="no field 'target'; present: source"):
+        record({"source": "a"})
+
+
+def test_ids_of_a_column_that_lacks_some() -> None:
+    ids = [record({"id": given, "source": "a", "target": "b"}).id for given in (None, float("nan"), 7.0, 0, "x")]
+    assert ids == ["train/6", "train/6", "7", "0", "x"]
+
+
+def saved() -> Any:
+    """A table with features of every kind, and what its rows are once read."""
+    import datasets
+
+    features = datasets.Features(
+        {
+            "translation": datasets.Translation(["de", "en"]),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "labels": datasets.List(datasets.ClassLabel(names=["a", "b"])),
+            "nested": {"kind": datasets.ClassLabel(names=["x", "y"]), "text": datasets.Value("string")},
+        }
+    )
+    rows, named = [], []
+    for number in range(30):
+        texts = {"translation": {"de": f"Zeile {number}", "en": f"line {number}"}}
+        rows.append({**texts, "label": number % 2, "labels": [0, 1], "nested": {"kind": 1, "text": "t"}})
+        label = ["no", "yes"][number % 2]
+        named.append({**texts, "label": label, "labels": ["a", "b"], "nested": {"kind": "y", "text": "t"}})
+    return datasets.Dataset.from_list(rows, features=features), named
+
+
+def test_folders_of_datasets_are_read_as_it_reads_them(tmp_path: Path) -> None:
+    """Saved after select and filter, in several files, as a dictionary of parts; and files in the layout of the hub."""
+    import datasets
+
+    data, named = saved()
+    data.select(range(29, -1, -2)).save_to_disk(tmp_path / "selected", num_shards=3)
+    assert records(tmp_path / "selected") == named[::-2]
+    data.filter(lambda row: row["label"]).save_to_disk(tmp_path / "filtered")
+    assert records(tmp_path / "filtered") == named[1::2]
+    parts = datasets.DatasetDict({"train": data.select(range(20)), "dev": data.select(range(20, 30))})
+    parts.save_to_disk(tmp_path / "parts")
+    assert records(tmp_path / "parts") == records(tmp_path / "parts/train") == named[:20]
+    assert records(tmp_path / "parts", "validation") == named[20:]
+    with pytest.raises(
+        ValueError, match=r"parts: a folder of the parts train, dev; name the one for test, such as parts#tr"
+    ):
+        records(tmp_path / "parts", "test")
+    source = open_input(tmp_path / "parts", "parts#dev", "test")
+    (piece,) = source.scan(99, 1)
+    assert [row for _, row in source.rows(piece)] == named[20:]
+    size, sha256 = source.identity()
+    assert not source.has_changed(size, sha256)
+    assert source.has_changed(size, "other")
+
+
+def test_a_data_set_in_the_layout_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data, named = saved()
+    folder = tmp_path / "set"
+    for part, first, stop in (
+        ("train-00000-of-00002", 0, 10),
+        ("train-00001-of-00002", 10, 20),
+        ("test-00000-of-00001", 20, 30),
+    ):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        data.select(range(first, stop)).to_parquet(folder / f"data/{part}.parquet")
+    assert records(folder) == named[:20]
+    assert records(folder, "test") == named[20:]
+    with pytest.raises(ValueError, match="set: a folder of the parts train, test; name the one for validation"):
+        records(folder, "validation")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: `datasets` cannot read this folder") as error:
+        records(tmp_path / "empty")
+    assert "\n" not in str(error.value)
 
 
 def checked_zstd(content: bytes) -> bytes:

@@ -1,0 +1,212 @@
+"""The tokenizer of record: read from whatever a folder holds, written so that it loads by itself in every reader.
+
+What transformers' AutoTokenizer makes of a folder (its config.json included) is what teacher and exports are served
+with, so it is asked once, on one rank, and written as tokenizer.json with a tokenizer_config.json that names class and
+special tokens. Shards, evaluation and exports all use these files. No other file of data_prep imports transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+SPIECE, TOKENIZER_JSON, TOKENIZER_CONFIG = "spiece.model", "tokenizer.json", "tokenizer_config.json"
+LFS = b"version https://git-lfs"
+_SETTINGS = "config.json"
+_KINDS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm")
+_GENERIC = "PreTrainedTokenizerFast"  # known to transformers 4 and 5; both then take tokenizer.json as it stands
+_OF_THIS_MACHINE = ("backend", "is_local", "local_files_only", "name_or_path")
+_USUAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files of a folder that a tokenizer may be made of, sorted."""
+    return sorted(
+        path.name for path in folder.glob("*") if path.is_file() and any(fnmatch(path.name, kind) for kind in _KINDS)
+    )
+
+
+def refuse_pointer(path: Path) -> None:
+    """Tell a file of a repository that was cloned without its large files.
+
+    Raises:
+        ValueError: the file only says where the real one is.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in its repository")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, as AutoTokenizer reads it.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    files = tokenizer_files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no tokenizer: it needs tokenizer.json or spiece.model")
+    for name in files:
+        refuse_pointer(folder / name)
+    with _quiet():
+        try:
+            tokenizer = _load(folder, set(files))
+        except Exception as error:  # the tokenizers' own libraries raise any kind
+            text = " ".join(str(error).split())
+            raise ValueError(
+                f"the tokenizer in {folder} ({', '.join(files)}) cannot be read ({text}): fetch it again"
+            ) from error
+    for kind, token in _USUAL.items():  # a tokenizer.json alone names none
+        if getattr(tokenizer, kind) is None and token in tokenizer.get_vocab():
+            setattr(tokenizer, kind, token)
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what it tries before it fails
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def _load(folder: Path, files: set[str]) -> PreTrainedTokenizerBase:
+    told, model = (_json(folder / name) for name in (TOKENIZER_CONFIG, _SETTINGS))
+    if TOKENIZER_JSON not in files and SPIECE in files:
+        if _has_no_character_map(folder / SPIECE):
+            return _load_without_character_map(folder, files)
+        if not told.get("tokenizer_class") and not model.get("model_type"):
+            # Nothing says what kind it is: T5's, with the sentinels that the files name.
+            return T5Tokenizer.from_pretrained(folder, extra_ids=_num_sentinels(told), local_files_only=True)
+    options: dict[str, Any] = {"local_files_only": True}
+    if model.get("model_type") in CONFIG_MAPPING:
+        # Only what says the class: whether the rest can be read is the model's affair.
+        named = {"tokenizer_class": model["tokenizer_class"]} if model.get("tokenizer_class") else {}
+        options["config"] = AutoConfig.for_model(model["model_type"], **named)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    num_embeddings = int(model.get("vocab_size") or len(tokenizer))
+    if "extra_ids" not in told and isinstance(tokenizer, T5Tokenizer) and num_embeddings < len(tokenizer):
+        # T5's class adds 100 sentinels where no file speaks of any; this model has no embeddings for them.
+        return AutoTokenizer.from_pretrained(folder, extra_ids=0, **options)
+    return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _num_sentinels(told: dict[str, Any]) -> int:
+    added = {token["content"] for token in told.get("added_tokens_decoder", {}).values()}
+    return int(told.get("extra_ids") or sum(f"<extra_id_{k}>" in added for k in range(1000)))
+
+
+def _has_no_character_map(path: Path) -> bool:
+    return not SentencePieceExtractor(str(path)).proto.normalizer_spec.precompiled_charsmap
+
+
+def _load_without_character_map(folder: Path, files: set[str]) -> PreTrainedTokenizerBase:
+    """SentencePiece trained with normalization_rule_name=identity, whose empty map transformers 5 cannot parse: the
+    same pieces as a tokenizer.json without a normalizer."""
+    proto = SentencePieceExtractor(str(folder / SPIECE)).proto
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in files | ({_SETTINGS} if (folder / _SETTINGS).is_file() else set()):
+            shutil.copyfile(folder / name, Path(scratch) / name)
+        T5Tokenizer(vocab=vocabulary, extra_ids=0).backend_tokenizer.save(str(Path(scratch) / TOKENIZER_JSON))
+        return _load(Path(scratch), files | {TOKENIZER_JSON})
+
+
+def write_tokenizer(source: Path, target: Path) -> None:
+    """Write the tokenizer of one folder into another, in files that load by themselves to the same ids everywhere.
+
+    Raises:
+        ValueError: it cannot be read, has no padding or end-of-sequence token, or does not end a text with the latter.
+    """
+    tokenizer = load_tokenizer(source)
+    _refuse_unfit(source, tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(target)
+    for name in set(tokenizer.vocab_files_names.values()) - {TOKENIZER_JSON}:
+        if (source / name).is_file():  # for readers without `tokenizers`
+            shutil.copyfile(source / name, target / name)
+    settings = _json(target / TOKENIZER_CONFIG)
+    for name in _OF_THIS_MACHINE:
+        settings.pop(name, None)
+    # transformers 4 wants a dict under the name that version 5 writes a list to; both read this one.
+    extra = settings.pop("extra_special_tokens", None) or []
+    named = {getattr(tokenizer, kind) for kind in _USUAL}
+    settings["additional_special_tokens"] = [each for each in extra if _content(each) not in named]
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    if backend is None:
+        _write_json(target / TOKENIZER_CONFIG, settings)
+        return
+    names = dict.fromkeys([settings["tokenizer_class"].replace("TokenizersBackend", _GENERIC), _GENERIC])
+    for name in names:
+        _write_json(target / TOKENIZER_CONFIG, settings | {"tokenizer_class": name})
+        if _pipeline(load_tokenizer(target).backend_tokenizer.to_str()) == _pipeline(backend.to_str()):
+            return
+    raise ValueError(f"{source}: its tokenizer does not survive being saved and loaded; give another data.tokenizer")
+
+
+def _refuse_unfit(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind in ("pad", "eos"):
+        if getattr(tokenizer, f"{kind}_token_id") is None:
+            raise ValueError(
+                f"{source}: the tokenizer has no {kind} token: name it in {TOKENIZER_CONFIG}, or give the tokenizer of "
+                f"a seq2seq model"
+            )
+    ids = tokenizer("a").input_ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        raise ValueError(
+            f"{source}: the tokenizer does not end a text with its end-of-sequence token {tokenizer.eos_token!r} (it "
+            f"gives {ids} for 'a'): use the tokenizer of a seq2seq model"
+        )
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _pipeline(text: str) -> dict[str, Any]:
+    return {name: part for name, part in json.loads(text).items() if name not in ("truncation", "padding")}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files that `write_tokenizer` made as they are."""
+    for name in tokenizer_files(source):
+        shutil.copyfile(source / name, target / name)
+
+
+def refuse_other_ids(folder: Path, examples: Iterable[tuple[str, list[int], int]]) -> None:
+    """Compare (text, its ids, the most tokens it may have) with what the folder's own AutoTokenizer gives.
+
+    Raises:
+        ValueError: the first text with other ids.
+    """
+    tokenizer = load_tokenizer(folder)
+    for text, ours, longest in examples:
+        theirs = tokenizer(text, truncation=True, max_length=longest).input_ids
+        if theirs != ours:
+            raise ValueError(
+                f"{folder}: AutoTokenizer gives {theirs} for {text!r}, the shards have {ours}: build with the versions "
+                f"of transformers and tokenizers that the data are used with"
+            )
