@@ -120,7 +120,7 @@ def _is_finished(out: Path, config: DataConfig) -> bool:
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_manifest(out)
-    refuse_difference(out, manifest.settings, identity_settings(config))
+    refuse_difference(out, manifest.settings, _settings_of_format(manifest.format_version, config))
     for item in manifest.inputs:
         path = Path(item["path"])
         is_local_text = config.corpus == "files" and not names_data(item["path"]) and path.is_file()
@@ -131,6 +131,15 @@ def _is_finished(out: Path, config: DataConfig) -> bool:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     sizes_right = all((out / s.path).is_file() and (out / s.path).stat().st_size == s.bytes for s in shards)
     return sizes_right and all((out / name).is_file() for name in names)
+
+
+def _settings_of_format(version: int, config: DataConfig) -> dict[str, Any]:
+    """Settings as a build of this format knew them, so that what it has finished stays finished."""
+    settings = identity_settings(config)
+    if version < FORMAT_VERSION:
+        for each in (settings, *settings["sets"]):
+            del each["quotes"]
+    return settings
 
 
 def _plan_and_missing(out: Path, config: DataConfig) -> tuple[Plan, list[Unit]]:

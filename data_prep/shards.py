@@ -29,6 +29,7 @@ from backports import zstd
 from data_prep.publish import publish_bytes, publish_json
 
 FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)  # shards of 2 are the same; builds of it knew fewer settings and other tokenizer files
 MANIFEST = "manifest.json"
 BLOCK, BLOCK_ZSTD = "block", "block.zst"  # extensions of the members of a shard
 _MAGIC = b"MTB1"
@@ -312,9 +313,9 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
         raise ValueError(f"{path}: damaged ({err}); remove it and run python -m data_prep build") from err
-    if raw.get("format_version") != FORMAT_VERSION:
+    if raw.get("format_version") not in READABLE:
         version = raw.get("format_version")
-        raise ValueError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; build the data again")
+        raise ValueError(f"{path}: format version {version}, this code reads {READABLE}; build the data again")
     splits = {
         name: Split(
             tuple(ShardEntry(**shard) for shard in split["shards"]),

@@ -57,7 +57,9 @@ def _damage_of_shard(folder: Path, shard: ShardEntry) -> str | None:
 
 
 def _damaged_tokenizer_files(folder: Path, manifest: Manifest) -> list[Path]:
-    files = {folder / TOKENIZER / name: sha256 for name, sha256 in manifest.tokenizer["files"].items()}
+    recorded = manifest.tokenizer
+    of_format_2 = {Path(recorded["file"]).name: recorded.get("sha256")}
+    files = {folder / TOKENIZER / name: sha256 for name, sha256 in recorded.get("files", of_format_2).items()}
     return [path for path, sha256 in files.items() if not path.is_file() or sha256_of(path) != sha256]
 
 

@@ -46,6 +46,18 @@ def test_a_finished_build_is_left_alone(recipe: Path, built: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
 
 
+def test_what_an_older_format_has_finished_stays_finished(recipe: Path, built: Path, tmp_path: Path) -> None:
+    """Format 2 had no setting for quotes."""
+    out = shutil.copytree(built, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["format_version"] = 2
+    for settings in (manifest["settings"], *manifest["settings"]["sets"]):
+        del settings["quotes"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    result = build(recipe, out)
+    assert "is complete" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize("moment", ["corpus", "tokenizer", "plan.json", "train/000002.json", "train/000015.json"])
 def test_a_killed_build_is_finished_by_another_world(recipe: Path, built: Path, tmp_path: Path, moment: str) -> None:
     out = tmp_path / "data"
