@@ -42,7 +42,7 @@ def test_plain_transformers_computes_what_training_computed(tmp_path, kind, text
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     batch = random_batch(4)
     with torch.no_grad():
-        expected = modular(batch, assembly).student_logits_NV
+        expected = modular(batch, (assembly,)).student_logits_NV
     torch.testing.assert_close(hf_logits(loaded, batch), expected, atol=2e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()

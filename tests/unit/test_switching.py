@@ -77,7 +77,7 @@ def test_assemblies_compute_what_training_computed_and_disturb_no_other(kind):
     models = {text: library.assembly(text) for text in TEXTS}  # all alive at once
     for text, model in models.items():
         with torch.no_grad():
-            expected = modular(batch, Assembly.parse(text)).student_logits_NV
+            expected = modular(batch, (Assembly.parse(text),)).student_logits_NV
         torch.testing.assert_close(hf_logits(model, batch), expected, atol=2e-5, rtol=1e-5)
         lengths = [len(library.family.layers(model, stack)) for stack in ("encoder", "decoder")]
         assert lengths == [Assembly.parse(text).encoder.num_layers, Assembly.parse(text).decoder.num_layers]
@@ -144,7 +144,7 @@ def test_loading_checks_what_it_reads(tmp_path):
     library = ModuleLibrary.load(run.teacher_model, run.library)
     assert library.stacks.spans_of("encoder") == (Span(0, 2), Span(3, 5))
     with torch.no_grad():
-        expected = modular(random_batch(0), Assembly.parse("e3x2-d1x3.3")).student_logits_NV
+        expected = modular(random_batch(0), (Assembly.parse("e3x2-d1x3.3"),)).student_logits_NV
     ours = hf_logits(library.assembly("e3x2-d1x3.3"), random_batch(0))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
     for wrong in ("e2x3-d1x6", "e3-d1x6", "e3x2-d1x5"):
