@@ -39,10 +39,10 @@ def test_the_run_says_first_what_it_trains(whole):
     said = (whole / "rank_0").read_text()
     weights = load(training.library(whole))
     trained = sum(weight.numel() for weight in weights.values())
-    assert f"trains {trained:,} parameters in 10 layers" in said
-    assert "A step is 4 micro-batches of up to 400 tokens on 2 ranks" in said
-    assert "DeepSpeed configuration zero3_cpu" in said
-    assert said.index("trains") < said.index("validation loss")
+    assert f"{trained:,} parameters in 10 layers are trained" in said
+    assert "DeepSpeed configuration zero3_cpu, as the recipe says" in said
+    assert "2 ranks: each needs" in said
+    assert said.index("are trained") < said.index("validation loss")
 
 
 def losses_of(run_dir):

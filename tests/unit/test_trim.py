@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
@@ -81,14 +82,14 @@ VOCABULARY = ("shared.weight", "lm_head.weight")
 
 
 def test_sentencepiece_reads_the_same_ids(trimmed, german):
-    """Data preparation reads spiece.model, evaluation tokenizer.json."""
+    """Shards and evaluation read tokenizer.json, other programs spiece.model."""
     folder, _ = trimmed
-    encoder, hf = Encoder(folder, 512, 512), AutoTokenizer.from_pretrained(folder)
-    assert encoder.info.kind == "sentencepiece"
+    pieces, hf = SentencePieceProcessor(model_file=str(folder / "spiece.model")), AutoTokenizer.from_pretrained(folder)
     texts = german[0][:300]
-    block = encoder.encode(texts, texts).block
+    block = Encoder(folder, 512, 512).encode(texts, texts).block
     ends = np.cumsum(block.source_lengths, dtype=np.int64)
     assert [ids.tolist() for ids in np.split(block.source_ids, ends[:-1])] == hf(texts).input_ids
+    assert [[*ids, hf.eos_token_id] for ids in pieces.encode(texts)] == hf(texts).input_ids
 
 
 def test_a_token_behind_the_pieces_is_kept(original, trimmed):
