@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SUITE ?= data
-WORKERS ?= 2
+WORKERS ?= 3
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -14,7 +14,7 @@ help:  ## show this list
 demo: .venv/installed  ## run the whole pipeline on the built-in corpus, from data to report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here  ## run all tests, on WORKERS (2) processes (15 to 30 minutes on 2 cores)
+test: .venv/installed slurm-here chromium-here  ## run all tests, on WORKERS (3: many wait) processes (18 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## check format, style and types

@@ -140,7 +140,7 @@ class Memory:
 
 
 def memory(
-    sizes: Sizes, mode: Sharding, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
+    sizes: Sizes, sharding: Sharding, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
 ) -> Memory:
     """Memory of one rank while it trains with AdamW.
 
@@ -149,41 +149,44 @@ def memory(
         recompute: activations inside layers are computed again in backward.
         save_beside: a copy of what a checkpoint holds is written while training goes on.
     """
-    e, trained = mode.element_bytes, sizes.num_trained
+    e, trained = sharding.element_bytes, sizes.num_trained
     total = sizes.num_frozen + trained
-    share = trained / mode.num_ranks
+    share = trained / sharding.num_ranks
     device: dict[str, float] = {}
     host: dict[str, float] = {}
-    held, stepped = (host if mode.offloads_parameters else device), (host if mode.offloads_optimizer else device)
-    held["weights"] = e * (total / mode.num_ranks if mode.stage == 3 else total)
-    if mode.has_hpz:
-        device["weights kept in the node"] = e * total / mode.ranks_per_node
+    held, stepped = (
+        (host if sharding.offloads_parameters else device),
+        (host if sharding.offloads_optimizer else device),
+    )
+    held["weights"] = e * (total / sharding.num_ranks if sharding.stage == 3 else total)
+    if sharding.has_hpz:
+        device["weights kept in the node"] = e * total / sharding.ranks_per_node
     stepped["fp32 weights and moments"] = 12 * share
     stepped["gradients"] = 4 * share
     if save_beside:
-        (host if mode.is_gpu else device)["copy for saving"] = BYTES_IN_CHECKPOINT * share
-    device["reduction buffer"] = e * min(mode.reduce_bucket, max(trained, sizes.largest_trained_leaf))
+        (host if sharding.is_gpu else device)["copy for saving"] = BYTES_IN_CHECKPOINT * share
+    device["reduction buffer"] = e * min(sharding.reduce_bucket, max(trained, sizes.largest_trained_leaf))
     # the optimizer steps with a copy of the gradients, when there are no activations; offloaded, the copy stays
-    copied = {"gradients to step with": 4 * (min(share, mode.sub_group) if mode.stage == 3 else share)}
-    passes = _passes(sizes, mode, tokens_per_micro_batch, recompute=recompute)
-    if mode.offloads_optimizer:
+    copied = {"gradients to step with": 4 * (min(share, sharding.sub_group) if sharding.stage == 3 else share)}
+    passes = _passes(sizes, sharding, tokens_per_micro_batch, recompute=recompute)
+    if sharding.offloads_optimizer:
         stepped["gradients"] *= 2
     elif sum(copied.values()) > sum(passes.values()):
         passes = copied
     return Memory(device | passes, host)
 
 
-def _passes(sizes: Sizes, mode: Sharding, tokens_per_micro_batch: int, *, recompute: bool) -> dict[str, float]:
+def _passes(sizes: Sizes, sharding: Sharding, tokens_per_micro_batch: int, *, recompute: bool) -> dict[str, float]:
     """Bytes that forward and backward take for a while."""
-    e = mode.element_bytes
+    e = sharding.element_bytes
     found: dict[str, float] = {}
-    copies = 1 if mode.is_gpu else 2  # gloo receives into a buffer of its own
+    copies = 1 if sharding.is_gpu else 2  # gloo receives into a buffer of its own
     found["gradients of a layer"] = e * copies * sizes.largest_trained_leaf
-    if mode.stage == 3:
+    if sharding.stage == 3:
         largest = max([sizes.largest_leaf, *sizes.rest])
-        live = min(mode.max_live + largest, sizes.num_frozen + sizes.num_trained)
+        live = min(sharding.max_live + largest, sizes.num_frozen + sizes.num_trained)
         found["gathered layers"] = e * (live + (copies - 1) * largest)
-    if mode.keeps_weights and not recompute:
+    if sharding.keeps_weights and not recompute:
         # in the local phase of all modular layers, in replacing of those on a path: as much as a teacher's at most for
         # one draw, and for several of each layer once
         used = [_kind(sizes, layer).num_parameters for layer in set(students_of(sizes.draws))]
@@ -226,25 +229,25 @@ class Traffic:
     """Part of both that crosses nodes."""
 
 
-def traffic(sizes: Sizes, mode: Sharding, num_micro_batches: int) -> Traffic:
+def traffic(sizes: Sizes, sharding: Sharding, num_micro_batches: int) -> Traffic:
     """Traffic of one step in the replacing phase.
 
     Args:
         num_micro_batches: micro-batches of one rank in a step.
     """
-    e, n, trained = mode.element_bytes, mode.num_ranks, sizes.num_trained
+    e, n, trained = sharding.element_bytes, sharding.num_ranks, sizes.num_trained
     of_others = (n - 1) / n
     reduced = e * trained * num_micro_batches * of_others
-    if mode.stage == 2:
+    if sharding.stage == 2:
         gathered = e * trained * of_others
     else:
         gathered = 2 * e * (sizes.num_frozen + trained) * num_micro_batches * of_others
-    nodes = max(1, n // mode.ranks_per_node)
+    nodes = max(1, n // sharding.ranks_per_node)
     if nodes == 1:
         return Traffic(gathered, reduced, 0.0)
     # what a node holds of itself need not cross
     crossing = (nodes - 1) / nodes / of_others
-    if mode.has_hpz:
+    if sharding.has_hpz:
         first_gather = e * trained * of_others  # frozen weights cross once in a run, trained ones after each step
         return Traffic(gathered, reduced, (first_gather + reduced) * crossing)
     return Traffic(gathered, reduced, (gathered + reduced) * crossing)
@@ -323,8 +326,8 @@ def choose_ds_config(
     for name in CANDIDATES:
         if name == "zero3_hpz" and machine.num_ranks <= machine.ranks_per_node:
             continue  # a node of its own has nothing to keep inside
-        mode = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
-        needed = memory(sizes, mode, tokens_per_micro_batch, recompute=recompute).device_total
+        sharding = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+        needed = memory(sizes, sharding, tokens_per_micro_batch, recompute=recompute).device_total
         if needed <= limit:
             reason = f"of those that fit into {limit / GIB:.1f} GiB it sends least between ranks"
             return name, reason + (f" (too large: {', '.join(too_large)})" if too_large else "")
@@ -335,17 +338,17 @@ def choose_ds_config(
     )
 
 
-def summary(sizes: Sizes, mode: Sharding, batch: BatchConfig, loop: LoopConfig, reason: str) -> list[str]:
+def summary(sizes: Sizes, sharding: Sharding, batch: BatchConfig, loop: LoopConfig, reason: str) -> list[str]:
     """Short lines for people on what a run trains and needs; `python -m pipeline estimate` tells the rest."""
     recompute = loop.recompute_activations
-    needs = memory(sizes, mode, batch.tokens_per_micro_batch, recompute=recompute, save_beside=loop.save_beside)
+    needs = memory(sizes, sharding, batch.tokens_per_micro_batch, recompute=recompute, save_beside=loop.save_beside)
     num_layers = sum(leaf.trained for leaf in sizes.leaves)
     beside = f" and {readable(needs.host_total)} of host memory" if needs.host else ""
     return [
         f"{sizes.num_trained:,} parameters in {num_layers} layers{' and around them' * sizes.rest_is_trained} are "
         f"trained; {sizes.num_frozen:,} are frozen",
-        f"DeepSpeed configuration {mode.name}, {reason}",
-        f"{mode.num_ranks} rank{'s' * (mode.num_ranks > 1)}: each needs {readable(needs.device_total)} of "
+        f"DeepSpeed configuration {sharding.name}, {reason}",
+        f"{sharding.num_ranks} rank{'s' * (sharding.num_ranks > 1)}: each needs {readable(needs.device_total)} of "
         f"memory{beside}; a checkpoint takes {readable(BYTES_IN_CHECKPOINT * sizes.num_trained)}",
     ]
 
@@ -367,5 +370,5 @@ def plan(sizes: Sizes, machine: Machine, batch: BatchConfig, loop: LoopConfig) -
             sizes, machine, batch.tokens_per_micro_batch, recompute=loop.recompute_activations
         )
         reason = f"chosen by auto: {reason}"
-    mode = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
-    return name, summary(sizes, mode, batch, loop, reason)
+    sharding = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+    return name, summary(sizes, sharding, batch, loop, reason)

@@ -41,7 +41,7 @@ class TrainingCost:
 
     name: str
     sizes: Sizes
-    mode: Sharding
+    sharding: Sharding
     memory: Memory
     traffic: Traffic
     num_steps: int
@@ -121,19 +121,19 @@ def _cost(
             f"divide: make it a multiple of {machine.num_ranks}"
         )
     ds_config, _ = plan(sizes, machine, batch, loop)
-    mode = Sharding.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+    sharding = Sharding.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
     return TrainingCost(
         name=name,
         sizes=sizes,
-        mode=mode,
+        sharding=sharding,
         memory=memory(
             sizes,
-            mode,
+            sharding,
             batch.tokens_per_micro_batch,
             recompute=loop.recompute_activations,
             save_beside=loop.save_beside,
         ),
-        traffic=traffic(sizes, mode, batch.micro_batches_per_step // machine.num_ranks),
+        traffic=traffic(sizes, sharding, batch.micro_batches_per_step // machine.num_ranks),
         num_steps=optim.num_steps,
         flops=flops_per_micro_batch * batch.micro_batches_per_step * optim.num_steps,
     )
@@ -180,7 +180,7 @@ def _table(costs: list[TrainingCost], num_ranks: int, peak_tflops: float, share:
             [
                 cost.name,
                 f"{cost.sizes.num_trained / 1e6:,.1f} M",
-                cost.mode.name,
+                cost.sharding.name,
                 f"{cost.memory.device_total / GIB:.1f}",
                 f"{(moved.gathered + moved.reduced) / GIB:.1f}",
                 f"{moved.between_nodes / GIB:.1f}",

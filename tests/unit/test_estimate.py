@@ -79,8 +79,8 @@ def test_three_granularities_train_about_as_much_as_the_layers_of_the_teacher(t5
 
 def test_memory_by_hand(t5_large):
     """Stage 3 in bf16 on 4 ranks: weights 2 bytes; fp32 weights, moments and gradients 16; shared out."""
-    mode = Sharding.of("zero3", 4, 4)
-    needs = memory(t5_large, mode, 1024, recompute=False)
+    sharding = Sharding.of("zero3", 4, 4)
+    needs = memory(t5_large, sharding, 1024, recompute=False)
     total, trained = t5_large.num_frozen + t5_large.num_trained, t5_large.num_trained
     assert needs.device["weights"] == 2 * total / 4
     assert needs.device["fp32 weights and moments"] + needs.device["gradients"] == 16 * trained / 4
@@ -95,7 +95,7 @@ def test_memory_by_hand(t5_large):
     assert offloaded.device_total < needs.device_total - 20 * trained / 4
     assert needs.device["gathered layers"]
     assert "gradients to step with" not in needs.device
-    assert memory(t5_large, mode, 1024, recompute=True).device["activations"] < needs.device["activations"] / 2
+    assert memory(t5_large, sharding, 1024, recompute=True).device["activations"] < needs.device["activations"] / 2
 
 
 def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, tmp_path):
@@ -121,36 +121,38 @@ def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, 
 
 def test_layers_that_are_gathered_ahead_stay_up_to_the_bound(t5_large, mt5_xxl):
     """Of a model below it, which then lies whole on each rank while a pass runs."""
-    mode = Sharding.of("zero3", 8, 8)
-    assert memory(t5_large, mode, 16384, recompute=False).device["gathered layers"] == 2 * (1e9 + max(t5_large.rest))
-    needs = memory(mt5_xxl, mode, 16384, recompute=False)
+    sharding = Sharding.of("zero3", 8, 8)
+    assert memory(t5_large, sharding, 16384, recompute=False).device["gathered layers"] == 2 * (
+        1e9 + max(t5_large.rest)
+    )
+    needs = memory(mt5_xxl, sharding, 16384, recompute=False)
     assert needs.device["gathered layers"] == 2 * (1e9 + max(mt5_xxl.rest))
     small = dataclasses.replace(t5_large, leaves=tuple(leaf for leaf in t5_large.leaves if leaf.trained)[:20])
     whole = small.num_trained + small.num_frozen
-    assert memory(small, mode, 16384, recompute=False).device["gathered layers"] == 2 * whole
+    assert memory(small, sharding, 16384, recompute=False).device["gathered layers"] == 2 * whole
 
 
 @pytest.mark.parametrize("is_gpu", [True, False])
 def test_what_a_pass_holds_by_hand(t5_large, is_gpu):
     """T5-large in bf16: a decoder layer has 8 linear maps of 1024 to 1024 and two between 1024 and 4096. On CPUs gloo
     receives gradients into a buffer of its own."""
-    mode = Sharding.of("zero3", 4, 4, is_gpu=is_gpu)
+    sharding = Sharding.of("zero3", 4, 4, is_gpu=is_gpu)
     width, decoder = 8 * 2048 + 2 * 5120, 8 * 2**20 + 2 * 2**22 + 3 * 1024
-    device = memory(t5_large, mode, 16384, recompute=False).device
+    device = memory(t5_large, sharding, 16384, recompute=False).device
     assert device["reduction buffer"] == 2 * 2e8
     assert device["gradients of a layer"] == 2 * decoder * (1 if is_gpu else 2)
     assert device["activations"] == 2 * 16384 * 24 * width
     assert device["logits"] == 2 * 2 * 32128 * 8192
-    again = memory(t5_large, mode, 2 * 16384, recompute=True).device
+    again = memory(t5_large, sharding, 2 * 16384, recompute=True).device
     assert again["activations"] == 2 * 2 * 16384 * (24 * width / 8 + width)
     assert again["logits"] == 2**30  # in chunks
     encoder = next(leaf for leaf in t5_large.leaves if leaf.trained)
     small = dataclasses.replace(t5_large, leaves=(*(leaf for leaf in t5_large.leaves if not leaf.trained), encoder))
-    device = memory(small, mode, 16384, recompute=False).device
+    device = memory(small, sharding, 16384, recompute=False).device
     assert device["reduction buffer"] == 2 * encoder.num_parameters
     assert device["gradients of a layer"] == 2 * encoder.num_parameters * (1 if is_gpu else 2)
     trained = dataclasses.replace(t5_large, rest_is_trained=True)
-    assert memory(trained, mode, 16384, recompute=False).device["logits"] == (2 + 12) * 32128 * 8192
+    assert memory(trained, sharding, 16384, recompute=False).device["logits"] == (2 + 12) * 32128 * 8192
 
 
 def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp_path):
@@ -178,8 +180,8 @@ def test_plain_linear_layers_keep_what_was_gathered_until_backward(t5_large, tmp
 @pytest.mark.parametrize("is_gpu", [True, False])
 def test_the_copy_for_saving_lies_in_the_memory_of_the_host(t5_large, is_gpu):
     """Which on a CPU is the rank's own."""
-    mode = Sharding.of("zero3", 4, 4, is_gpu=is_gpu)
-    alone, beside = (memory(t5_large, mode, 1024, recompute=False, save_beside=each) for each in (False, True))
+    sharding = Sharding.of("zero3", 4, 4, is_gpu=is_gpu)
+    alone, beside = (memory(t5_large, sharding, 1024, recompute=False, save_beside=each) for each in (False, True))
     copy = 12 * t5_large.num_trained / 4
     assert beside.device_total - alone.device_total == pytest.approx(0 if is_gpu else copy)
     assert beside.host_total == pytest.approx(copy if is_gpu else 0)
@@ -235,8 +237,8 @@ def test_a_named_configuration_stays_and_is_described(t5_large):
     assert all(len(line.split()) <= 25 for line in said)
     _, alone = plan(t5_large, gpus(2), BATCH, LoopConfig(ds_config="zero3", save_beside=False))
     assert "of host memory" not in alone[-1]
-    mode = Sharding.of("zero3_offload", 2, 2)
-    assert "of host memory" in summary(t5_large, mode, BATCH, LoopConfig(), "because")[-1]
+    sharding = Sharding.of("zero3_offload", 2, 2)
+    assert "of host memory" in summary(t5_large, sharding, BATCH, LoopConfig(), "because")[-1]
 
 
 def test_useful_flops_count_parameters_and_tokens():
@@ -257,11 +259,11 @@ def test_useful_flops_count_parameters_and_tokens():
 
 def test_memory_knows_what_several_draws_keep(t5_large):
     """Nothing more while their paths together are no longer than the teacher's; else as much as they are longer."""
-    mode = Sharding.of("zero2_replicated", 4, 4)
+    sharding = Sharding.of("zero2_replicated", 4, 4)
 
     def activations(*draws: str, recompute: bool = False) -> float:
         sizes = dataclasses.replace(t5_large, draws=tuple(map(Assembly.parse, draws)))
-        return memory(sizes, mode, 16384, recompute=recompute).device["activations"]
+        return memory(sizes, sharding, 16384, recompute=recompute).device["activations"]
 
     one = activations()
     assert activations("e2x12-d2x12") == activations("e2x12-d2x12", "e6x4-d6x4") == one
