@@ -21,6 +21,7 @@ import torch
 from pipeline.bench import hardware
 from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.config.recipe import Recipe
+from pipeline.planning.forecast import distill_flops
 from pipeline.report.data import read_jsonl
 from pipeline.run import run_stage, write_recipe
 from pipeline.rundir.run_dir import RunDir
@@ -29,7 +30,7 @@ from pipeline.rundir.stage import Stage
 AS_IT_IS = "as-it-is"
 DEFAULT_OUT = "runs/ablation"
 
-# configuration -> what it changes of the recipe; "{steps}" is distill.optim.num_steps
+# configuration -> what it changes of the recipe; {steps} is distill.optim.num_steps, {sixth} a sixth of them
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     AS_IT_IS: (),
     "init-last": ("--distill.init", "last"),
@@ -46,6 +47,18 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
 }
 FURTHER: dict[str, tuple[str, ...]] = {
     "init-middle": ("--distill.init", "middle"),
+    "draws-coarsest": ("--distill.draws", "[sampled,coarsest]"),
+    "draws-sampled": ("--distill.draws", "[sampled,sampled,sampled,sampled]"),
+    "draws-pure": ("--distill.draws", "[sampled,pure]"),
+    "draws-pure-alone": ("--distill.draws", "[pure]"),
+    "local-sixth": ("--distill.local_steps", "{sixth}"),
+    "draws-coarsest-local-sixth": ("--distill.draws", "[sampled,coarsest]", "--distill.local_steps", "{sixth}"),
+    "draws-sampled-local-sixth": (
+        "--distill.draws", "[sampled,sampled,sampled,sampled]", "--distill.local_steps", "{sixth}",
+    ),
+    "draws-pure-local-sixth": ("--distill.draws", "[sampled,pure]", "--distill.local_steps", "{sixth}"),
+    "draws-pure-alone-local-sixth": ("--distill.draws", "[pure]", "--distill.local_steps", "{sixth}"),
+    "draws-pure-replacing-only": ("--distill.draws", "[sampled,pure]", "--distill.local_steps", "0"),
     "sampler-theseus-constant": ("--distill.sampler", "theseus-constant"),
     "sampler-coarse-to-fine": ("--distill.sampler", "coarse-to-fine"),
     "sampler-fine-to-coarse": ("--distill.sampler", "fine-to-coarse"),
@@ -53,7 +66,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "reverse-logit-loss": ("--distill.losses.logit_direction", "reverse"),
     "plain-hidden-loss": ("--distill.losses.hidden_mode", "mse"),
     "cosine-hidden-loss": ("--distill.losses.hidden_mode", "cosine"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", default=list(CONFIGURATIONS), choices=[*CONFIGURATIONS, *FURTHER], metavar="NAME",
         help=f"configurations to run; further ones: {', '.join(FURTHER)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--equal-flops",
+        action="store_true",
+        help="give each configuration as many steps as cost the FLOPs of the recipe as it is, not as many as that has",
+    )
     parser.add_argument("--bleu-examples", type=int, default=0, help="validation examples to decode at the end")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to this Markdown file, too")
 
@@ -92,7 +110,11 @@ def main(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         for name in arguments.only:
             run = RunDir(arguments.out / f"{name}-seed{seed}")
-            changed = recipe_with(arguments.config, run, changes_of(name, recipe, seed, arguments.bleu_examples))
+            changes = changes_of(
+                name, recipe, seed, arguments.bleu_examples,
+                equal_flops_of=arguments.config if arguments.equal_flops else "",
+            )  # fmt: skip
+            changed = recipe_with(arguments.config, run, changes)
             found.setdefault(name, {})[seed] = run_one(changed, run, base)
     text = report_text(recipe, arguments.seeds, found)
     print(text)
@@ -107,13 +129,36 @@ def recipe_with(config: str, run: RunDir, changes: Sequence[str]) -> Recipe:
     return parse_recipe(recipe_parser("ablation", ""), ["--config", config, "--run_dir", str(run.root), *changes])[0]
 
 
-def changes_of(name: str, recipe: Recipe, seed: int, bleu_examples: int) -> list[str]:
-    """Command-line overrides of one run: what the configuration changes, the seed, one validation at the end."""
-    steps = str(recipe.distill.optim.num_steps)
-    changes = [part.replace("{steps}", steps) for part in {**CONFIGURATIONS, **FURTHER}[name]]
+def changes_of(name: str, recipe: Recipe, seed: int, bleu_examples: int, *, equal_flops_of: str = "") -> list[str]:
+    """Command-line overrides of one run: what the configuration changes, the seed, one validation at the end.
+
+    Args:
+        equal_flops_of: the recipe's name or path, to take as many steps as cost the same; empty: as many as it has.
+    """
+    steps = recipe.distill.optim.num_steps
+    changes = [part.format(steps=steps, sixth=steps // 6) for part in {**CONFIGURATIONS, **FURTHER}[name]]
+    if equal_flops_of:
+        steps, local_steps = at_equal_flops(distill_flops(recipe), equal_flops_of, changes)
+        changes += ["--distill.optim.num_steps", str(steps), "--distill.local_steps", str(local_steps)]
     loop = "--distill.loop."
-    changes += ["--seed", str(seed), f"{loop}validate_every_steps", steps, f"{loop}keep_best", "false"]
+    changes += ["--seed", str(seed), f"{loop}validate_every_steps", str(steps), f"{loop}keep_best", "false"]
     return [*changes, f"{loop}validation_bleu_examples", str(bleu_examples)]
+
+
+def at_equal_flops(flops: float, config: str, changes: Sequence[str]) -> tuple[int, int]:
+    """(steps, those of them that are local) after which a recipe with these changes has cost so many FLOPs; of a
+    recipe without a replacing phase all are."""
+    nowhere = RunDir(Path(DEFAULT_OUT))
+    changed = recipe_with(config, nowhere, changes)
+    num_steps, local_steps = changed.distill.optim.num_steps, changed.distill.local_steps
+    all_local = recipe_with(config, nowhere, [*changes, "--distill.local_steps", str(num_steps)])
+    local_step = distill_flops(all_local) / num_steps
+    if local_steps == num_steps:
+        steps = round(flops / local_step)
+        return steps, steps
+    local = local_steps * local_step
+    replacing_step = (distill_flops(changed) - local) / (num_steps - local_steps)
+    return local_steps + round((flops - local) / replacing_step), local_steps
 
 
 def make_base(recipe: Recipe, base: RunDir) -> None:

@@ -159,6 +159,17 @@ def _modular_flops(recipe: Recipe, planned: Planned, sizes: Sizes, settings: Dis
     return total / num_steps
 
 
+def distill_flops(recipe: Recipe) -> float:
+    """Useful FLOPs of training the modular layers, all ranks together, teacher and heads included.
+
+    Raises:
+        ValueError: a teacher that is neither here nor a public model.
+    """
+    planned, settings = Planned.of(recipe), recipe.distill
+    per_micro_batch = _modular_flops(recipe, planned, planned.distill_sizes, settings)
+    return per_micro_batch * settings.batch.micro_batches_per_step * settings.optim.num_steps
+
+
 def _table(costs: list[TrainingCost], num_ranks: int, peak_tflops: float, share: float) -> list[str]:
     rows = [
         [

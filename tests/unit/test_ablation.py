@@ -20,6 +20,7 @@ from pipeline.bench.ablation import (
     table,
 )
 from pipeline.config.kinds import fields_of_kind
+from pipeline.planning.forecast import distill_flops
 from pipeline.rundir.run_dir import RunDir
 
 RUN = RunDir(Path("somewhere"))
@@ -32,13 +33,27 @@ def test_every_configuration_changes_one_thing_and_keeps_the_budget(name):
     changed = recipe_with("minute", RUN, changes_of(name, plain, seed=3, bleu_examples=7))
     before, after = (fields_of_kind(each, "identity") for each in (plain, changed))
     different = {field for field in after if before[field] != after[field]} - {"seed"}
-    assert len(different) == {AS_IT_IS: 0, "task-loss-only": 2, "attention-losses": 2}.get(name, 1)
+    assert len(different) == {AS_IT_IS: 0, "task-loss-only": 2, "attention-losses": 2}.get(
+        name, 1 + ("-local-" in name)
+    )
     assert all(field.startswith("distill.") for field in different)
     assert fields_of_kind(plain, "schedule") == fields_of_kind(changed, "schedule")
     assert changed.seed == 3
     assert changed.distill.loop.validate_every_steps == changed.distill.optim.num_steps
     assert changed.distill.loop.validation_bleu_examples == 7
     assert changed.resolved_run_dir == "somewhere"
+
+
+@pytest.mark.parametrize("name", [AS_IT_IS, "draws-pure", "draws-coarsest-local-sixth", "local-only"])
+def test_steps_at_equal_flops_cost_as_much(name):
+    """To half a step; as it is the recipe keeps its own."""
+    plain = recipe_with("demo", RUN, ())
+    changed = recipe_with("demo", RUN, changes_of(name, plain, 0, 0, equal_flops_of="demo"))
+    assert distill_flops(changed) == pytest.approx(distill_flops(plain), rel=0.01)
+    assert (changed.distill.optim.num_steps == 900) == (name == AS_IT_IS)
+    assert changed.distill.local_steps == {"local-only": changed.distill.optim.num_steps}.get(
+        name, 150 if "sixth" in name else 360
+    )
 
 
 def test_at_most_twelve_configurations_by_default():
