@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import T5Config
 
-from pipeline.config.recipe import DistillConfig, OptimConfig
+from pipeline.config.recipe import SAMPLED, DistillConfig, OptimConfig
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.families import family_of
@@ -36,7 +36,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.loop import Task
 from pipeline.world import World
 
-SETTINGS = DistillConfig(local_steps=0, optim=OptimConfig(num_steps=1000, learning_rate=1e-4))
+SETTINGS = DistillConfig(local_steps=0, draws=(SAMPLED,), optim=OptimConfig(num_steps=1000, learning_rate=1e-4))
 COLLECTIVES = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}
 """Functions of torch.distributed that ZeRO gathers and reduces with, and which argument is the whole tensor."""
 

@@ -196,7 +196,7 @@ class DistillConfig(Settings):
     init: str = identity("first", choices=("first", "middle", "last", "average"))
     """What a modular layer starts as: a copy of the first, middle or last layer of its span (the teacher layers that it
     stands for), or the average of them. Of two middle layers it is the earlier one."""
-    local_steps: int = identity(400, low=0)
+    local_steps: int = identity(250, low=0)
     """Steps of the local phase, where each modular layer learns its span from the teacher's own states. The steps after
     it are the replacing phase, where modular layers replace their spans in the teacher and are trained together. 0
     leaves the local phase out, as many as optim.num_steps the replacing phase."""
@@ -210,10 +210,11 @@ class DistillConfig(Settings):
     to 1 at the end of the ramp, or rises to 1 over it),
     coarse-to-fine, fine-to-coarse (stratified over some granularities: the coarsest or the finest at first, one more
     in each equal part of the ramp, all of them after it)."""
-    draws: tuple[str, ...] = identity((SAMPLED,), before=(SAMPLED,))
+    draws: tuple[str, ...] = identity((SAMPLED, PURE), before=(SAMPLED,))
     """Assemblies that share a micro-batch of the replacing phase and one pass of the teacher. The loss is their mean.
     Choose from sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
-    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout)."""
+    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout). What is
+    always among them becomes good; each costs its own layers forward and backward."""
     coarse_weight: float = identity(0.5, low=0, high=1)
     """For the samplers stratified, coarse-to-fine and fine-to-coarse: share of the draws in which a stack takes one
     granularity throughout, chosen in proportion to its size. The others are uniform over all tilings."""

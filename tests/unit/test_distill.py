@@ -25,7 +25,9 @@ def model():
 def phases(model, local_steps: int):
     """(names of the loss parts, modular layers with a gradient) of each step, and the task."""
     modular, hf_config = model
-    settings = DistillConfig(granularities=(2, 3), local_steps=local_steps, optim=OptimConfig(num_steps=NUM_STEPS))
+    settings = DistillConfig(
+        granularities=(2, 3), local_steps=local_steps, draws=("sampled",), optim=OptimConfig(num_steps=NUM_STEPS)
+    )
     task = modular_task(modular, family_of("t5"), hf_config, settings, seed=0)
     found = []
     for step in range(NUM_STEPS):
