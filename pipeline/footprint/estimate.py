@@ -37,7 +37,8 @@ LOGIT_CHUNK_BYTES = 2**30
 """Logits that pipeline/kernels holds at once on a GPU; fewer on a CPU."""
 OVER_SOURCE = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)\.")
 """Names of the weights that make keys and values of cross-attention, in T5 and BART."""
-CANDIDATES = ("zero2_replicated", "zero3_hpz", "zero3", "zero3_offload")
+GPU_CANDIDATES = ("zero2_replicated", "zero3_hpz", "zero3", "zero3_offload")
+CPU_CANDIDATES = ("zero2_cpu", "zero3_cpu")
 """Configurations for GPUs from the least traffic to the least memory."""
 
 
@@ -319,11 +320,9 @@ def choose_ds_config(
     Raises:
         ValueError: nothing fits.
     """
-    if not machine.is_gpu:
-        return "zero3_cpu", "on CPUs there is one choice"
     limit = SHARE_OF_MEMORY * machine.device_bytes
     too_large: list[str] = []
-    for name in CANDIDATES:
+    for name in GPU_CANDIDATES if machine.is_gpu else CPU_CANDIDATES:
         if name == "zero3_hpz" and machine.num_ranks <= machine.ranks_per_node:
             continue  # a node of its own has nothing to keep inside
         sharding = Sharding.of(name, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)

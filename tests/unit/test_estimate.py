@@ -209,7 +209,8 @@ def test_traffic_by_hand(t5_large):
         ("mt5_xxl", gpus(16, gib=64), "zero3_hpz"),
         ("mt5_xxl", gpus(8, gib=80), "zero3"),
         ("mt5_xxl", gpus(2, gib=80), "zero3_offload"),
-        ("t5_large", Machine(2, 2, 8 * GIB, is_gpu=False), "zero3_cpu"),
+        ("t5_large", Machine(2, 2, 64 * GIB, is_gpu=False), "zero2_cpu"),
+        ("t5_large", Machine(4, 4, 21 * GIB, is_gpu=False), "zero3_cpu"),
     ],
 )
 def test_auto_takes_what_moves_least_of_what_fits(model, machine, chosen, request):
