@@ -60,7 +60,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
 
 PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic
     "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.processes",
-    "data_prep.publish", "data_prep.reader", "data_prep.shards",
+    "data_prep.publish", "data_prep.reader", "data_prep.shards", "data_prep.tokenizer",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours
 DATA_PREP_MAY_NOT_IMPORT = ("pipeline", "torch", "transformers", "deepspeed")
