@@ -6,7 +6,7 @@ WORKERS ?= 3
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint test-faults bench bench-gpu full-size doctor clean help
+.PHONY: demo test lint test-faults test-readers bench bench-gpu full-size doctor clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,10 @@ lint: .venv/installed  ## check format, style and types
 
 test-faults: .venv/installed slurm-here  ## kill and damage runs for FAULT_SECONDS a test: SUITE=data|engine|training|evaluation|slurm
 	$(BIN)/python -m pytest tests/faults/test_$(SUITE).py -m faults --timeout 2400 -s
+
+test-readers: .venv/installed  ## read exported folders with other versions of transformers, which it fetches into .readers
+	$(BIN)/python -m tests.readers.environments
+	$(BIN)/python -m pytest tests/readers -m 'readers or not readers'
 
 bench: .venv/installed  ## measure against named baselines, on a CPU
 	$(BIN)/python -m pipeline.bench kernels --device cpu

@@ -17,7 +17,7 @@ report     make the table, scores.csv, report.html and the pictures
 compare    show what differs between two systems or two runs, and how surely
 choose     name, and export, the assembly that fits a budget of latency, bytes or quality
 trim       remove the tokens that given texts never use from a T5 or mT5 folder
-doctor     check this machine or allocation: each line is ok, or says what to do
+doctor     check this machine or allocation, or (doctor FOLDER ...) whether model folders are what they say
 checkpoint list, verify or export the checkpoints of a run
 bench      measure against named baselines (also: python -m pipeline.bench)
 """
@@ -72,6 +72,11 @@ def main(arguments: Sequence[str]) -> None:
     if name in TOOLS:
         tool = _imported(TOOLS[name])
         run_program(lambda: tool(rest), verbose="--verbose" in rest)
+        return
+    if name == "doctor" and rest and not rest[0].startswith("-"):
+        from pipeline.doctor import examine
+
+        run_program(lambda: examine(rest), verbose=False)
         return
     if name not in STAGES:
         print(f"error: unknown stage {name!r}: choose from {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)

@@ -53,6 +53,19 @@ def doctor(run_dir: Path, names: Sequence[str] = ()) -> None:
         raise ValueError(f"this machine cannot run the pipeline yet: {', '.join(failed)}")
 
 
+def examine(folders: Sequence[str]) -> None:
+    """Print what each model folder is, once its config.json is held against its weights.
+
+    Raises:
+        FileNotFoundError: one is no model folder.
+        ValueError: one says of itself what it is not.
+    """
+    from pipeline.ordinary import check_ordinary
+
+    for folder in folders:
+        print(f"ok      {check_ordinary(Path(folder))}", flush=True)
+
+
 def _python(run_dir: Path) -> str:
     if sys.version_info < MINIMUM_PYTHON:
         raise ValueError(f"{sys.version.split()[0]} is too old: make PYTHON=python3.11")

@@ -8,6 +8,8 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
+from data_prep.tokenizer import write_tokenizer
+
 LFS = b"version https://git-lfs"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model")
 
@@ -54,8 +56,12 @@ def vocabulary_size(folder: Path) -> int:
 
 
 def save_tokenizer(source: Path, target: Path) -> None:
-    """Write the tokenizer of one folder into another."""
-    load_tokenizer(source).save_pretrained(target)
+    """Write the tokenizer of one folder into another, in files that transformers 4 and 5 read alike.
+
+    Raises:
+        ValueError: it cannot be read, or is not fit for text to text.
+    """
+    write_tokenizer(source, target)
     if (source / "spiece.model").is_file():
         shutil.copy2(source / "spiece.model", target / "spiece.model")
 

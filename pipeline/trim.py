@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from data_prep.publish import publishing_folder
 from pipeline.families import family_of
+from pipeline.ordinary import save_ordinary, write_settings
 from pipeline.rundir import check_empty
 from pipeline.tokenizer import load_tokenizer, save_tokenizer
 
@@ -51,7 +52,7 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
 
 def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Path) -> dict[str, Any]:
     """Write and check a model of this folder without what `texts` do not use; raises what `trim` does."""
-    model.save_pretrained(temporary, max_shard_size="100TB")
+    save_ordinary(model, temporary)
     save_tokenizer(folder, temporary)
     tokenizer = json.loads((temporary / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer["model"]["type"] != "Unigram":
@@ -147,6 +148,7 @@ def _trim_weights(folder: Path, kept: Sequence[int]) -> None:
                 ids = settings[name]
                 settings[name] = [new[old] for old in ids] if isinstance(ids, list) else new[ids]
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_settings(folder, config)
 
 
 def check_tokens(original: Path, trimmed: Path, texts: Iterable[str], kept: Sequence[int]) -> None:

@@ -1,12 +1,15 @@
-"""What safetensors files say of the weights in them, without reading the weights."""
+"""What safetensors files say of the weights in them, without holding the weights in memory."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MAX_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by its specification."""
+CHUNK_BYTES = 16 * 2**20
 
 
 def shapes_of(file: Path) -> dict[str, list[int]]:
@@ -15,6 +18,26 @@ def shapes_of(file: Path) -> dict[str, list[int]]:
     Raises:
         ValueError: it is shorter than its header says, or no safetensors file.
     """
+    return {name: entry["shape"] for name, entry in _entries(file)[0].items()}
+
+
+def same_bytes(files: Sequence[Path], name: str, other: str) -> bool:
+    """Whether two tensors of a model have the same shape, type and bytes; raises what `shapes_of` does."""
+    places = {each: (file, *_entries(file)) for file in files for each in (name, other) if each in _entries(file)[0]}
+    (file, entries, start), (other_file, other_entries, other_start) = places[name], places[other]
+    entry, other_entry = entries[name], other_entries[other]
+    if (entry["dtype"], entry["shape"]) != (other_entry["dtype"], other_entry["shape"]):
+        return False
+    begin, end = entry["data_offsets"]
+    with open(file, "rb") as ours, open(other_file, "rb") as theirs:
+        ours.seek(start + begin)
+        theirs.seek(other_start + other_entry["data_offsets"][0])
+        sizes = (min(CHUNK_BYTES, end - place) for place in range(begin, end, CHUNK_BYTES))
+        return all(ours.read(size) == theirs.read(size) for size in sizes)
+
+
+def _entries(file: Path) -> tuple[dict[str, Any], int]:
+    """What the header of a safetensors file says of each tensor, and where the bytes of the tensors begin."""
     try:
         with open(file, "rb") as content:
             length = int.from_bytes(content.read(8), "little")
@@ -25,7 +48,7 @@ def shapes_of(file: Path) -> dict[str, list[int]]:
         raise ValueError(f"{file} is damaged or no safetensors file: fetch it again") from None
     if file.stat().st_size != size:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes of {size:,}: fetch it again")
-    return {name: entry["shape"] for name, entry in entries.items()}
+    return entries, 8 + length
 
 
 def weight_files(folder: Path) -> list[Path]:

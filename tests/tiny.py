@@ -21,25 +21,28 @@ KINDS = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled"]
 SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 
 
-def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0):
+def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64):
     """A random model: "v1.0" (tied, scaled head), "v1.1" (untied head, not scaled) or "mt5"."""
     torch.manual_seed(seed)
+    sizes = {**SIZES, "vocab_size": vocab_size}
     depth = {"num_layers": num_layers, "num_decoder_layers": num_decoder_layers, "dropout_rate": 0.0}
     if kind == "mt5":
-        model = MT5ForConditionalGeneration(MT5Config(**SIZES, **depth))
+        model = MT5ForConditionalGeneration(MT5Config(**sizes, **depth))
     elif kind == "v1.0":
-        model = T5ForConditionalGeneration(T5Config(**SIZES, **depth))
+        model = T5ForConditionalGeneration(T5Config(**sizes, **depth))
     else:
-        config = T5Config(**SIZES, **depth, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        config = T5Config(**sizes, **depth, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         model = T5ForConditionalGeneration(config)
     if kind != "v1.0":
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 32) * 0.1)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(vocab_size, 32) * 0.1)
     for parameter in model.parameters():  # norms and biases away from their constant start
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
 
 
-def tiny_bart(kind: str = "bart", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0):
+def tiny_bart(
+    kind: str = "bart", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64
+):
     """A random model: "bart" (tied head) or "bart-scaled" (embeddings scaled, every head and embedding its own)."""
     torch.manual_seed(seed)
     stacks = {
@@ -48,7 +51,7 @@ def tiny_bart(kind: str = "bart", num_layers: int = 6, num_decoder_layers: int =
         for name, value in {"ffn_dim": 48, "attention_heads": 4, "layerdrop": 0.9}.items()
     }
     config = BartConfig(
-        vocab_size=64,
+        vocab_size=vocab_size,
         d_model=32,
         dropout=0.0,
         max_position_embeddings=40,
@@ -65,10 +68,10 @@ def tiny_bart(kind: str = "bart", num_layers: int = 6, num_decoder_layers: int =
     return model.eval()
 
 
-def tiny_model(kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0):
+def tiny_model(kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64):
     """A random model of one of KINDS."""
     make = tiny_bart if kind.startswith("bart") else tiny_t5
-    return make(kind, num_layers, num_decoder_layers, seed)
+    return make(kind, num_layers, num_decoder_layers, seed, vocab_size)
 
 
 def hf_logits(model, batch: MicroBatch) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """One assembly as an ordinary Hugging Face folder.
 
-A checkpoint is made of files alone: weights are renamed, the depth in config.json is changed, nothing else. So an
-assembly differs from its teacher in nothing that transformers would need our code for. Before it is published, plain
-transformers reads it back, and its logits must be those of the same layers put together in memory, bit for bit.
+A checkpoint is made of files alone: weights are renamed, the depth in config.json is changed, and what config.json says
+of the head is made true for every reader. So an assembly differs from its teacher in nothing that transformers would
+need our code for. Before it is published, config.json is held against the weights, plain transformers reads the folder
+back, and its logits must be those of the same layers put together in memory, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForSeq2SeqLM
 from data_prep.publish import publishing_folder
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
+from pipeline.ordinary import write_settings
 from pipeline.rundir import RunDir
 from pipeline.spans import STACKS, Assembly, Span, Tiling, kept_layers
 from pipeline.tokenizer import copy_tokenizer
@@ -67,7 +69,8 @@ def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped:
     """Publish one assembly as a Hugging Face folder; with `dropped`, teacher layers alone at the same depth.
 
     Raises:
-        ValueError: what was written does not compute what it was written from; nothing is published.
+        ValueError: what was written contradicts itself, or does not compute what it was written from; nothing is
+            published.
     """
     config, family, teacher = dict(parts.config), parts.family, parts.teacher
     weights = dict(_outside_layers(teacher, family))
@@ -80,12 +83,12 @@ def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped:
     config |= family.depth_entries((assembly.encoder.num_layers, assembly.decoder.num_layers))
     config.pop("num_hidden_layers", None)  # an alias of the encoder's depth, which would win over it
     with publishing_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         generation = parts.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy2(generation, temporary / generation.name)
         copy_tokenizer(parts.folder, temporary)
+        write_settings(temporary, config)
         check_round_trip(temporary, parts.models.model_of(spans))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +20,9 @@ from pipeline.families import family_of, t5_config
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.footprint import Sizes, sizes_of
 from pipeline.model import ModularLeaf, ModularModel, Sampler, TeacherLeaf
+from pipeline.ordinary import check_shapes
 from pipeline.planning.public_models import public_config
-from pipeline.spans import STACKS, ModelSizes, Stacks
+from pipeline.spans import ModelSizes, Stacks
 from pipeline.training import DistilledModel, full_model_task
 from pipeline.weights import shapes_of, weight_files
 
@@ -135,25 +135,7 @@ def check_fit(planned: Planned, folder: Path) -> None:
     Raises:
         ValueError: a layer is missing or left over, a weight has another shape, or a file is damaged.
     """
-    found = {
-        name.removeprefix("model."): shape for file in weight_files(folder) for name, shape in shapes_of(file).items()
-    }
-    if not found:
-        return
-    model = planned.model()
-    wanted = {name.removeprefix("model."): list(weight.shape) for name, weight in model.state_dict().items()}
-    family = family_of(model.config.model_type)
-    prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
-
-    def layers(names: Iterable[str]) -> set[str]:
-        each = {prefix: {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
-                for prefix in prefixes}  # fmt: skip
-        return {prefix + index for prefix, indices in each.items() for index in indices}
-
-    for name, shape in sorted(wanted.items()):
-        if found.get(name, shape) != shape:
-            raise ValueError(f"teacher.folder {folder}: {name} has shape {found[name]}, but config.json says {shape}")
-        if name.startswith(prefixes) and name not in found:
-            raise ValueError(f"teacher.folder {folder}: its weights lack {name}, which config.json asks for")
-    if left_over := sorted(layers(found) - layers(wanted)):
-        raise ValueError(f"teacher.folder {folder}: config.json says nothing of layer {left_over[0]} among its weights")
+    found = {name: shape for file in weight_files(folder) for name, shape in shapes_of(file).items()}
+    if found:
+        family = family_of(planned.settings["model_type"])
+        check_shapes(planned.model(), family, found, f"teacher.folder {folder}")

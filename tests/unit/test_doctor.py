@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import doctor
+from pipeline.__main__ import main
+from pipeline.ordinary import save_ordinary
+from tests.tiny import tiny_t5
 
 
 def test_every_check_is_told_and_a_failure_is_an_error(monkeypatch, capsys, tmp_path):
@@ -41,3 +44,17 @@ def test_slurm_is_needed_only_inside_a_job(monkeypatch, tmp_path):
 def test_a_command_that_fails_is_told_in_one_line():
     with pytest.raises(ValueError, match=r"^ValueError: three$"):
         doctor._output_of(["python3", "-c", "raise ValueError('three')"])
+
+
+def test_a_model_folder_is_examined_in_one_line(tmp_path, capsys):
+    save_ordinary(tiny_t5("v1.1", 2, 1), tmp_path)
+    main(["doctor", str(tmp_path)])
+    assert capsys.readouterr().out == (
+        f"ok      {tmp_path}: t5, 2+1 layers, a head of its own; config.json agrees with the weights\n"
+    )
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", str(tmp_path)])
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "tie_word_embeddings true, but lm_head.weight is another matrix than shared.weight: set it to false" in told

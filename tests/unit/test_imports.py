@@ -32,8 +32,8 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
     "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scoring", "pipeline.curves", "pipeline.pictures",
     # teacher and modular layers, trained
-    "pipeline.kernels", "pipeline.families", "pipeline.model", "pipeline.checkpoints", "pipeline.footprint",
-    "pipeline.training",
+    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.model", "pipeline.checkpoints",
+    "pipeline.footprint", "pipeline.training",
     # the product and what is made of it
     "pipeline.library", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation", "pipeline.search",
     "pipeline.report",
@@ -60,7 +60,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
 
 PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic
     "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.processes",
-    "data_prep.publish", "data_prep.reader", "data_prep.shards",
+    "data_prep.publish", "data_prep.reader", "data_prep.shards", "data_prep.tokenizer",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours
 DATA_PREP_MAY_NOT_IMPORT = ("pipeline", "torch", "transformers", "deepspeed")

@@ -70,7 +70,7 @@ def test_only_what_the_language_uses_is_kept(original, trimmed, german):
     assert new.all_special_tokens == old.all_special_tokens
     saved = summary["original_bytes"] - summary["bytes"]
     rows = summary["original_vocabulary_size"] - len(kept)
-    num_tables = len({t.data_ptr() for n, t in load_file(original / "model.safetensors").items() if n in VOCABULARY})
+    num_tables = len({*VOCABULARY} & load_file(folder / "model.safetensors").keys())
     assert abs(saved - 4 * 32 * rows * num_tables) < 2000  # headers
     for batch in (german[0], german[0][:1]):
         rows = old(batch).input_ids

@@ -1,0 +1,165 @@
+"""What makes a model folder ordinary: config.json says what the weights are, and every reader takes it alike.
+
+Readers differ in what they go by. transformers 5 ties a T5's head to its embedding unless the file has another, scales
+its outputs unless `tie_word_embeddings` is false, and saves true whatever it read. transformers 4 believes that key: it
+throws a stored head away where it is true, and scales. So one function writes the key, from the weights that are there,
+and one check holds the whole of config.json against names, shapes and bytes in the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from pipeline.families import Family, family_of
+from pipeline.spans import STACKS
+from pipeline.weights import same_bytes, shapes_of, weight_files
+
+CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+HEAD, TIED, SCALED = "lm_head.weight", "tie_word_embeddings", "scale_decoder_outputs"
+DERIVED = ("is_gated_act", "dense_act_fn")  # of feed_forward_proj; saved beside it, and then believed
+MUST_SCALE = {"t5": True, "mt5": False}  # whether transformers 5 scales the outputs of a head that is the embedding
+
+
+def save_ordinary(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's settings and its weights, in one file; raises what `write_settings` does."""
+    model.save_pretrained(folder, max_shard_size="100TB")
+    write_settings(folder, _read(folder / CONFIG))
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write config.json of a folder whose weights are there, so that all readers see the same model; check the folder.
+
+    A head that is the embedding, but whose inputs are not scaled as transformers 4 scales them, is written out as a
+    matrix of its own: no setting that all readers know says it.
+
+    Raises:
+        ValueError: the settings contradict the weights, or no setting can say what they are.
+    """
+    written = dict(settings)
+    shapes = _shapes(folder)
+    if written["model_type"] in MUST_SCALE:
+        scaled = written.get(SCALED, written.get(TIED) is not False) and MUST_SCALE[written["model_type"]]
+        if not scaled and HEAD not in shapes:
+            weights = load_file(folder / WEIGHTS)
+            head = weights[family_of(written["model_type"]).vocabulary_weights[0]].clone()
+            save_file(weights | {HEAD: head}, folder / WEIGHTS, metadata={"format": "pt"})
+        written[TIED] = bool(scaled)
+        if SCALED in written:
+            written[SCALED] = bool(scaled)
+    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    check_ordinary(folder)
+
+
+def check_ordinary(folder: Path) -> str:
+    """Hold config.json of a model folder against its weights, from names, shapes and bytes alone.
+
+    Returns:
+        What the folder is, in a few words.
+
+    Raises:
+        FileNotFoundError: there are no settings or no safetensors files.
+        ValueError: the first contradiction, in one line.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no {CONFIG}")
+    settings = _read(folder / CONFIG)
+    family, shapes = family_of(settings.get("model_type", "")), _shapes(folder)
+    model = _without_weights(settings)
+    check_shapes(model, family, shapes, str(folder))
+    embedding = family.vocabulary_weights[0]
+    if embedding not in shapes:
+        raise ValueError(f"{folder}: its weights lack {embedding}, by which readers know the embedding")
+    needed = {name for name, _ in model.named_parameters()} - {*family.vocabulary_weights}
+    if missing := sorted(needed - shapes.keys()):
+        raise ValueError(f"{folder}: its weights lack {missing[0]}, which {CONFIG} asks for")
+    for key in DERIVED:
+        if (meant := getattr(model.config, key, None)) != settings.get(key, meant):
+            raise ValueError(f"{folder}: {CONFIG} has {key} {settings[key]}, but its feed_forward_proj means {meant}")
+    _check_head(folder, settings, shapes, embedding)
+    _check_ids(folder, settings)
+    depths = "+".join(str(len(family.layers(model, stack))) for stack in STACKS)
+    head = "a head of its own" if HEAD in shapes else "its embedding as head"
+    return f"{folder}: {settings['model_type']}, {depths} layers, {head}; {CONFIG} agrees with the weights"
+
+
+def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, list[int]], named: str) -> None:
+    """Hold the names and shapes that safetensors files announce against a model made from settings (no data needed).
+
+    Args:
+        named: what to call the folder.
+
+    Raises:
+        ValueError: a layer is missing or left over, or a weight has another shape.
+    """
+    found = {name.removeprefix("model."): shape for name, shape in found.items()}
+    wanted = {name.removeprefix("model."): list(weight.shape) for name, weight in model.state_dict().items()}
+    prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
+
+    def layers(names: Iterable[str]) -> set[str]:
+        each = {prefix: {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+                for prefix in prefixes}  # fmt: skip
+        return {prefix + index for prefix, indices in each.items() for index in indices}
+
+    for name, shape in sorted(wanted.items()):
+        if found.get(name, shape) != shape:
+            raise ValueError(f"{named}: {name} has shape {found[name]}, but {CONFIG} says {shape}")
+        if name.startswith(prefixes) and name not in found:
+            raise ValueError(f"{named}: its weights lack {name}, which {CONFIG} asks for")
+    if left_over := sorted(layers(found) - layers(wanted)):
+        raise ValueError(f"{named}: {CONFIG} says nothing of layer {left_over[0]} among its weights")
+
+
+def _check_head(folder: Path, settings: Mapping[str, Any], shapes: Mapping[str, list[int]], embedding: str) -> None:
+    kind = settings["model_type"]
+    tied = bool(settings.get(TIED, kind != "mt5"))
+    if not tied and HEAD not in shapes:
+        raise ValueError(f"{folder}: {CONFIG} has {TIED} false, but the weights have no {HEAD}: readers draw it anew")
+    if tied and HEAD in shapes and not same_bytes(weight_files(folder), HEAD, embedding):
+        raise ValueError(
+            f"{folder}: {CONFIG} has {TIED} true, but {HEAD} is another matrix than {embedding}: set it to false"
+        )
+    if kind in MUST_SCALE and tied and not MUST_SCALE[kind]:
+        raise ValueError(f"{folder}: {CONFIG} has {TIED} true, which transformers 4 scales in {kind} and 5 does not")
+    if bool(settings.get(SCALED, tied)) != tied and kind in MUST_SCALE:
+        raise ValueError(
+            f"{folder}: {CONFIG} has {SCALED} {not tied} and {TIED} {tied}: readers go by one or the other"
+        )
+
+
+def _check_ids(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Tokens that are named by number: within the vocabulary, and the one that a decoder starts with is among them."""
+    generation = _read(folder / GENERATION)
+    for name, told in ((CONFIG, settings), (GENERATION, generation)):
+        for key in (key for key in told if key.endswith("_token_id") and told[key] is not None):
+            ids = told[key] if isinstance(told[key], list) else [told[key]]
+            if any(not 0 <= each < settings["vocab_size"] for each in ids):
+                raise ValueError(f"{folder}: {name} has {key} {told[key]} beyond its {settings['vocab_size']} tokens")
+    for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        if settings.get(key) is None:
+            raise ValueError(f"{folder}: {CONFIG} names no {key}")
+
+
+def _without_weights(settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The model that settings describe, with names and shapes and no memory."""
+    told = {key: value for key, value in settings.items() if key not in DERIVED}
+    config = CONFIG_MAPPING[settings["model_type"]].from_dict(told)
+    with torch.device("meta"):
+        return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    files = weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}")
+    return {name: shape for file in files for name, shape in shapes_of(file).items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

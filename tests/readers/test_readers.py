@@ -1,0 +1,123 @@
+"""Every reader makes the same model of an exported folder: ids, logits, greedy and beam outputs.
+
+A sample is in `make test`. `make test-readers` fetches the readers, once, and compares everything.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+
+from data_prep.tokenizer import load_tokenizer, write_tokenizer
+from pipeline.assemble import Parts, write_checkpoint
+from pipeline.rundir import RunDir
+from pipeline.spans import Assembly
+from pipeline.training import save_model
+from tests.readers.environments import PACKAGES, place_of
+from tests.tiny import KINDS, tiny_model
+from tests.unit.test_modular import modular_of, perturb
+from tests.unit.test_switching import save_library
+
+ASSEMBLIES = ("e1x4-d1x4", "e2x2-d4", "e4-d1x4")  # the teacher's own, both stacks changed, the decoder deeper
+TEXTS = ["the garden is green", "a house stands in the old garden", "green", "the old house is a house"]
+READ = Path(__file__).with_name("read.py")
+MAX_NEW_TOKENS = 10
+
+
+def make_tokenizer(kind: str, folder: Path) -> None:
+    """A tokenizer of the family's kind with at most 300 tokens, as data preparation writes it."""
+    raw, corpus = folder / "raw", TEXTS * 8
+    raw.mkdir(parents=True)
+    if kind.startswith("bart"):
+        pieces = tokenizers.ByteLevelBPETokenizer()
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        pieces.train_from_iterator(corpus, 290, special_tokens=special, show_progress=False)
+        pieces.save_model(str(raw))
+        (raw / "config.json").write_text(json.dumps({"model_type": "bart", "vocab_size": 300}))
+    else:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus), model_writer=model, vocab_size=60, hard_vocab_limit=False, pad_id=0,
+            eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+        (raw / "spiece.model").write_bytes(model.getvalue())
+        transformers.T5Tokenizer.from_pretrained(raw, extra_ids=20).save_pretrained(raw)
+    (folder / "tokenizer").mkdir()
+    write_tokenizer(raw, folder / "tokenizer")
+
+
+def exported(root: Path, kind: str, texts: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
+    """({folder: the model that it must be}, tokenizer) of assemblies of a random teacher, by the real writers."""
+    make_tokenizer(kind, root)
+    run = RunDir(root / "run")
+    teacher = tiny_model(kind, 4, 4, vocab_size=300)
+    save_model(teacher, run.teacher_model, root / "tokenizer")
+    modular = modular_of(teacher, granularities=((2, 4), (2, 4)))
+    perturb(modular)
+    save_library(modular, run)
+    parts = Parts.of(run)
+    models = {}
+    for text in texts:
+        write_checkpoint(parts, Assembly.parse(text), root / text)
+        models[str(root / text)] = parts.models.assembly(Assembly.parse(text))
+    return models, root / "tokenizer"
+
+
+def read(root: Path, version: str, folders: list[str]) -> dict[str, Any]:
+    """What a reader makes of folders, in a process that cannot import the project."""
+    place = place_of(version) if version else None
+    if version and place is None:
+        pytest.skip(f"transformers {version} is not here: make test-readers fetches it once")
+    request, answer = root / f"request-{version}.json", root / f"answer-{version}.pt"
+    request.write_text(json.dumps({"texts": TEXTS, "folders": folders, "max_new_tokens": MAX_NEW_TOKENS}))
+    command = [sys.executable, "-I", str(READ), str(request), str(answer), *filter(None, [place and str(place)])]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(answer)
+    assert found["version"] == (version or transformers.__version__)
+    return found
+
+
+def check(root: Path, kind: str, version: str, texts: tuple[str, ...]) -> None:
+    models, tokenizer_folder = exported(root, kind, texts)
+    found = read(root, version, list(models))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    target_BT = torch.randint(300, (len(TEXTS), 9), generator=torch.Generator().manual_seed(0))
+    for folder, model in models.items():
+        theirs = found[folder]
+        assert theirs["ids"] == [tokenizer(text).input_ids for text in TEXTS]
+        with torch.no_grad():
+            logits = model.eval()(**inputs, decoder_input_ids=target_BT).logits
+        torch.testing.assert_close(theirs["logits"], logits, atol=1e-5, rtol=1e-5)
+        outputs = [
+            model.generate(**inputs, num_beams=num_beams, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+            for num_beams in (1, 4)
+        ]
+        assert torch.equal(theirs["greedy"], outputs[0])
+        assert torch.equal(theirs["beams"], outputs[1])
+        assert theirs["words"] == [tokenizer.batch_decode(each, skip_special_tokens=True) for each in outputs]
+
+
+@pytest.mark.parametrize("version", PACKAGES)
+@pytest.mark.parametrize("kind", ["v1.1", "bart"])
+def test_a_sample_is_read_alike(tmp_path, kind, version):
+    check(tmp_path, kind, version, ASSEMBLIES[1:2])
+
+
+@pytest.mark.readers
+@pytest.mark.parametrize("version", PACKAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_read_alike(tmp_path, kind, version):
+    check(tmp_path, kind, version, ASSEMBLIES)
