@@ -3,7 +3,8 @@
     python -I read.py REQUEST ANSWER [PATH ...]
 
 REQUEST is JSON: {"texts", "folders", "max_new_tokens"}; ANSWER becomes what torch.save makes of {folder: {"ids",
-"logits", "greedy", "beams", "words"}}, with the reader's version under "version". Each PATH goes first where modules are sought.
+"logits", "greedy", "beams", "words"}}, with the reader's version under "version". Each PATH goes first where modules
+are sought.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 request_path, answer_path, *paths = sys.argv[1:]
 sys.path[:0] = paths
@@ -21,7 +23,7 @@ import transformers  # noqa: E402
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # noqa: E402
 
 torch.set_num_threads(1)
-request = json.loads(open(request_path, encoding="utf-8").read())
+request = json.loads(Path(request_path).read_text(encoding="utf-8"))
 answer = {"version": transformers.__version__}
 for folder in request["folders"]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from pipeline.assemble import write as assemble
@@ -114,16 +114,16 @@ def change_the_scale(weights, config):
 def test_what_does_not_read_back_is_never_published(tmp_path, monkeypatch, damage):
     run, _ = make_run(tmp_path, "v1.0")
     parts = Parts.of(run)
-    real = assemble.save_file
+    real = assemble.write_settings
 
-    def save_damaged(weights, path, metadata):
-        config_path = path.with_name("config.json")
-        config = json.loads(config_path.read_text())
+    def write_damaged(folder, settings):
+        real(folder, settings)
+        weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
         damage(weights, config)
-        config_path.write_text(json.dumps(config))
-        real(weights, path, metadata)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(assemble, "save_file", save_damaged)
+    monkeypatch.setattr(assemble, "write_settings", write_damaged)
     with pytest.raises(ValueError, match="not published"):
         write_checkpoint(parts, Assembly.parse("e3x2-d2x3"), tmp_path / "out" / "e3x2-d2x3")
     assert list((tmp_path / "out").iterdir()) == []
