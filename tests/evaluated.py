@@ -28,6 +28,7 @@ from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.config.recipe import EvaluateConfig, Recipe
 from pipeline.evaluation.stage import evaluate
 from pipeline.evaluation.subject import folder_hashes
+from pipeline.ordinary import save_ordinary
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly
 from pipeline.world import World
@@ -110,7 +111,7 @@ def write_model(folder: Path, tokenizer: T5Tokenizer, seed: int, depth: int, d_f
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     torch.nn.init.normal_(model.lm_head.weight)
-    model.save_pretrained(folder)
+    save_ordinary(model, folder)
     tokenizer.save_pretrained(folder)
 
 

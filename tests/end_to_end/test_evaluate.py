@@ -263,7 +263,7 @@ def test_peers_enter_the_table_and_empty_outputs_are_told(
     rows = {row["name"]: row for row in table(root)}
     assert rows["mute"]["kind"] == rows["by-generate"]["kind"] == "peer"
     assert rows["mute"]["bleu"] == "0.0000"
-    for column in ("bleu", "chrf", "rougeL", "encoder_layers"):
+    for column in ("bleu", "chrf", "rougeL", "parameters", "encoder_layers"):
         assert rows["by-generate"][column] == rows["e1x2-d1x2"][column], column
     assert float(rows["by-generate"]["loss"]) == pytest.approx(float(rows["e1x2-d1x2"]["loss"]), abs=2e-4)
     assert [line for line in capsys.readouterr().err.split("\n") if "empty" in line] == [
