@@ -52,13 +52,13 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
 
 def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Path) -> dict[str, Any]:
     """Write and check a model of this folder without what `texts` do not use; raises what `trim` does."""
+    original: Any = load_tokenizer(folder)
+    kind = type(original.backend_tokenizer.model).__name__
+    if kind != "Unigram":
+        raise ValueError(f"{folder} has a {kind} tokenizer: only SentencePiece unigram is trimmed")
     save_ordinary(model, temporary)
     save_tokenizer(folder, temporary)
     tokenizer = json.loads((temporary / "tokenizer.json").read_text(encoding="utf-8"))
-    if tokenizer["model"]["type"] != "Unigram":
-        raise ValueError(
-            f"{folder} has a {tokenizer['model']['type']} tokenizer: only SentencePiece unigram is trimmed"
-        )
     kept = kept_ids(tokenizer, _used_ids(folder, texts), set(itertools.chain.from_iterable(texts)))
     before = (temporary / "model.safetensors").stat().st_size
     _trim_tokenizer(temporary, tokenizer, kept)
