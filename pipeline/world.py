@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
 import os
 import random
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +103,13 @@ def return_freed_memory() -> None:
 
 
 def free_port() -> int:
-    """A port below the ephemeral range that is likely free; a fixed one would collide between runs on one machine."""
-    return random.SystemRandom().randrange(20000, 32000)
+    """A port that is free now, below the ephemeral range, so that no outgoing connection takes it meanwhile; a fixed
+    one would collide between runs on one machine."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def logger_of(world: World, name: str = "pipeline") -> logging.Logger:
