@@ -262,8 +262,9 @@ class DataConfig(Settings):
             raise ValueError('data.train is empty: name at least one file, or set data.corpus to "demo"')
         if self.sets and (self.train or self.validation or self.test):
             raise ValueError("data.sets and data.train are both given: move all files into data.sets")
-        if self.sets and self.corpus == "demo":
-            raise ValueError('data.sets is given but data.corpus is "demo": set data.corpus to "files"')
+        given = next((name for name in ("sets", "train", "validation", "test") if getattr(self, name)), None)
+        if given and self.corpus == "demo":
+            raise ValueError(f'data.{given} is given but data.corpus is "demo": set data.corpus to "files"')
         _check_set(self, self.place)
         self._check_mixture()
         num_held_back = self.num_validation + self.num_test

@@ -145,6 +145,7 @@ def test_bad_inputs_are_one_line_and_publish_nothing(
         ({"vocab_sise": 9}, [], "data has no setting 'vocab_sise'; did you mean 'vocab_size'?"),
         ({"vocab_size": 9}, [], "data.vocab_size is 9: choose at least 64"),
         ({"corpus": "files"}, [], "data.train is empty"),
+        ({"train": ["mine.jsonl"]}, [], 'data.train is given but data.corpus is "demo"'),
         ({"corpus": "files", "train": ["nowhere.jsonl"]}, [], "nowhere.jsonl: no such file"),
         ({"seed": "x"}, [], "seed"),
         ({}, ["--data.sed", "3"], "--data.sed"),
