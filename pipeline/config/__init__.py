@@ -4,6 +4,7 @@ from pipeline.config.cli import parse_recipe, recipe_parser, recipe_yaml, run_pr
 from pipeline.config.kinds import fields_of_kind, identity_of
 from pipeline.config.recipe import (
     COARSEST,
+    CROSSED,
     PURE,
     SAMPLED,
     SAMPLERS,

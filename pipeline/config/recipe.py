@@ -15,7 +15,7 @@ from pipeline.config.search import SearchConfig
 from pipeline.spans import PRESETS, Stacks
 
 SEARCHED = "searched"
-SAMPLED, COARSEST, PURE = "sampled", "coarsest", "pure"
+SAMPLED, COARSEST, PURE, CROSSED = "sampled", "coarsest", "pure", "crossed"
 SAMPLERS = (
     "stratified",
     "uniform",
@@ -213,7 +213,8 @@ class DistillConfig(Settings):
     draws: tuple[str, ...] = identity((SAMPLED, PURE), before=(SAMPLED,))
     """Assemblies that share a micro-batch of the replacing phase and one pass of the teacher. The loss is their mean.
     Choose from sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
-    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout). What is
+    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout), crossed (as
+    pure, but each decoder below an encoder of another granularity or the teacher's own, drawn anew each time). What is
     always among them becomes good; each costs its own layers forward and backward."""
     coarse_weight: float = identity(0.5, low=0, high=1)
     """For the samplers stratified, coarse-to-fine and fine-to-coarse: share of the draws in which a stack takes one
@@ -231,7 +232,7 @@ class DistillConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(len(self.all_granularities) > 0, "granularities must name at least one granularity, such as [2, 3, 6]")
-        known = (SAMPLED, COARSEST, PURE, *(f"{PURE}-{each}" for each in sorted(self.all_granularities)))
+        known = (SAMPLED, COARSEST, CROSSED, PURE, *(f"{PURE}-{each}" for each in sorted(self.all_granularities)))
         _require(len(self.draws) > 0, f"distill.draws names none: give one or more of {', '.join(known)}")
         for each in self.draws:
             _require(each in known, f"distill.draws has {each!r}: choose from {', '.join(known)}")

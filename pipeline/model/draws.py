@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
-from pipeline.config import COARSEST, PURE, SAMPLED, SAMPLERS, DistillConfig
+from pipeline.config import COARSEST, CROSSED, PURE, SAMPLED, SAMPLERS, DistillConfig
 from pipeline.spans import Assembly, Span, Stacks, Tiling, count_tilings, modular_spans, pure_tiling, students_of
 
 Draws = tuple[Assembly, ...] | None
@@ -57,9 +57,25 @@ class Sampler:
                 found.append(self._coarsest)
             elif name == PURE:
                 found += self._pure.values()
+            elif name == CROSSED:
+                found += self._crossed(step, micro_batch)
             else:
                 found.append(self._pure[_granularity(name)])
         return tuple(found)
+
+    def _crossed(self, step: int, micro_batch: int) -> list[Assembly]:
+        """Every granularity of the decoder throughout, each below an encoder of one granularity or the teacher's own.
+
+        Coarse decoders are asked for below every encoder (by speed first, mostly), but pure assemblies know one each.
+        """
+        if not all(self.stacks.spans):
+            return list(self._pure.values())
+        encoder, decoder = map(sorted, self.settings.by_stack)
+        choices = [1, *encoder]
+        generator = random.Random(f"{CROSSED}/{self.seed}/{step}/{micro_batch}")
+        drawn = generator.sample(choices * -(-len(decoder) // len(choices)), len(decoder))
+        found = map(self.stacks.pure, zip(drawn, decoder, strict=True))
+        return [each for each in found if each != self.stacks.teacher()]
 
     def _dearest(self) -> tuple[Assembly, ...]:
         """Of the draws of many micro-batches of the run those for which most layers are computed."""

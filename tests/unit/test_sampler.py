@@ -101,6 +101,34 @@ def test_pure_draws_are_those_of_the_granularities_that_make_a_span():
         Sampler(settings, seed=0, stacks=settings.stacks((6, 1)))
 
 
+def test_crossed_draws_bring_every_decoder_together_with_every_encoder():
+    draws = sampler(draws=("crossed",))
+    places = [(step, index) for step in range(LOCAL_STEPS, LOCAL_STEPS + 150) for index in range(2)]
+    drawn = [draws.draws(*place) for place in places]
+    assert drawn == [sampler(draws=("crossed",)).draws(*place) for place in places]
+    assert all([str(draw.decoder) for draw in each] == ["2x3", "3x2", "6"] for each in drawn)
+    assert all(len({str(draw.encoder) for draw in each}) == 3 for each in drawn)  # three different ones at a time
+    met = Counter(str(draw) for each in drawn for draw in each)
+    assert set(met) == {
+        f"e{encoder}-d{decoder}" for encoder in ("1x6", "2x3", "3x2", "6") for decoder in ("2x3", "3x2", "6")
+    }
+    assert all(abs(count / len(places) - 1 / 4) < 0.1 for count in met.values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings", "expected"),
+    [
+        ((6, 1), {"granularities": (2, 3)}, ["e2x3-d1", "e3x2-d1"]),  # a stack without spans: the pure ones
+        ((6, 6), {"granularities": (2, 3), "encoder_granularities": ()}, ["e1x6-d2x3", "e1x6-d3x2"]),
+        ((2, 6), {"granularities": (2, 3), "decoder_granularities": (6,)}, ["e1x2-d6", "e2-d6"]),
+    ],
+)
+def test_crossed_draws_of_stacks_that_differ(layers, settings, expected):
+    draws = sampler(layers=layers, draws=("crossed",), **settings)
+    found = {str(draw) for step in range(LOCAL_STEPS, LOCAL_STEPS + 50) for draw in draws.draws(step, 0)}
+    assert sorted(found) == expected
+
+
 @pytest.mark.parametrize(
     ("draws", "words"),
     [
