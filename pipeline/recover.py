@@ -21,6 +21,7 @@ from pipeline.model import load_model
 from pipeline.rundir import RunDir, Stage
 from pipeline.scoring import References
 from pipeline.spans import Assembly
+from pipeline.tokenizer import Wording
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
 from pipeline.world import World
 
@@ -87,6 +88,7 @@ class Score:
 def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
     """Score of a checkpoint folder on validation examples, decoded as stage evaluate decodes."""
     model, tokenizer = load(folder, world.device)
+    wording = Wording(tokenizer)
     outputs: list[str] = []
     references: list[str] = []
     loss, num_tokens = 0.0, 0
@@ -96,7 +98,7 @@ def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
         sources = [ids[mask].tolist() for ids, mask in zip(batch.source_BS, batch.source_mask_BS, strict=True)]
         targets = [labels[labels != IGNORED_LABEL].tolist() for labels in batch.labels_BT]
         loss, num_tokens = loss + sum(losses_of(model, sources, targets)), num_tokens + sum(map(len, targets))
-        outputs += tokenizer.batch_decode(generate(model, sources, recipe), skip_special_tokens=True)
-        references += tokenizer.batch_decode(targets, skip_special_tokens=True)
+        outputs += wording(generate(model, sources, recipe))
+        references += wording(targets)
     metrics = References([[text] for text in references], [""] * len(references)).corpus_metrics
     return Score(metrics["bleu"].corpus_score(outputs, None).score, loss / num_tokens)

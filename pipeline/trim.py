@@ -28,7 +28,7 @@ from data_prep.publish import publishing_folder
 from pipeline.families import family_of
 from pipeline.ordinary import save_ordinary, write_settings
 from pipeline.rundir import check_empty
-from pipeline.tokenizer import load_tokenizer, save_tokenizer
+from pipeline.tokenizer import load_tokenizer, write_tokenizer
 
 MULTIPLE = 64  # of the new vocabulary's size: what matrix units like
 TEXTS_AT_ONCE = 4096
@@ -57,7 +57,7 @@ def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Pa
     if kind != "Unigram":
         raise ValueError(f"{folder} has a {kind} tokenizer: only SentencePiece unigram is trimmed")
     save_ordinary(model, temporary)
-    save_tokenizer(folder, temporary)
+    write_tokenizer(folder, temporary)
     tokenizer = json.loads((temporary / "tokenizer.json").read_text(encoding="utf-8"))
     kept = kept_ids(tokenizer, _used_ids(folder, texts), set(itertools.chain.from_iterable(texts)))
     before = (temporary / "model.safetensors").stat().st_size

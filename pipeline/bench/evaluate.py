@@ -124,8 +124,7 @@ def load_subject(root: Path, num_examples: int, num_beams: int) -> Subject:
 
 def _slices(subject: Subject) -> list[list[int]]:
     """The same batches for both sides."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(subject.run.teacher_model, local_files_only=True)
-    lengths = [len(ids) for ids in tokenize(tokenizer, subject, "source")]
+    lengths = [len(ids) for ids in tokenize(load_tokenizer(subject.run.teacher_model), subject, "source")]
     return batches_of(lengths, subject.recipe.evaluate.tokens_per_batch)
 
 
@@ -204,7 +203,7 @@ def _floor_s(subject: Subject, result: Result, device: torch.device) -> float:
     """Seconds of the matrix products alone: every weight once for each token it must see, at the speed of a large
     product measured now. Encoder layers count once for each distinct prefix, decoder layers and head once for each
     output token."""
-    sources = tokenize(transformers.AutoTokenizer.from_pretrained(subject.run.teacher_model), subject, "source")
+    sources = tokenize(load_tokenizer(subject.run.teacher_model), subject, "source")
     num_source, flops = sum(map(len, sources)), 0.0
     pool = load_pool(subject.run.teacher_model, device, subject.run.library)
     members = [subject.member(system) for system in subject.systems if system.kind in VIEWS]

@@ -15,6 +15,7 @@ import transformers
 
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, padded_rows
+from pipeline.tokenizer import load_tokenizer
 
 MAX_EXAMPLES_PER_BATCH = 256
 
@@ -22,7 +23,7 @@ MAX_EXAMPLES_PER_BATCH = 256
 def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """Model (in the dtype of its checkpoint, ready to decode) and tokenizer of a folder; never from a network."""
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval(), load_tokenizer(folder)
 
 
 def padded_sources(model: Any, sources: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

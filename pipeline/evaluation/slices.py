@@ -35,7 +35,7 @@ from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.families import FAMILIES
 from pipeline.rundir import create_once, digest_of, publish_sealed, read_json, read_sealed
 from pipeline.spans import STACKS, Assembly
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import Wording, load_tokenizer
 from pipeline.world import is_out_of_memory, release_memory
 
 TOGETHER = "assemblies"
@@ -164,6 +164,10 @@ class _Views:
     def references(self) -> list[list[int]]:
         return tokenize(self.pool.tokenizer, self.subject, "target")
 
+    @cached_property
+    def wording(self) -> Wording:
+        return Wording(self.pool.tokenizer, self.subject.reference_texts)
+
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
         members = [self._member(name) for name in names]
         sources, references = ([side[i] for i in places] for side in (self.sources, self.references))
@@ -171,7 +175,7 @@ class _Views:
         counts = [len(self.references[i]) for i in places]
         return {
             name: (
-                self.pool.tokenizer.batch_decode(each.tokens, skip_special_tokens=True),
+                self.wording(each.tokens),
                 list(zip(each.losses, counts, strict=True)),
                 sum(map(len, each.tokens)),
             )
@@ -233,13 +237,12 @@ class _Plain:
     """Decodes one folder with transformers' own generate."""
 
     def __init__(self, subject: Subject, model: Any, tokenizer: Any) -> None:
-        self.subject, self.model, self.tokenizer = subject, model, tokenizer
+        self.subject, self.model = subject, model
+        self.sources, self.references = (tokenize(tokenizer, subject, side) for side in ("source", "target"))
+        self.wording = Wording(tokenizer, subject.reference_texts)
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
-        sources, references = (
-            [ids[i] for i in places]
-            for ids in (tokenize(self.tokenizer, self.subject, side) for side in ("source", "target"))
-        )
+        sources, references = ([ids[i] for i in places] for ids in (self.sources, self.references))
         size = len(places)
         while size:
             parts = [slice(first, first + size) for first in range(0, len(places), size)]
@@ -256,8 +259,7 @@ class _Plain:
                 size //= 2
                 continue
             counts = [len(ids) for ids in references]
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            return {names[0]: (texts, list(zip(losses, counts, strict=True)), sum(map(len, tokens)))}
+            return {names[0]: (self.wording(tokens), list(zip(losses, counts, strict=True)), sum(map(len, tokens)))}
         return {}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,11 +23,11 @@ from pipeline.library import check_library
 from pipeline.rundir import RunDir, digest_of, read_json
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
+from pipeline.tokenizer import tokenizer_files
 from pipeline.weights import shapes_of
 
 VIEWS = ("teacher", "assembly", "dropped")  # kinds that are paths through teacher and library
 LAYER_KEYS = (("num_layers", "encoder_layers"), ("num_decoder_layers", "decoder_layers"))
-TOKENIZER_FILES = ("tokenizer", "spiece", "sentencepiece", "vocab")  # what their names begin with
 VOCABULARY = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
 
@@ -78,6 +80,10 @@ class Subject:
         texts = [each.get("references") or [each["target"]] for each in self.examples]
         return References(texts, [each.get("language", "") for each in self.examples])
 
+    @property
+    def reference_texts(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.references.texts)
+
     def result_paths(self, system: System) -> tuple[Path, Path]:
         """(outputs, score) of a system; the score is published last."""
         return self.folder / "outputs" / f"{system.name}.jsonl", self.folder / "scores" / f"{system.name}.json"
@@ -107,6 +113,7 @@ class Subject:
             "max_source_tokens": self.recipe.data.max_source_tokens,
             "max_target_tokens": self.recipe.data.max_target_tokens,
             "num_examples": len(self.examples),
+            "special_tokens": "kept where references hold them",
         }
         if system.kind in VIEWS:
             member = self.member(system)
@@ -172,7 +179,7 @@ def peer(text: str) -> System:
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it needs config.json and *.safetensors")
-    if not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
+    if not tokenizer_files(folder):
         raise FileNotFoundError(f"{folder} has no tokenizer: save one beside the model (tokenizer.save_pretrained)")
     if not re.fullmatch(r"\w[\w.+-]*", name := name or folder.name):
         raise ValueError(f"evaluate.folders calls a system {name!r}: use letters, digits, and . _ + - behind the first")

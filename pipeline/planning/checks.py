@@ -29,9 +29,10 @@ from pipeline.planning.planned import Planned, check_fit
 from pipeline.rundir import RunDir, Stage, left_out
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
-from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
+from pipeline.tokenizer import check_tokenizer, load_tokenizer, refuse_pointer, tokenizer_files
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
+NAMES_ALONE = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # no vocabulary in them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -148,18 +149,28 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> None:
-    load_tokenizer(tokenizer)
-    if vocabulary_size(tokenizer) > config["vocab_size"]:
+    own = check_tokenizer(tokenizer)
+    if len(own) > config["vocab_size"]:
         raise ValueError(
-            f"data.tokenizer {tokenizer} has {vocabulary_size(tokenizer)} tokens, the teacher's embedding only "
+            f"data.tokenizer {tokenizer} has {len(own)} tokens, the teacher's embedding only "
             f"{config['vocab_size']}: give the teacher's own tokenizer"
         )
+    if not set(tokenizer_files(teacher)) - NAMES_ALONE or teacher.resolve() == tokenizer.resolve():
+        return
     for name in ("spiece.model", "tokenizer.json"):
         ours, theirs = tokenizer / name, teacher / name
         if ours.is_file() and theirs.is_file():
             if sha256_of(ours) != sha256_of(theirs):
                 raise ValueError(f"{ours} is not the teacher's {theirs}: data.tokenizer must be the teacher's own")
-            return
+            break
+    vocabulary = own.get_vocab()
+    for token, number in load_tokenizer(teacher).get_vocab().items():
+        # A folder that tells less may lack the sentinels that the class adds by itself.
+        if vocabulary.get(token) != number and not token.startswith("<extra_id_"):
+            raise ValueError(
+                f"data.tokenizer {tokenizer} has no token {token!r} of id {number} as the teacher's in {teacher} does: "
+                f"it must be the teacher's own"
+            )
 
 
 def _check_granularities(recipe: Recipe, stacks: Stacks) -> None:

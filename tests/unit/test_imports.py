@@ -58,7 +58,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
     "matplotlib": "pipeline.pictures",
 }
 
-PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic
+PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic, and the tokenizer of record
     "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.processes",
     "data_prep.publish", "data_prep.reader", "data_prep.shards", "data_prep.tokenizer",
 }  # fmt: skip
