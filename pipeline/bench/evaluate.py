@@ -174,14 +174,20 @@ def _together(subject: Subject, device: torch.device, with_losses: bool = True) 
 def _one_by_one(subject: Subject, device: torch.device) -> Result:
     """The baseline: from_pretrained (sdpa) and generate for each folder, in the same batches, sorted by length; then
     the losses of the references, which ours makes as well, timed apart."""
-    result = Result()
+    result, settings = Result(), subject.recipe.evaluate
     for system in subject.systems:
         model, tokenizer = load(subject.folder_of(system), device)
         assert model.config._attn_implementation == "sdpa"
         sources, references = (tokenize(tokenizer, subject, side) for side in ("source", "target"))
         for places in _slices(subject):
             own_sources, own_references = ([side[i] for i in places] for side in (sources, references))
-            _put(result, system.name, places, generate(model, own_sources, subject.recipe), len(sources))
+            _put(
+                result,
+                system.name,
+                places,
+                generate(model, own_sources, settings.max_new_tokens, settings.num_beams),
+                len(sources),
+            )
             begin = time.perf_counter(), time.process_time()
             losses_of(model, own_sources, own_references)
             result.losses = (

@@ -52,7 +52,8 @@ def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
 
     Raises:
         FileNotFoundError: a stage before this one has not published.
-        ValueError: an empty test part, a damaged library, an example without a reference, two systems of one name.
+        ValueError: an empty test part, a damaged library, an example without a reference; and, after all else is
+            scored, a folder of evaluate.folders that cannot be.
     """
     started_at, world = time.time(), world or World.from_environment()
     for library in ("sacrebleu", "transformers", "absl"):
@@ -71,6 +72,8 @@ def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
     write_atomic(run.scores, csv_text(rows))
     for leftover in ("claims", "units"):
         shutil.rmtree(subject.folder / leftover, ignore_errors=True)
+    if subject.refused:
+        raise ValueError(f"{'; '.join(subject.refused)} (the scores of all others are in {run.scores})")
     results = [path for system in subject.systems for path in subject.result_paths(system) if path.is_file()]
     stage.publish([run.scores, subject.folder / "costs.json", *results], started_at=started_at)
     teacher = next(row for row in rows if row["kind"] == "teacher")
@@ -150,6 +153,7 @@ def score_system(subject: Subject, system: System, plan: DecodingPlan, device: t
     score |= {
         "quality": quality_of(subject.references, outputs, losses),
         "num_tokens": num_tokens,
+        "note": subject.note(system),
         "num_empty": sum(not output.strip() for output in outputs),
         "outputs_sha256": hashlib.sha256(content.encode()).hexdigest(),
     }
@@ -164,6 +168,8 @@ def _warn(scores: dict[str, dict[str, Any]]) -> None:
             print(f"warning: {name} is left out: {score['failed']}", file=sys.stderr)
         elif score["num_empty"] == score["quality"]["num_examples"]:
             print(f"warning: all outputs of {name} are empty: its scores say only that", file=sys.stderr)
+        if score.get("note"):
+            print(f"warning: {name} {score['note']}", file=sys.stderr)
 
 
 def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
@@ -191,7 +197,8 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
         typical=(sources[middle], targets[middle]),
         num_beams=settings.num_beams,
     )
-    found = costs({system.name: subject.folder_of(system) for system in systems}, sample, world.device)
+    peers = {system.name for system in systems if system.kind == "peer"}
+    found = costs({system.name: subject.folder_of(system) for system in systems}, sample, world.device, peers)
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
 
@@ -218,6 +225,7 @@ def table_of(
             "assembly": system.assembly,
             "requests": "; ".join(f"{preset} {ratio:g}" for preset, ratio in system.requests),
             "failed": score.get("failed", ""),
+            "note": score.get("note", ""),
             "encoder_layers": system.num_encoder_layers,
             "decoder_layers": system.num_decoder_layers,
             "ratio_layers": float(system.ratio_layers),

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import AutoConfig
 
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from pipeline.assemble import requested_assemblies
+from pipeline.assemble import assembly_to_recover, baselines_of, requested_assemblies
 from pipeline.config import Recipe
-from pipeline.evaluation import peer
+from pipeline.decoding import generation_settings, refuse_unknown
+from pipeline.evaluation import read_peers
 from pipeline.families import family_of
 from pipeline.footprint import AUTO, read_ds_config
 from pipeline.model import check_lengths
@@ -42,16 +44,20 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     Raises:
         ValueError, FileNotFoundError, PermissionError: the first mistake found.
     """
+    transformers.utils.logging.set_verbosity_error()  # what it says of settings that are refused below
     _check_ranks(recipe)
     _check_run_directory(run)
     _check_parts(recipe)
-    for folder in recipe.evaluate.folders:
-        peer(folder)
+    for refusal in read_peers(recipe.evaluate.folders)[1]:
+        raise ValueError(refusal)
     if recipe.teacher.folder:
         _check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
     _check_granularities(recipe, planned.stacks)
     requested_assemblies(recipe, planned.stacks)
+    baselines_of(recipe, planned.stacks)
+    if recipe.recover.assembly:
+        assembly_to_recover(recipe, planned.stacks)
     _check_budgets(planned)
     _check_stages(recipe, run, extend)
     check_disk(planned, run)
@@ -120,6 +126,7 @@ def _check_teacher(recipe: Recipe, folder: Path) -> None:
     _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
     check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
     check_fit(Planned.of(recipe), folder)
+    refuse_unknown(generation_settings(folder), folder)
 
 
 def _read_model_config(folder: Path) -> dict[str, Any]:
