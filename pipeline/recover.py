@@ -19,7 +19,7 @@ from pipeline.data import IGNORED_LABEL, evaluation_batches
 from pipeline.decoding import generate, load, losses_of
 from pipeline.model import load_model
 from pipeline.rundir import RunDir, Stage
-from pipeline.scoring import References
+from pipeline.scoring import bleu
 from pipeline.tokenizer import Wording
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
 from pipeline.world import World
@@ -94,5 +94,4 @@ def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
         loss, num_tokens = loss + sum(losses_of(model, sources, targets)), num_tokens + sum(map(len, targets))
         outputs += wording(generate(model, sources, recipe.evaluate.max_new_tokens, recipe.evaluate.num_beams))
         references += wording(targets)
-    metrics = References([[text] for text in references], [""] * len(references)).corpus_metrics
-    return Score(metrics["bleu"].corpus_score(outputs, None).score, loss / num_tokens)
+    return Score(bleu(outputs, references, recipe.evaluate.bleu_tokenizer), loss / num_tokens)

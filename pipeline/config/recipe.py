@@ -16,6 +16,7 @@ from pipeline.spans import PRESETS, Stacks
 
 SEARCHED = "searched"
 SAMPLED, COARSEST, PURE = "sampled", "coarsest", "pure"
+BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200", "spm", "none")
 SAMPLERS = (
     "stratified",
     "uniform",
@@ -316,6 +317,12 @@ class EvaluateConfig(Settings):
     """Beams of beam search; 1 is greedy decoding."""
     folders: tuple[str, ...] = identity(())
     """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
+    bleu_tokenizer: str = identity("auto", before="13a", choices=BLEU_TOKENIZERS)
+    """What BLEU takes for words, by sacreBLEU's name: 13a (cut at spaces and signs), zh, ja-mecab, ko-mecab, char,
+    flores200 and others; ja-mecab and ko-mecab need packages. auto goes by the language of the records, or by the
+    script of the references; without the packages it takes char for Japanese and 13a for Korean."""
+    same_source: str = identity("examples", before="examples", choices=("examples", "references"))
+    """What test records are that have the same source: examples of their own, or further references of the first."""
     tokens_per_batch: int = operational(8192, low=1)
     """Largest padded size of a decoding batch, in tokens."""
     latency_examples: int = operational(20, low=1)

@@ -94,8 +94,8 @@ def refuse_unknown(config: transformers.GenerationConfig, folder: Path) -> None:
     )
     if unknown:
         raise ValueError(
-            f"{folder / GENERATION} has {', '.join(unknown)}, which decoding here does not carry: give a copy of the model "
-            f"without {'it' if len(unknown) == 1 else 'them'} as teacher.folder"
+            f"{folder / GENERATION} has {', '.join(unknown)}, which decoding here does not carry: give a copy of "
+            f"the model without {'it' if len(unknown) == 1 else 'them'} as teacher.folder"
         )
 
 

@@ -22,6 +22,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
     scores = score_systems(subject, world)
     if not world.is_main:
         return
-    _warn(scores)
+    _warn(scores, subject.references.warning)
     measured = measure_costs(subject, scores, world)
     rows = table_of(subject, scores, measured)
     write_atomic(run.scores, csv_text(rows))
@@ -102,14 +103,16 @@ def score_systems(subject: Subject, world: World) -> dict[str, dict[str, Any]]:
         )
     if not all(read_unit(plan, *unit) for unit in plan.units):
         return scores  # others still decode, and will score
-    work_off(
-        subject.folder / "claims",
-        missing,
-        name=lambda system: f"score.{system.name}",
-        is_done=lambda system: read_score(subject, system) is not None,
-        do=lambda system, beat: score_system(subject, system, plan, world.device),
-        wait=world.is_main,
-    )
+    with tqdm(total=len(missing), desc="score", unit="system", disable=None if world.is_main else True) as bar:
+        work_off(
+            subject.folder / "claims",
+            missing,
+            name=lambda system: f"score.{system.name}",
+            is_done=lambda system: read_score(subject, system) is not None,
+            do=lambda system, beat: score_system(subject, system, plan, world.device, beat),
+            wait=world.is_main,
+            progress=bar.update,
+        )
     return {system.name: score for system in subject.systems if (score := read_score(subject, system))}
 
 
@@ -124,7 +127,9 @@ def read_score(subject: Subject, system: System) -> dict[str, Any] | None:
     return score if outputs_path.is_file() and sha256_of(outputs_path) == score["outputs_sha256"] else None
 
 
-def score_system(subject: Subject, system: System, plan: DecodingPlan, device: torch.device) -> None:
+def score_system(
+    subject: Subject, system: System, plan: DecodingPlan, device: torch.device, beat: Callable[[], None]
+) -> None:
     """Put a system's slices together, score it and publish the result, outputs first."""
     merged = merge(plan, system.name, len(subject.examples))
     outputs_path, score_path = subject.result_paths(system)
@@ -151,7 +156,7 @@ def score_system(subject: Subject, system: System, plan: DecodingPlan, device: t
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     score |= {
-        "quality": quality_of(subject.references, outputs, losses),
+        "quality": quality_of(subject.references, outputs, losses, beat),
         "num_tokens": num_tokens,
         "note": subject.note(system),
         "num_empty": sum(not output.strip() for output in outputs),
@@ -161,8 +166,10 @@ def score_system(subject: Subject, system: System, plan: DecodingPlan, device: t
     publish_sealed(score_path, score)
 
 
-def _warn(scores: dict[str, dict[str, Any]]) -> None:
-    """One line on standard error for each system whose scores mean nothing."""
+def _warn(scores: dict[str, dict[str, Any]], of_all: str) -> None:
+    """One line on standard error for each system whose scores mean nothing, or for all of them."""
+    if of_all:
+        print(f"warning: {of_all}", file=sys.stderr)
     for name, score in scores.items():
         if "failed" in score:
             print(f"warning: {name} is left out: {score['failed']}", file=sys.stderr)

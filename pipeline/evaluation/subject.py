@@ -55,8 +55,12 @@ class Subject:
         _check_systems(systems, run)
         peers, refused = read_peers(recipe.evaluate.folders)
         with open(test, encoding="utf-8") as file:
-            lines = [line for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
-        examples = [_example(line, f"line {place} of {test}") for place, line in enumerate(lines, start=1)]
+            found: Iterator[dict[str, Any]] = (
+                _example(line, f"line {place} of {test}") for place, line in enumerate(file, start=1)
+            )
+            if recipe.evaluate.same_source == "references":
+                found = iter(_by_source(found))
+            examples = list(itertools.islice(found, recipe.evaluate.max_examples))
         if not examples:
             raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
         return Subject(recipe, run, [*systems, *peers], examples, sha256_of(test), tuple(refused))
@@ -75,7 +79,8 @@ class Subject:
     @cached_property
     def references(self) -> References:
         texts = [each.get("references") or [each["target"]] for each in self.examples]
-        return References(texts, [each.get("language", "") for each in self.examples])
+        languages = [each.get("language", "") for each in self.examples]
+        return References(texts, languages, self.recipe.evaluate.bleu_tokenizer)
 
     @property
     def reference_texts(self) -> Iterator[str]:
@@ -131,6 +136,7 @@ class Subject:
             "max_source_tokens": self.recipe.data.max_source_tokens,
             "max_target_tokens": self.recipe.data.max_target_tokens,
             "num_examples": len(self.examples),
+            "same_source": settings.same_source,
             "special_tokens": "kept where references hold them",
         }
         if system.kind in VIEWS:
@@ -140,7 +146,7 @@ class Subject:
             weights |= {"modular": self._weights["modular_sha256"]} if has_modular else {}
         else:
             weights = {"folder": digest_of(folder_hashes(self.folder_of(system)))}
-        return {"weights": weights, "test": self.test_sha256, "decoding": decoding}
+        return {"weights": weights, "test": self.test_sha256, "decoding": decoding, "scoring": self.references.how}
 
 
 def _check_systems(systems: list[System], run: RunDir) -> None:
@@ -168,6 +174,16 @@ def _example(line: str, where: str) -> dict[str, Any]:
             f'{where} ({example["id"]}) has no reference: give a "target", or "references" as a list of texts'
         )
     return example
+
+
+def _by_source(examples: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One example for each source (and language), with the references of all that have it."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in examples:
+        texts = each.get("references") or [each["target"]]
+        first = found.setdefault((each["source"], each.get("language", "")), {**each, "references": []})
+        first["references"] += [text for text in texts if text not in first["references"]]
+    return list(found.values())
 
 
 @cache

@@ -29,6 +29,7 @@ from pipeline.model import check_lengths
 from pipeline.planning.disk import check_disk
 from pipeline.planning.planned import Planned, check_fit
 from pipeline.rundir import RunDir, Stage, left_out
+from pipeline.scoring import check_bleu_tokenizer
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
 from pipeline.tokenizer import check_tokenizer, load_tokenizer, refuse_pointer, tokenizer_files
@@ -48,6 +49,7 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     _check_ranks(recipe)
     _check_run_directory(run)
     _check_parts(recipe)
+    check_bleu_tokenizer(recipe.evaluate.bleu_tokenizer)
     for refusal in read_peers(recipe.evaluate.folders)[1]:
         raise ValueError(refusal)
     if recipe.teacher.folder:

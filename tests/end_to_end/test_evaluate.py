@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BartForConditionalGeneration, PegasusForConditionalGeneration, T5Tokenizer
 
 from data_prep.publish import sha256_of
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import EvaluateConfig, Recipe
+from pipeline.evaluation.subject import Subject
 from pipeline.library import export as library
 from pipeline.report.stage import report
 from pipeline.rundir.run_dir import RunDir
+from pipeline.scoring import quality_of
 from tests.evaluated import (
     NUM_EXAMPLES,
     NUM_NEW_TOKENS,
@@ -354,6 +356,29 @@ def test_what_runs_out_of_memory_is_marked_and_the_others_go_on(finished: Path, 
     assert rows["large"]["failed"] == "out of memory"
     assert rows["large"]["bleu"] == rows["large"]["percent_of_teacher"] == ""
     assert [row for name, row in rows.items() if name != "large"] == table(finished)
+
+
+def test_rows_of_one_source_are_references_of_one_example(inputs: Path, tmp_path: Path) -> None:
+    """Where the recipe says so; the limit counts examples, and results know one from the other."""
+    root = tmp_path / "run"
+    shutil.copytree(inputs, root)
+    edit_examples(
+        root,
+        lambda records: [
+            {"id": f"{i}.{k}", "source": f"one {i}", "target": f"two {i} {k % 2}"} for i in range(6) for k in range(3)
+        ],
+    )
+    loaded = [
+        Subject.load(Recipe(evaluate=EvaluateConfig(max_examples=4, same_source=each)), RunDir(root))
+        for each in ("examples", "references")
+    ]
+    apart, together = loaded
+    assert [each["id"] for each in apart.examples] == ["0.0", "0.1", "0.2", "1.0"]
+    assert [each["id"] for each in together.examples] == ["0.0", "1.0", "2.0", "3.0"]
+    assert together.references.texts == [[f"two {i} 0", f"two {i} 1"] for i in range(4)]
+    assert quality_of(together.references, [f"two {i} 1" for i in range(4)], [])["exact_match"] == 100.0
+    keys = [each.key(each.teacher) for each in loaded]
+    assert keys[0] != keys[1]
 
 
 def test_missing_stages_are_named(inputs: Path, tmp_path: Path) -> None:

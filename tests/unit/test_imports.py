@@ -30,7 +30,8 @@ ORDER = (  # a room imports only rooms that stand before it
     "data_prep.verify", "data_prep.stats", "data_prep.__main__",
     # what is told, counted and kept, without a model
     "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
-    "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scoring", "pipeline.curves", "pipeline.pictures",
+    "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scripts", "pipeline.scoring", "pipeline.curves",
+    "pipeline.pictures",
     # teacher and modular layers, trained
     "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.model", "pipeline.checkpoints",
     "pipeline.footprint", "pipeline.training",
