@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 
 from pipeline.data import IGNORED_LABEL, padded_rows
+from pipeline.pretrained import model_of
 from pipeline.tokenizer import load_tokenizer
 
 MAX_EXAMPLES_PER_BATCH = 256
@@ -21,11 +21,7 @@ MAX_EXAMPLES_PER_BATCH = 256
 
 def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """Model (in the dtype of its checkpoint, ready to decode) and tokenizer of a folder; never from a network."""
-    model, found = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True
-    )
-    if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
-        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
+    model: Any = model_of(folder)
     return model.to(device).eval(), load_tokenizer(folder)
 
 

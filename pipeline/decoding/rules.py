@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.pretrained import config_of
+
 GENERATION = "generation_config.json"
 # settings of a generation config that Rules carry; anything else leaves the checkpoint to transformers' own generate
 UNDERSTOOD = {
@@ -74,8 +76,7 @@ def generation_settings(folder: Path) -> transformers.GenerationConfig:
     try:
         if (folder / GENERATION).is_file():
             return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        return transformers.GenerationConfig.from_model_config(config)
+        return transformers.GenerationConfig.from_model_config(config_of(folder))
     except Exception as error:  # settings that do not fit their class raise any kind
         raise ValueError(f"{folder / GENERATION} cannot be read ({' '.join(str(error).split())})") from error
 

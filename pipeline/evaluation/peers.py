@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from pipeline.assemble import System
 from pipeline.decoding import generation_settings
 from pipeline.families import FAMILIES, family_of
 from pipeline.ordinary import check_shapes
+from pipeline.pretrained import config_of
 from pipeline.spans import Assembly
 from pipeline.tokenizer import check_tokenizer, tokenizer_files
 from pipeline.weights import shapes_of
@@ -95,8 +96,8 @@ def _is_own_name(name: str) -> bool:
 
 def _check_model(folder: Path, shapes: dict[str, list[int]]) -> Any:
     """The settings of a folder whose model and tokenizer go together; its weights are not read."""
+    config = config_of(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model: Any = AutoModelForSeq2SeqLM.from_config(config)
     except Exception as error:  # settings that do not fit their class raise any kind

@@ -11,14 +11,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
 from pipeline.evaluation.peers import most_positions, read_peers
 from pipeline.library import check_library
+from pipeline.pretrained import config_of
 from pipeline.rundir import RunDir, digest_of, read_json
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
@@ -99,7 +98,7 @@ class Subject:
         data, settings = self.recipe.data, self.recipe.evaluate
         source, target = None, None
         if system.kind == "peer":
-            source, target = most_positions(AutoConfig.from_pretrained(self.folder_of(system), local_files_only=True))
+            source, target = most_positions(config_of(self.folder_of(system)))
         return (
             min(data.max_source_tokens, source or data.max_source_tokens),
             min(data.max_target_tokens, target or data.max_target_tokens),

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import AutoConfig
 
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
@@ -28,6 +27,7 @@ from pipeline.footprint import AUTO, read_ds_config
 from pipeline.model import check_lengths
 from pipeline.planning.disk import check_disk
 from pipeline.planning.planned import Planned, check_fit
+from pipeline.pretrained import config_of, settings_of
 from pipeline.rundir import RunDir, Stage, left_out
 from pipeline.scoring import check_bleu_tokenizer
 from pipeline.search import check_budgets
@@ -126,7 +126,7 @@ def _check_teacher(recipe: Recipe, folder: Path) -> None:
     config = _read_model_config(folder)
     _check_weights(folder)
     _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
-    check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
+    check_lengths(config_of(folder), recipe)
     check_fit(Planned.of(recipe), folder)
     refuse_unknown(generation_settings(folder), folder)
 
@@ -135,13 +135,11 @@ def _read_model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the settings of a Hugging Face model ({type(error).__name__})") from error
+    config = settings_of(folder)
+    needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
+    config_of(folder)
     return config
 
 

@@ -189,6 +189,10 @@ BEFORE_ANY_WORK = {
     "weights of another width": Mistake("but config.json says", break_it=edit("teacher/config.json", d_model=32)),
     "settings cut": Mistake("lacks num_layers, d_model", break_it=text("teacher/config.json",
                                                                    '{"model_type": "t5", "vocab_size": 48}')),
+    "settings with a word for a number": Mistake(
+        "teacher/config.json does not fit its model type (Validation error for field 'd_kv'",
+        break_it=edit("teacher/config.json", d_kv="4"),
+    ),
     "weights cut": Mistake("fetch it again", break_it=lambda: os.truncate(next(Path("teacher").glob("model-*")), 9000)),
     "tokenizer of git lfs": Mistake("is a pointer of Git LFS", break_it=text("teacher/spiece.model", LFS)),
     "tokenizer damaged": Mistake("(spiece.model) cannot be read", break_it=text("teacher/spiece.model", "hello")),
@@ -227,7 +231,7 @@ BEFORE_ANY_WORK = {
         peer(lambda folder: edit(str(folder / "config.json"), model_type="gpt2")()),
     ),
     "peer with settings that do not fit": Mistake(
-        "config.json is of no encoder-decoder (Validation error for field 'd_kv'", "--evaluate.folders [p=peer]",
+        "config.json does not fit its model type (Validation error for field 'd_kv'", "--evaluate.folders [p=peer]",
         peer(lambda folder: edit(str(folder / "config.json"), d_kv="four")()),
     ),
     "peer without a layer's weights": Mistake(

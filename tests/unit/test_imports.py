@@ -33,8 +33,8 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scripts", "pipeline.scoring", "pipeline.curves",
     "pipeline.pictures",
     # teacher and modular layers, trained
-    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.model", "pipeline.checkpoints",
-    "pipeline.footprint", "pipeline.training",
+    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.pretrained", "pipeline.model",
+    "pipeline.checkpoints", "pipeline.footprint", "pipeline.training",
     # the product and what is made of it
     "pipeline.library", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation", "pipeline.search",
     "pipeline.report",
