@@ -254,6 +254,10 @@ BEFORE_ANY_WORK = {
             edit(str(folder / "config.json"), decoder_start_token_id=None)(),
         )),
     ),
+    "tokenizer of BLEU": Mistake(
+        "evaluate.bleu_tokenizer is ko-mecab, which cannot be made here", "--evaluate.bleu_tokenizer ko-mecab",
+        lambda: sys.modules.update({"mecab_ko": None}),
+    ),
     "other model": Mistake("nowhere is not a Hugging Face folder", "--evaluate.folders [nowhere]"),
     "ds_config not json": Mistake(
         "ds.json is not valid JSON", "--distill.loop.ds_config ds.json", text("ds.json", "{")
