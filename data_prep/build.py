@@ -293,7 +293,8 @@ def _publish_test_text(out: Path, plan: Plan, sidecars: list[dict[str, Any]]) ->
         dropped = {number for numbers in sidecar["dropped"].values() for number in numbers}
         for number, record in enumerate(reader.records(unit)):
             if number not in dropped and record is not None:
-                rows.append({"id": record.id, "source": record.source, "target": record.target})
+                row: dict[str, Any] = {"id": record.id, "source": record.source, "target": record.target}
+                rows.append(row | ({"references": [record.target, *record.others]} if record.others else {}))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     publish_bytes(out / TEST_TEXT, text.encode())
 

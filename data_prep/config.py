@@ -131,7 +131,8 @@ class SetConfig(Settings):
     """Field with the input text; a dotted path reads nested objects (translation.en)."""
 
     target_field: str = identity("target")
-    """Field with the output text; a dotted path reads nested objects (translation.de)."""
+    """Field with the output text; a dotted path reads nested objects (translation.de). In validation and test it may
+    hold a list of texts: they are references of one example, the first of which is the target."""
 
     quotes: str = identity("auto", before="cells", choices=("auto", "cells", "text"))
     """What quotes mean in CSV and TSV: "cells", a program put cells in them; "text", they are characters of the texts;
@@ -195,7 +196,8 @@ class DataConfig(Settings):
     """Field with the input text; a dotted path reads nested objects (translation.en)."""
 
     target_field: str = identity("target")
-    """Field with the output text; a dotted path reads nested objects (translation.de)."""
+    """Field with the output text; a dotted path reads nested objects (translation.de). In validation and test it may
+    hold a list of texts: they are references of one example, the first of which is the target."""
 
     quotes: str = identity("auto", before="cells", choices=("auto", "cells", "text"))
     """What quotes mean in CSV and TSV: "cells", a program put cells in them; "text", they are characters of the texts;

@@ -113,7 +113,13 @@ class RecordReader:
         count = 0
         for place, row in self._open[1].rows(piece):
             default_id = f"{before}/{unit.first + count}"
-            yield None if row is None else fields.record(row, place, default_id)
+            record = None if row is None else fields.record(row, place, default_id)
+            if record is not None and record.others and unit.split == "train":
+                raise ValueError(
+                    f"{place}: field {config.target_field!r} holds {1 + len(record.others)} texts; training takes one "
+                    f"target a record: write a record for each"
+                )
+            yield record
             count += 1
         if count != unit.stop - unit.start:
             raise ValueError(f"{self._plan.inputs[unit.input].path}: changed since the plan was made")

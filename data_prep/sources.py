@@ -129,6 +129,8 @@ class Record:
     target: str
     null: str = ""
     """The side that is null instead of a text, if one is."""
+    others: tuple[str, ...] = ()
+    """Further references, where the target field holds a list."""
 
 
 class Fields:
@@ -144,12 +146,15 @@ class Fields:
         An empty source stays empty, so that a prefix alone is not taken for a text.
         """
         source = _text(self._source, "source_field", row, place)
-        target = "" if self._target is None else _text(self._target, "target_field", row, place)
+        target: str | None = ""
+        others: tuple[str, ...] = ()
+        if self._target is not None:
+            target, others = _references(self._target, row, place)
         if source is None or target is None:
             return Record(_id(row, place, default_id), source or "", target or "", "target" if source else "source")
         if source.strip() and self._prefix:
             source = "".join(part if isinstance(part, str) else part(row, place) for part in self._prefix) + source
-        return Record(_id(row, place, default_id), source, target)
+        return Record(_id(row, place, default_id), source, target, others=others)
 
 
 def _id(row: Row, place: str, default_id: str) -> str:
@@ -182,8 +187,22 @@ def _in_prefix(field: str, row: Row, place: str) -> str:
     return text
 
 
+def _references(dotted: str, row: Row, place: str) -> tuple[str | None, tuple[str, ...]]:
+    """(text of the target field, the others where it holds a list of texts); blank ones of a list do not count."""
+    value = _value(dotted, "target_field", row, place)
+    if not isinstance(value, list | tuple):
+        return _checked(value, dotted, "target_field", place), ()
+    texts = [text for each in value if (text := _checked(each, dotted, "target_field", place)) and text.strip()]
+    return (texts[0], tuple(texts[1:])) if texts else (None, ())
+
+
 def _text(dotted: str, setting: str, row: Row, place: str) -> str | None:
     """The text of a field; None where it or what holds it is null."""
+    return _checked(_value(dotted, setting, row, place), dotted, setting, place)
+
+
+def _value(dotted: str, setting: str, row: Row, place: str) -> Any:
+    """What a field holds; None where it or what holds it is null."""
     value: Any = row
     for name in dotted.split("."):
         if value is None:
@@ -192,6 +211,10 @@ def _text(dotted: str, setting: str, row: Row, place: str) -> str | None:
             present = ", ".join(_leaves(row)) or "none"
             raise ValueError(f"{place}: no field {dotted!r}; present: {present}; set data.{setting}")
         value = value[name]
+    return value
+
+
+def _checked(value: Any, dotted: str, setting: str, place: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):

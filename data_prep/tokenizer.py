@@ -134,8 +134,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
     Raises:
         ValueError: it cannot be read, has no padding or end-of-sequence token, or does not end a text with the latter.
     """
-    tokenizer = load_tokenizer(source)
-    _refuse_unfit(source, tokenizer)
+    tokenizer = check_tokenizer(source)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -163,7 +162,9 @@ def write_tokenizer(source: Path, target: Path) -> None:
     raise ValueError(f"{source}: its tokenizer does not survive being saved and loaded; give another data.tokenizer")
 
 
-def _refuse_unfit(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, fit for a seq2seq model; raises what `write_tokenizer` does."""
+    tokenizer = load_tokenizer(source)
     for kind in ("pad", "eos"):
         if getattr(tokenizer, f"{kind}_token_id") is None:
             raise ValueError(
@@ -176,6 +177,7 @@ def _refuse_unfit(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{source}: the tokenizer does not end a text with its end-of-sequence token {tokenizer.eos_token!r} (it "
             f"gives {ids} for 'a'): use the tokenizer of a seq2seq model"
         )
+    return tokenizer
 
 
 def _content(token: str | dict[str, Any]) -> str:

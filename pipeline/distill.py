@@ -32,7 +32,7 @@ from pipeline.model import (
 from pipeline.rundir import Stage
 from pipeline.scoring import bleu
 from pipeline.spans import Assembly, Stacks
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import Wording, load_tokenizer
 from pipeline.training import Task, Trainer, Translation, Watchdog, begin_stage
 from pipeline.world import World
 
@@ -50,7 +50,9 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
     task = replace(
         task,
         product=product_of(model, run, settings),
-        translation=translation(model, settings, run.tokenizer) if settings.loop.validation_bleu_examples else None,
+        translation=translation(model, settings, run.tokenizer, recipe.evaluate.bleu_tokenizer)
+        if settings.loop.validation_bleu_examples
+        else None,
     )
     trainer = Trainer(
         task,
@@ -108,12 +110,15 @@ def followed(stacks: Stacks, settings: DistillConfig) -> dict[str, Assembly]:
     return {"teacher": stacks.teacher()} | {str(assembly): assembly for assembly in [pure[0], *half, *pure[1:]]}
 
 
-def translation(model: ModularModel, settings: DistillConfig, tokenizer_folder: Path) -> Translation:
+def translation(
+    model: ModularModel, settings: DistillConfig, tokenizer_folder: Path, bleu_tokenizer: str
+) -> Translation:
     """A small BLEU of the teacher, the finest, a 2x and the coarsest of the assemblies that are followed."""
     tokenizer: Any = load_tokenizer(tokenizer_folder)
+    wording = Wording(tokenizer)
 
     def score(outputs: Sequence[list[int]], references: Sequence[list[int]]) -> float:
-        return bleu(*(tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (outputs, references)))
+        return bleu(wording(outputs), wording(references), bleu_tokenizer)
 
     assemblies = followed(model.stacks, settings)
     ratios = {name: assembly.ratio_of_layers for name, assembly in assemblies.items()}

@@ -37,6 +37,7 @@ from pipeline.evaluation import decode_in_memory, folder_hashes
 from pipeline.rundir import RunDir, digest_of, publish_sealed, read_sealed, work_off
 from pipeline.scoring import chrf
 from pipeline.spans import STACKS
+from pipeline.tokenizer import Wording
 from pipeline.world import World
 
 UNIT_EXAMPLES = 1024
@@ -133,6 +134,10 @@ class _Labelling:
         return pool
 
     @cached_property
+    def _wording(self) -> Wording:
+        return Wording(self._pool.tokenizer)
+
+    @cached_property
     def _rules(self) -> Rules:
         return rules_of(self._pool.model, self._recipe.data.max_target_tokens, self._rule.num_beams)
 
@@ -159,9 +164,8 @@ class _Labelling:
     ) -> dict[str, Any]:
         """What is kept of a unit as rows of the file, and how much is left out for which reason."""
         tokenizer, eos_ids = self._pool.tokenizer, self._rules.eos_ids
-        source_texts, texts, reference_texts = (
-            tokenizer.batch_decode(side, skip_special_tokens=True)
-            for side in (sources, [tokens or [] for tokens in outputs], references)
+        source_texts, texts, reference_texts = map(
+            self._wording, (sources, [tokens or [] for tokens in outputs], references)
         )
         again = tokenizer(source_texts).input_ids
         rows, dropped = [], Counter[str]()

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.publish import fsync_folder
-from pipeline.assemble import Parts, check_granularities, stacks_of, write_checkpoint
+from pipeline.assemble import Parts, assembly_to_recover, check_granularities, stacks_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
 from pipeline.decoding import generate, load, losses_of
 from pipeline.model import load_model
 from pipeline.rundir import RunDir, Stage
-from pipeline.scoring import References
-from pipeline.spans import Assembly
+from pipeline.scoring import bleu
+from pipeline.tokenizer import Wording
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
 from pipeline.world import World
 
@@ -33,13 +33,8 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
     """
     started_at, run = time.time(), stage.run
     settings = recipe.recover
-    if not settings.assembly:
-        raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
-    if settings.optim.num_steps == 0:
-        raise ValueError("recover.optim.num_steps is 0: there would be nothing to compare")
-    assembly = Assembly.parse(settings.assembly)
+    assembly = assembly_to_recover(recipe, stacks_of(recipe, run))
     check_granularities(recipe, run)
-    stacks_of(recipe, run).refuse_misfit(assembly)
     if begin_stage(stage, world, extend=extend):
         return
     start, tuned = stage.folder / "start", stage.folder / "tuned"
@@ -87,6 +82,7 @@ class Score:
 def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
     """Score of a checkpoint folder on validation examples, decoded as stage evaluate decodes."""
     model, tokenizer = load(folder, world.device)
+    wording = Wording(tokenizer)
     outputs: list[str] = []
     references: list[str] = []
     loss, num_tokens = 0.0, 0
@@ -96,7 +92,6 @@ def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
         sources = [ids[mask].tolist() for ids, mask in zip(batch.source_BS, batch.source_mask_BS, strict=True)]
         targets = [labels[labels != IGNORED_LABEL].tolist() for labels in batch.labels_BT]
         loss, num_tokens = loss + sum(losses_of(model, sources, targets)), num_tokens + sum(map(len, targets))
-        outputs += tokenizer.batch_decode(generate(model, sources, recipe), skip_special_tokens=True)
-        references += tokenizer.batch_decode(targets, skip_special_tokens=True)
-    metrics = References([[text] for text in references], [""] * len(references)).corpus_metrics
-    return Score(metrics["bleu"].corpus_score(outputs, None).score, loss / num_tokens)
+        outputs += wording(generate(model, sources, recipe.evaluate.max_new_tokens, recipe.evaluate.num_beams))
+        references += wording(targets)
+    return Score(bleu(outputs, references, recipe.evaluate.bleu_tokenizer), loss / num_tokens)

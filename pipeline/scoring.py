@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
+
+from pipeline.scripts import WITHOUT_SPACES, tokenizer_of, words_of
 
 METRICS = {  # name: what it is called
     "bleu": "BLEU",
@@ -30,9 +33,35 @@ NUM_BOOTSTRAP = 200
 NUM_PAIRED = 1000
 SEED = 12345
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-ROUGE_VARIANT = (
-    f"F1, mean over examples, no stemming, default tokenizer (a-z, 0-9), rouge-score {version('rouge-score')}"
-)
+ROUGE_WORDS = ("a-z, 0-9", "letters and digits of every script, alone where a script has no spaces")
+ACCENTED = 0.005  # share of letters beyond a-z from which on rouge-score's own tokenizer would cut words to pieces
+LONG_PAIR = 100 * 100  # words of output x reference; TER's search for shifts takes seconds for more
+_FALLBACKS = {"ja-mecab": "char", "ko-mecab": "13a"}  # where the packages are not installed
+_AT_SPACES = ("13a", "intl", "none")
+
+
+def check_bleu_tokenizer(name: str) -> None:
+    """Refuse a tokenizer of sacreBLEU that cannot be made here.
+
+    Raises:
+        ValueError: a package or a file that it needs is missing.
+    """
+    if name == "auto":
+        return
+    try:
+        BLEU(tokenize=name)
+    except Exception as error:  # of packages, files and networks
+        reason = " ".join(str(error).split())
+        raise ValueError(f"evaluate.bleu_tokenizer is {name}, which cannot be made here ({reason})") from error
+
+
+@cache
+def _can_make(name: str) -> bool:
+    try:
+        check_bleu_tokenizer(name)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -43,7 +72,39 @@ class References:
     """For each example one reference or several."""
     languages: Sequence[str]
     """For each example its language; empty where the data has none."""
+    tokenizer: str = "auto"
+    """BLEU's, by sacreBLEU's name; "auto" goes by languages and scripts."""
     _of_language: dict[str, References] = field(default_factory=dict)
+
+    @cached_property
+    def bleu_tokenizer(self) -> str:
+        if self.tokenizer != "auto":
+            return self.tokenizer
+        languages = self.languages or [""] * len(self.texts)
+        name = Counter(map(tokenizer_of, self.texts, languages)).most_common(1)[0][0]
+        return name if _can_make(name) else _FALLBACKS[name]
+
+    @property
+    def warning(self) -> str:
+        """Why BLEU says little of these references; empty where nothing is known against it."""
+        lone = sum(len(text.split()) == 1 and len(WITHOUT_SPACES.findall(text)) > 3 for text, *_ in self.texts)
+        if self.bleu_tokenizer not in _AT_SPACES or 4 * lone < len(self.texts):
+            return ""
+        return (
+            f"BLEU's tokenizer {self.bleu_tokenizer} sees one word in {lone} of {len(self.texts)} references: set "
+            f"evaluate.bleu_tokenizer to zh, ja-mecab, char or flores200"
+        )
+
+    @cached_property
+    def rouge_words(self) -> str:
+        """What ROUGE counts, of ROUGE_WORDS: as published where the references are written with a-z."""
+        letters = [each for texts in self.texts for text in texts for each in text if each.isalpha()]
+        return ROUGE_WORDS[sum(not each.isascii() for each in letters) > ACCENTED * len(letters)]
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What scores depend on beside outputs and references."""
+        return {"bleu": self.bleu_tokenizer, "rouge": self.rouge_words, "ter": f"no shifts beyond {LONG_PAIR}"}
 
     @cached_property
     def streams(self) -> list[list[Any]]:
@@ -54,19 +115,23 @@ class References:
     @cached_property
     def corpus_metrics(self) -> dict[str, Any]:
         """sacreBLEU's metrics, holding what they need of the references."""
-        classes: dict[str, Any] = {"bleu": _Bleu, "chrf": _Chrf, "ter": _Ter}
-        return {name: metric(references=self.streams) for name, metric in classes.items()}
+        spaced = self.bleu_tokenizer in (*_AT_SPACES, "ko-mecab")
+        return {
+            "bleu": _Bleu(references=self.streams, tokenize=self.bleu_tokenizer),
+            "chrf": _Chrf(references=self.streams),
+            "ter": _Ter(references=self.streams, normalized=not spaced, asian_support=not spaced),
+        }
 
     @cached_property
     def rouge(self) -> RougeScorer:
-        return RougeScorer(list(ROUGE_TYPES), tokenizer=_RememberingTokenizer())
+        return RougeScorer(list(ROUGE_TYPES), tokenizer=_RememberingTokenizer(self.rouge_words))
 
     def part(self, language: str) -> tuple[References, list[int]]:
         """The references of one language, and their places."""
         places = [i for i, each in enumerate(self.languages) if each == language]
         if language not in self._of_language:
             texts, languages = [self.texts[i] for i in places], [language] * len(places)
-            self._of_language[language] = References(texts, languages)
+            self._of_language[language] = References(texts, languages, self.tokenizer)
         return self._of_language[language], places
 
 
@@ -92,18 +157,49 @@ class _Chrf(_Float, CHRF):
 
 
 class _Ter(_Float, TER):
-    pass
+    """TER in bounded time: in a long pair, words that moved count as deleted and inserted, which is never better."""
+
+    num_long = 0
+    beat: Callable[[], None] = staticmethod(lambda: None)
+
+    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict[str, Any]) -> list[float]:
+        self.beat()
+        words, references = hypothesis.split(), ref_kwargs["ref_words"]
+        if all(len(words) * len(each) <= LONG_PAIR for each in references):
+            return super()._compute_segment_statistics(hypothesis, ref_kwargs)
+        self.num_long += 1
+        edits = min(_edits(words, each) for each in references)
+        return [edits, sum(map(len, references)) / len(references)]
+
+
+def _edits(words: Sequence[str], reference: Sequence[str]) -> int:
+    """Words deleted, inserted or changed, at the least."""
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(reference))}
+    reference_W, steps_W = np.array([numbers[word] for word in reference]), np.arange(len(reference) + 1)
+    row_W = steps_W
+    for word in words:
+        changed_W = row_W[:-1] + (reference_W != numbers.get(word, -1))
+        row_W = np.concatenate([row_W[:1] + 1, np.minimum(changed_W, row_W[1:] + 1)])
+        row_W = np.minimum.accumulate(row_W - steps_W) + steps_W  # insertions
+    return int(row_W[-1])
 
 
 class _RememberingTokenizer(DefaultTokenizer):
-    """rouge-score's tokenizer, which meets the references again with every system."""
+    """ROUGE's words, of ROUGE_WORDS; it meets the references again with every system."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: str) -> None:
         super().__init__(use_stemmer=False)
-        self.tokenize = lru_cache(maxsize=100_000)(super().tokenize)
+        split = super().tokenize if words == ROUGE_WORDS[0] else words_of
+        # a text of signs alone is what stands between its spaces, so that equal texts are alike
+        self.tokenize = lru_cache(maxsize=100_000)(lambda text: split(text) or text.split())
 
 
-def quality_of(references: References, outputs: Sequence[str], losses: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def quality_of(
+    references: References,
+    outputs: Sequence[str],
+    losses: Sequence[tuple[float, int]],
+    beat: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """All scores of one system, each metric as its name, with _low and _high of a 95 % bootstrap interval.
 
     Percent, except for the loss: cross entropy with the references per token, in nats. With several languages their
@@ -112,23 +208,31 @@ def quality_of(references: References, outputs: Sequence[str], losses: Sequence[
     Args:
         losses: for each example, the sum over the tokens of its (first) reference, and their number; empty where it
             could not be computed.
+        beat: called with every example, of which long ones take a while.
     """
-    quality = _scores(references, outputs)
-    for name, values in _of_examples(references, outputs).items():
+    quality = _scores(references, outputs, beat)
+    for name, values in _of_examples(references, outputs, beat).items():
         quality |= _mean_with_interval(name, values)
     if losses:
         sums, counts = (np.array(each, dtype=float) for each in zip(*losses, strict=True))
         quality |= _mean_with_interval("loss", sums, counts)
     signatures = {name: str(metric.get_signature()) for name, metric in references.corpus_metrics.items()}
-    quality |= {"signatures": {**signatures, "rouge": ROUGE_VARIANT}, "num_examples": len(outputs)}
+    if num_long := references.corpus_metrics["ter"].num_long:
+        signatures["ter"] += f"|no shifts in {num_long} long pairs"
+    signatures["rouge"] = (
+        f"F1, mean over examples, no stemming, words: {references.rouge_words}, rouge-score {version('rouge-score')}"
+    )
+    quality |= {"signatures": signatures, "num_examples": len(outputs), "bleu_tokenizer": references.bleu_tokenizer}
     if len(languages := sorted(set(references.languages))) > 1:
-        quality["languages"] = {each: _of_language(references, each, outputs, losses) for each in languages}
+        quality["languages"] = {each: _of_language(references, each, outputs, losses, beat) for each in languages}
     return quality
 
 
-def _scores(references: References, outputs: Sequence[str]) -> dict[str, Any]:
+def _scores(references: References, outputs: Sequence[str], beat: Callable[[], None]) -> dict[str, Any]:
     """sacreBLEU's scores with their intervals."""
     found: dict[str, Any] = {}
+    ter = references.corpus_metrics["ter"]
+    ter.beat, ter.num_long = beat, 0
     for name, metric in references.corpus_metrics.items():
         score: Any = metric.corpus_score(outputs, None, n_bootstrap=NUM_BOOTSTRAP)
         low, high = float(score._mean - score._ci), float(score._mean + score._ci)
@@ -137,10 +241,13 @@ def _scores(references: References, outputs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _of_examples(references: References, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+def _of_examples(references: References, outputs: Sequence[str], beat: Callable[[], None]) -> dict[str, np.ndarray]:
     """Percent for each example, by metric."""
     pairs = list(zip(references.texts, outputs, strict=True))
-    rouge = [references.rouge.score_multi(texts, output) for texts, output in pairs]
+    rouge = []
+    for texts, output in pairs:
+        rouge.append(references.rouge.score_multi(texts, output))
+        beat()
     found = {name: np.array([100 * each[name].fmeasure for each in rouge]) for name in ROUGE_TYPES}
     is_exact = [100.0 * (output.strip() in {text.strip() for text in texts}) for texts, output in pairs]
     return {**found, "exact_match": np.array(is_exact)}
@@ -158,10 +265,14 @@ def _mean_with_interval(name: str, sums: np.ndarray, counts: np.ndarray | None =
 
 
 def _of_language(
-    references: References, language: str, outputs: Sequence[str], losses: Sequence[tuple[float, int]]
+    references: References,
+    language: str,
+    outputs: Sequence[str],
+    losses: Sequence[tuple[float, int]],
+    beat: Callable[[], None],
 ) -> dict[str, Any]:
     part, places = references.part(language)
-    return quality_of(part, [outputs[i] for i in places], [losses[i] for i in places] if losses else [])
+    return quality_of(part, [outputs[i] for i in places], [losses[i] for i in places] if losses else [], beat)
 
 
 def p_values(references: References, baseline: Sequence[str], systems: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -185,9 +296,10 @@ def p_values(references: References, baseline: Sequence[str], systems: Mapping[s
     }
 
 
-def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU (0..100) with sacrebleu's defaults."""
-    return BLEU().corpus_score(outputs, [references]).score
+def bleu(outputs: Sequence[str], references: Sequence[str], tokenizer: str = "auto") -> float:
+    """Corpus BLEU (0..100)."""
+    chosen = References([[text] for text in references], [], tokenizer).bleu_tokenizer
+    return BLEU(tokenize=chosen).corpus_score(outputs, [references]).score
 
 
 def chrf(output: str, reference: str) -> float:

@@ -1,73 +1,102 @@
-"""Tokenizer files beside a model, so that AutoTokenizer loads them from every folder that the pipeline makes."""
+"""Tokens of a run's texts: the tokenizer of record beside every model, and output ids as texts."""
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+from data_prep.tokenizer import (
+    check_tokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+    refuse_pointer,
+    tokenizer_files,
+    write_tokenizer,
+)
 
-from data_prep.tokenizer import write_tokenizer
+__all__ = [
+    "Wording",
+    "check_tokenizer",
+    "copy_tokenizer",
+    "load_tokenizer",
+    "refuse_pointer",
+    "tokenizer_files",
+    "vocabulary_size",
+    "write_tokenizer",
+]
 
-LFS = b"version https://git-lfs"
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder: Hugging Face files, or only a SentencePiece model with T5's special tokens.
-
-    Raises:
-        ValueError: neither is there, or it cannot be read.
-    """
-    files = [name for name in FILES if (folder / name).is_file()]
-    if not {"tokenizer.json", "tokenizer_config.json", "spiece.model"} & set(files):
-        raise ValueError(f"{folder} holds no tokenizer: it needs tokenizer.json or spiece.model")
-    for name in files:
-        refuse_pointer(folder / name)
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # what it tries before it fails
-    try:
-        if {"tokenizer.json", "tokenizer_config.json"} & set(files):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return T5Tokenizer.from_pretrained(folder, extra_ids=0, local_files_only=True)
-    except Exception as error:  # the tokenizers' own libraries raise any kind
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"the tokenizer in {folder} ({', '.join(files)}) cannot be read ({text}): fetch it again"
-        ) from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-
-
-def refuse_pointer(path: Path) -> None:
-    """Tell a file of a repository that was cloned without its large files.
-
-    Raises:
-        ValueError: the file only says where the real one is.
-    """
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in its repository")
+_FRAMES = ("bos", "eos", "pad", "unk", "cls", "mask")  # never part of a text
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def vocabulary_size(folder: Path) -> int:
     return len(load_tokenizer(folder))
 
 
-def save_tokenizer(source: Path, target: Path) -> None:
-    """Write the tokenizer of one folder into another, in files that transformers 4 and 5 read alike.
+class Wording:
+    """Output ids as texts: without special tokens, but for those that are part of texts, such as the <sep> of targets.
 
-    Raises:
-        ValueError: it cannot be read, or is not fit for text to text.
+    Transformers leaves out all of them: outputs could never equal a reference that has one.
     """
-    write_tokenizer(source, target)
-    if (source / "spiece.model").is_file():
-        shutil.copy2(source / "spiece.model", target / "spiece.model")
+
+    def __init__(self, tokenizer: Any, texts: Iterable[str] | None = None) -> None:
+        """
+        Args:
+            texts: the references; the special tokens that they hold are kept, with spaces as there. None where
+                references are ids, too: all are kept but those that frame a text, alike on both sides.
+        """
+        self._tokenizer = tokenizer
+        frames = {getattr(tokenizer, f"{name}_token_id") for name in _FRAMES}
+        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tokens = {text: number for text, number in special.items() if number not in frames and not _BYTE.match(text)}
+        spaces = _spaces_around(tokens, texts) if tokens else {}
+        self._written = {tokens[text]: _written(tokenizer, text, spaces.get(text)) for text in tokens}
+        if texts is not None:
+            self._written = {tokens[text]: self._written[tokens[text]] for text in spaces}
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of ids [num_rows][num_tokens]."""
+        plain = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [
+            text if self._written.keys().isdisjoint(row) else self._put_together(row)
+            for row, text in zip(rows, plain, strict=True)
+        ]
+
+    def _put_together(self, row: Sequence[int]) -> str:
+        text = last = ""
+        for number, run in itertools.groupby(row, key=lambda number: number if number in self._written else None):
+            if number is None:
+                part = self._tokenizer.decode(list(run), skip_special_tokens=True)
+                text, last = text + part, part or last
+                continue
+            for _ in run:
+                last = self._written[number]
+                text += last.removeprefix(" ") if not text or text.endswith(" ") else last
+        return text.removesuffix(" ") if last in self._written.values() else text
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy tokenizer files as they are."""
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copy2(source / name, target / name)
+def _spaces_around(tokens: Iterable[str], texts: Iterable[str] | None) -> dict[str, tuple[bool, bool]]:
+    """Whether a space mostly stands (before, after) each of the tokens that the texts hold; an end of a text is one."""
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    counts: dict[str, Counter[str]] = {}
+    for text in texts or ():
+        for match in pattern.finditer(text):
+            count = counts.setdefault(match[0], Counter())
+            count["all"] += 1
+            count["before"] += match.start() == 0 or text[match.start() - 1] == " "
+            count["after"] += match.end() == len(text) or text[match.end()] == " "
+    return {
+        token: (2 * count["before"] >= count["all"], 2 * count["after"] >= count["all"])
+        for token, count in counts.items()
+    }
+
+
+def _written(tokenizer: Any, token: str, spaces: tuple[bool, bool] | None) -> str:
+    """A special token with the spaces that belong to it where ids do not tell whether there was one."""
+    before, after = spaces or (True, True)
+    ids = tokenizer([f"a{token}a", f"a {token}a", f"a{token} a"]).input_ids
+    return " " * (before and ids[1] == ids[0]) + token + " " * (after and ids[2] == ids[0])

@@ -27,8 +27,9 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from data_prep.publish import publishing_folder
 from pipeline.families import family_of
 from pipeline.ordinary import save_ordinary, write_settings
+from pipeline.pretrained import model_of
 from pipeline.rundir import check_empty
-from pipeline.tokenizer import load_tokenizer, save_tokenizer
+from pipeline.tokenizer import load_tokenizer, write_tokenizer
 
 MULTIPLE = 64  # of the new vocabulary's size: what matrix units like
 TEXTS_AT_ONCE = 4096
@@ -43,9 +44,7 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
             its settings name tokens by their ids, or the result does not do what the original does.
     """
     check_empty(out, "--out")
-    model, found = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
-        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
+    model = model_of(folder)
     with publishing_folder(out) as temporary:
         return _write_trimmed(model.eval(), folder, texts, temporary)
 
@@ -57,7 +56,7 @@ def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Pa
     if kind != "Unigram":
         raise ValueError(f"{folder} has a {kind} tokenizer: only SentencePiece unigram is trimmed")
     save_ordinary(model, temporary)
-    save_tokenizer(folder, temporary)
+    write_tokenizer(folder, temporary)
     tokenizer = json.loads((temporary / "tokenizer.json").read_text(encoding="utf-8"))
     kept = kept_ids(tokenizer, _used_ids(folder, texts), set(itertools.chain.from_iterable(texts)))
     before = (temporary / "model.safetensors").stat().st_size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from slurm.stages import stage_of
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 )  # fmt: skip
+# What SLURM and launchers tell the processes of a job about it, and what a site or a person tells SLURM.
+_OF_A_JOB = re.compile(
+    "(SLURM|SLURMD|SRUN|PMI|PMIX|OMPI|TORCHELASTIC)_.*|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_(ADDR|PORT)"
+)
+_OF_A_PERSON = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"}
 _FIELDS = ("%i", "%F", "%T", "%r", "%S", "%N", "%j", "%Z")
 
 
@@ -37,6 +44,12 @@ class Job:
         return self.state not in ENDED
 
 
+def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what the job has put there whose shell this may be: jobs that are submitted from it
+    would take over its binding, memory, tasks and count of starts."""
+    return {name: value for name, value in environment.items() if name in _OF_A_PERSON or not _OF_A_JOB.fullmatch(name)}
+
+
 def run_command(words: Sequence[str], *, stdin: str | None = None) -> str:
     """What a SLURM command prints.
 
@@ -46,7 +59,7 @@ def run_command(words: Sequence[str], *, stdin: str | None = None) -> str:
     """
     if shutil.which(words[0]) is None:
         raise FileNotFoundError(f"no {words[0]} on this machine: run this on a login node of the cluster")
-    done = subprocess.run(words, input=stdin, capture_output=True, text=True)
+    done = subprocess.run(words, input=stdin, capture_output=True, text=True, env=own_environment(os.environ))
     if done.returncode:
         told = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise ValueError(f"{words[0]} refuses: {told}")

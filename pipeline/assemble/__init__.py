@@ -2,6 +2,7 @@
 
 from pipeline.assemble.requests import (
     Baseline,
+    assembly_to_recover,
     baselines_of,
     check_granularities,
     one_granularity,

@@ -67,6 +67,22 @@ def requested_assemblies(
     return requests
 
 
+def assembly_to_recover(recipe: Recipe, stacks: Stacks) -> Assembly:
+    """The assembly that recover tunes.
+
+    Raises:
+        ValueError: none is named, or one that the granularities do not allow, or there is nothing to train.
+    """
+    settings = recipe.recover
+    if not settings.assembly:
+        raise ValueError("recover.assembly is empty: name the assembly to tune, such as e2x3-d6")
+    if settings.optim.num_steps == 0:
+        raise ValueError("recover.optim.num_steps is 0: there would be nothing to compare")
+    assembly = Assembly.parse(settings.assembly)
+    stacks.refuse_misfit(assembly)
+    return assembly
+
+
 @dataclass(frozen=True)
 class Baseline:
     """One model that is trained to stand beside an assembly."""

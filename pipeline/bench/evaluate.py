@@ -124,8 +124,7 @@ def load_subject(root: Path, num_examples: int, num_beams: int) -> Subject:
 
 def _slices(subject: Subject) -> list[list[int]]:
     """The same batches for both sides."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(subject.run.teacher_model, local_files_only=True)
-    lengths = [len(ids) for ids in tokenize(tokenizer, subject, "source")]
+    lengths = [len(ids) for ids in tokenize(load_tokenizer(subject.run.teacher_model), subject, "source")]
     return batches_of(lengths, subject.recipe.evaluate.tokens_per_batch)
 
 
@@ -175,14 +174,20 @@ def _together(subject: Subject, device: torch.device, with_losses: bool = True) 
 def _one_by_one(subject: Subject, device: torch.device) -> Result:
     """The baseline: from_pretrained (sdpa) and generate for each folder, in the same batches, sorted by length; then
     the losses of the references, which ours makes as well, timed apart."""
-    result = Result()
+    result, settings = Result(), subject.recipe.evaluate
     for system in subject.systems:
         model, tokenizer = load(subject.folder_of(system), device)
         assert model.config._attn_implementation == "sdpa"
         sources, references = (tokenize(tokenizer, subject, side) for side in ("source", "target"))
         for places in _slices(subject):
             own_sources, own_references = ([side[i] for i in places] for side in (sources, references))
-            _put(result, system.name, places, generate(model, own_sources, subject.recipe), len(sources))
+            _put(
+                result,
+                system.name,
+                places,
+                generate(model, own_sources, settings.max_new_tokens, settings.num_beams),
+                len(sources),
+            )
             begin = time.perf_counter(), time.process_time()
             losses_of(model, own_sources, own_references)
             result.losses = (
@@ -204,7 +209,7 @@ def _floor_s(subject: Subject, result: Result, device: torch.device) -> float:
     """Seconds of the matrix products alone: every weight once for each token it must see, at the speed of a large
     product measured now. Encoder layers count once for each distinct prefix, decoder layers and head once for each
     output token."""
-    sources = tokenize(transformers.AutoTokenizer.from_pretrained(subject.run.teacher_model), subject, "source")
+    sources = tokenize(load_tokenizer(subject.run.teacher_model), subject, "source")
     num_source, flops = sum(map(len, sources)), 0.0
     pool = load_pool(subject.run.teacher_model, device, subject.run.library)
     members = [subject.member(system) for system in subject.systems if system.kind in VIEWS]

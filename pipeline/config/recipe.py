@@ -16,6 +16,7 @@ from pipeline.spans import PRESETS, Stacks
 
 SEARCHED = "searched"
 SAMPLED, COARSEST, PURE, CROSSED = "sampled", "coarsest", "pure", "crossed"
+BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200", "spm", "none")
 SAMPLERS = (
     "stratified",
     "uniform",
@@ -213,9 +214,9 @@ class DistillConfig(Settings):
     draws: tuple[str, ...] = identity((SAMPLED, PURE), before=(SAMPLED,))
     """Assemblies that share a micro-batch of the replacing phase and one pass of the teacher. The loss is their mean.
     Choose from sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
-    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout), crossed (as
-    pure, but each decoder below an encoder of another granularity or the teacher's own, drawn anew each time). What is
-    always among them becomes good; each costs its own layers forward and backward."""
+    fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout), crossed
+    (as pure, but each decoder below an encoder of another granularity or the teacher's own, drawn anew each time). What
+    is always among them becomes good; each costs its own layers forward and backward."""
     coarse_weight: float = identity(0.5, low=0, high=1)
     """For the samplers stratified, coarse-to-fine and fine-to-coarse: share of the draws in which a stack takes one
     granularity throughout, chosen in proportion to its size. The others are uniform over all tilings."""
@@ -317,6 +318,12 @@ class EvaluateConfig(Settings):
     """Beams of beam search; 1 is greedy decoding."""
     folders: tuple[str, ...] = identity(())
     """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
+    bleu_tokenizer: str = identity("auto", before="13a", choices=BLEU_TOKENIZERS)
+    """What BLEU takes for words, by sacreBLEU's name: 13a (cut at spaces and signs), zh, ja-mecab, ko-mecab, char,
+    flores200 and others; ja-mecab and ko-mecab need packages. auto goes by the language of the records, or by the
+    script of the references; without the packages it takes char for Japanese and 13a for Korean."""
+    same_source: str = identity("examples", before="examples", choices=("examples", "references"))
+    """What test records are that have the same source: examples of their own, or further references of the first."""
     tokens_per_batch: int = operational(8192, low=1)
     """Largest padded size of a decoding batch, in tokens."""
     latency_examples: int = operational(20, low=1)

@@ -6,6 +6,6 @@ pending.py: rows of several assemblies that go through one decoder together; tog
 """
 
 from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of, generate, load, losses_of, padded_sources
-from pipeline.decoding.rules import Rules, rules_of
+from pipeline.decoding.rules import Rules, generation_settings, refuse_unknown, rules_of
 from pipeline.decoding.together import Member, Outputs, decode_together
 from pipeline.decoding.views import Pool, load_pool

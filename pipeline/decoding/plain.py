@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 
-from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, padded_rows
+from pipeline.pretrained import model_of
+from pipeline.tokenizer import load_tokenizer
 
 MAX_EXAMPLES_PER_BATCH = 256
 
 
 def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """Model (in the dtype of its checkpoint, ready to decode) and tokenizer of a folder; never from a network."""
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model: Any = model_of(folder)
+    return model.to(device).eval(), load_tokenizer(folder)
 
 
 def padded_sources(model: Any, sources: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,14 +32,14 @@ def padded_sources(model: Any, sources: Sequence[Sequence[int]]) -> tuple[torch.
 
 
 @torch.inference_mode()
-def generate(model: Any, sources: Sequence[Sequence[int]], recipe: Recipe) -> list[list[int]]:
-    """Output ids of one batch, greedy or with beams as recipe.evaluate says."""
+def generate(model: Any, sources: Sequence[Sequence[int]], max_new_tokens: int, num_beams: int) -> list[list[int]]:
+    """Output ids of one batch, greedy (one beam) or with beams."""
     source_BS, mask_BS = padded_sources(model, sources)
     ids_BT = model.generate(
         input_ids=source_BS,
         attention_mask=mask_BS,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
-        num_beams=recipe.evaluate.num_beams,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
         do_sample=False,
     )[:, 1:]
     eos = model.generation_config.eos_token_id

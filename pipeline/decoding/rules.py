@@ -10,12 +10,21 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.pretrained import config_of
+
+GENERATION = "generation_config.json"
 # settings of a generation config that Rules carry; anything else leaves the checkpoint to transformers' own generate
 UNDERSTOOD = {
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
     "num_beams", "length_penalty", "early_stopping", "do_sample", "use_cache", "transformers_version",
     "_from_model_config", "repetition_penalty", "no_repeat_ngram_size", "min_length", "forced_bos_token_id",
     "forced_eos_token_id",
+}  # fmt: skip
+# what neither greedy decoding nor beam search goes by
+WITHOUT_EFFECT = {
+    "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "cache_implementation",
+    "cache_config", "disable_compile", "compile_config", "low_memory",
 }  # fmt: skip
 
 
@@ -41,14 +50,7 @@ def rules_of(model: Any, max_new_tokens: int, num_beams: int) -> Rules:
         ValueError: the model's generation config holds a setting that is not carried over.
     """
     config = model.generation_config
-    unknown = sorted(
-        name
-        for name, value in config.to_diff_dict().items()
-        if name not in UNDERSTOOD and value not in (None, False, 0, 1.0)
-    )
-    if unknown:
-        path = Path(model.name_or_path, "generation_config.json")
-        raise ValueError(f"{path} has {', '.join(unknown)}, which is not decoded with here: remove that from the file")
+    refuse_unknown(config, Path(model.name_or_path))
     start_id = config.decoder_start_token_id
     if start_id is None:
         start_id = getattr(model.config, "decoder_start_token_id", None) or config.bos_token_id
@@ -63,6 +65,39 @@ def rules_of(model: Any, max_new_tokens: int, num_beams: int) -> Rules:
         early_stopping=config.early_stopping or False,
         processors=_processors(config, eos_ids, max_new_tokens, str(model.device)),
     )
+
+
+def generation_settings(folder: Path) -> transformers.GenerationConfig:
+    """What `generate` goes by for the model in a folder; its weights are not read.
+
+    Raises:
+        ValueError: the settings cannot be read.
+    """
+    try:
+        if (folder / GENERATION).is_file():
+            return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return transformers.GenerationConfig.from_model_config(config_of(folder))
+    except Exception as error:  # settings that do not fit their class raise any kind
+        raise ValueError(f"{folder / GENERATION} cannot be read ({' '.join(str(error).split())})") from error
+
+
+def refuse_unknown(config: transformers.GenerationConfig, folder: Path) -> None:
+    """Refuse settings that change outputs in a way that Rules do not carry.
+
+    Raises:
+        ValueError: names them and the file.
+    """
+    known = UNDERSTOOD | WITHOUT_EFFECT
+    unknown = sorted(
+        name
+        for name, value in config.to_diff_dict().items()
+        if name not in known and value not in (None, False, 0, 1.0)
+    )
+    if unknown:
+        raise ValueError(
+            f"{folder / GENERATION} has {', '.join(unknown)}, which decoding here does not carry: give a copy of "
+            f"the model without {'it' if len(unknown) == 1 else 'them'} as teacher.folder"
+        )
 
 
 def _processors(config: Any, eos_ids: list[int], max_new_tokens: int, device: str) -> Any:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from pipeline.families import Family
 from pipeline.library import ModuleLibrary
 from pipeline.spans import Span
+from pipeline.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pool:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        return load_tokenizer(self.folder)
 
     @property
     def vocabulary_size(self) -> int:

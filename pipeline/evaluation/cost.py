@@ -14,7 +14,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.decoding import MAX_EXAMPLES_PER_BATCH, load, padded_sources
+from pipeline.evaluation.peers import most_positions
 from pipeline.world import is_out_of_memory, release_memory
 
 NUM_WARMUP = 2
@@ -48,8 +49,10 @@ class Sample:
     num_beams: int
 
 
-def costs(folders: Mapping[str, Path], sample: Sample, device: torch.device) -> dict[str, Costs]:
-    """Costs of each system; a system that runs out of memory is left out.
+def costs(
+    folders: Mapping[str, Path], sample: Sample, device: torch.device, may_fail: Collection[str] = ()
+) -> dict[str, Costs]:
+    """Costs of each system; one that runs out of memory is left out, and one that may fail and does.
 
     latency_ms (median), latency_ms_low and latency_ms_high (quartiles), ms_per_token; tokens_per_s (median of
     THROUGHPUT_REPEATS batches), tokens_per_s_low and _high (slowest and fastest); peak_memory_bytes of the full batch,
@@ -66,7 +69,7 @@ def costs(folders: Mapping[str, Path], sample: Sample, device: torch.device) -> 
                 loaded[name] = load(folders[name], device)[0]
                 result[name] = _memory_and_flops(loaded[name], sample)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) and name not in may_fail:
                     raise
                 loaded.pop(name, None)
                 release_memory(device)
@@ -120,6 +123,10 @@ def _throughputs(models: Mapping[str, Any], sample: Sample) -> dict[str, Costs]:
 
 def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beams: int) -> float:
     """Seconds to decode a batch for so many tokens."""
+    longest_source, longest_target = most_positions(model.config)
+    vocab_size = model.get_input_embeddings().num_embeddings  # of a peer, for which the ids were not made
+    num_tokens = min(num_tokens, longest_target or num_tokens)
+    sources = [[min(each, vocab_size - 1) for each in ids[:longest_source]] for ids in sources]
     source_BS, mask_BS = padded_sources(model, sources)
     begin = time.perf_counter()
     with torch.inference_mode():
@@ -144,7 +151,11 @@ def _memory_and_flops(model: Any, sample: Sample) -> Costs:
 
 def layer_flops(model: Any, sample: Sample) -> float:
     """Floating-point operations of all layers for the typical example, teacher-forced; the head is not counted."""
-    source, reference = (torch.tensor([ids], device=model.device) for ids in sample.typical)
+    last = model.get_input_embeddings().num_embeddings - 1
+    source, reference = (
+        torch.tensor([ids[:longest]], device=model.device).clamp(max=last)
+        for ids, longest in zip(sample.typical, most_positions(model.config), strict=True)
+    )
     counter = FlopCounterMode(display=False)
     # the MATH backend is made of matrix products, which the counter knows on every device
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:

@@ -35,7 +35,7 @@ from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.families import FAMILIES
 from pipeline.rundir import create_once, digest_of, publish_sealed, read_json, read_sealed
 from pipeline.spans import STACKS, Assembly
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import Wording, load_tokenizer
 from pipeline.world import is_out_of_memory, release_memory
 
 TOGETHER = "assemblies"
@@ -91,13 +91,14 @@ def _new_plan(subject: Subject, missing: Sequence[System]) -> dict[str, Any]:
     return {"groups": groups, "slices": batches_of(lengths, subject.recipe.evaluate.tokens_per_batch)}
 
 
-def tokenize(tokenizer: Any, subject: Subject, side: str) -> list[list[int]]:
-    """Ids of all sources, or of all (first) references."""
+def tokenize(tokenizer: Any, subject: Subject, side: str, system: System | None = None) -> list[list[int]]:
+    """Ids of all sources, or of all (first) references, for a system (None: the teacher)."""
+    longest_source, longest_target, _ = subject.longest(system or subject.teacher)
     if side == "source":
         texts = [example["source"] for example in subject.examples]
-        return tokenizer(texts, truncation=True, max_length=subject.recipe.data.max_source_tokens).input_ids
+        return tokenizer(texts, truncation=True, max_length=longest_source).input_ids
     texts = [each[0] for each in subject.references.texts]
-    return tokenizer(text_target=texts, truncation=True, max_length=subject.recipe.data.max_target_tokens).input_ids
+    return tokenizer(text_target=texts, truncation=True, max_length=longest_target).input_ids
 
 
 class Workshop:
@@ -114,55 +115,79 @@ class Workshop:
         group, index = unit
         names, places = plan.groups[group], plan.slices[index]
         if self._group != group:
-            self._decode = None  # let go of the other group's weights first
+            self._decode, self._group = None, ""  # let go of the other group's weights first
             gc.collect()
-            self._decode, self._group = self._decoder_of(group, names), group
+            self._decode, self._group = self._decoder_of(group), group
         assert self._decode is not None
         record: dict[str, Any] = {"places": places, "outputs": {}, "losses": {}, "num_tokens": {}, "failed": {}}
         for name in names:
             record["failed"][name] = OUT_OF_MEMORY
-        for name, decoded in self._decode(names, places, beat).items():
+        try:
+            decoded = self._decode(names, places, beat)
+        except Exception as error:
+            if not self._is_peer(group):
+                raise
+            decoded, record["failed"][group] = {}, reason_of(error)
+        for name, each in decoded.items():
             del record["failed"][name]
-            record["outputs"][name], record["losses"][name], record["num_tokens"][name] = decoded
+            record["outputs"][name], record["losses"][name], record["num_tokens"][name] = each
         record["seconds"] = time.perf_counter() - started_at
         publish_sealed(plan.path(group, index), record)
 
-    def _decoder_of(self, group: str, names: list[str]) -> Callable[..., dict[str, Any]]:
-        run, subject = self.subject.run, self.subject
+    def _is_peer(self, group: str) -> bool:
+        """Whether what goes wrong is this one system's affair, and no reason to score none."""
+        return group != TOGETHER and self.subject.system(group).kind == "peer"
+
+    def _decoder_of(self, group: str) -> Callable[..., dict[str, Any]]:
         try:
-            if group == TOGETHER:
-                # the plan that names this group carries the hashes: both files were held against the manifest for it
-                return _Views(subject, load_pool(run.teacher_model, self.device, run.library))
-            folder = subject.folder_of(subject.system(group))
-            config = read_json(folder / "config.json") or {}
-            if config.get("model_type") in FAMILIES:
-                pool = load_pool(folder, self.device)
-                try:
-                    return _Views(subject, pool)
-                except ValueError:  # its generation config asks for more than Rules carry
-                    del pool
-            return _Plain(subject, *load(folder, self.device))
+            return self._load(group)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                return lambda names, places, beat: {}
+            if not self._is_peer(group):
                 raise
-            return lambda names, places, beat: {}
+            reason = reason_of(error)
+
+            def fail(names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
+                raise ValueError(reason)
+
+            return fail
+
+    def _load(self, group: str) -> Callable[..., dict[str, Any]]:
+        run, subject = self.subject.run, self.subject
+        if group == TOGETHER:
+            # the plan that names this group carries the hashes: both files were held against the manifest for it
+            return _Views(subject, subject.teacher, load_pool(run.teacher_model, self.device, run.library))
+        system = subject.system(group)
+        folder = subject.folder_of(system)
+        config = read_json(folder / "config.json") or {}
+        if config.get("model_type") in FAMILIES:
+            pool = load_pool(folder, self.device)
+            try:
+                return _Views(subject, system, pool)
+            except ValueError:  # its generation config asks for more than Rules carry
+                del pool
+        return _Plain(subject, system, *load(folder, self.device))
 
 
 class _Views:
     """Decodes systems that are paths through one pool."""
 
-    def __init__(self, subject: Subject, pool: Pool) -> None:
-        settings = subject.recipe.evaluate
-        self.rules = rules_of(pool.model, settings.max_new_tokens, settings.num_beams)
-        self.subject, self.pool = subject, pool
+    def __init__(self, subject: Subject, system: System, pool: Pool) -> None:
+        self.rules = rules_of(pool.model, subject.longest(system)[2], subject.recipe.evaluate.num_beams)
+        self.subject, self.system, self.pool = subject, system, pool
 
     @cached_property
     def sources(self) -> list[list[int]]:
-        return tokenize(self.pool.tokenizer, self.subject, "source")
+        return tokenize(self.pool.tokenizer, self.subject, "source", self.system)
 
     @cached_property
     def references(self) -> list[list[int]]:
-        return tokenize(self.pool.tokenizer, self.subject, "target")
+        return tokenize(self.pool.tokenizer, self.subject, "target", self.system)
+
+    @cached_property
+    def wording(self) -> Wording:
+        return Wording(self.pool.tokenizer, self.subject.reference_texts)
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
         members = [self._member(name) for name in names]
@@ -171,7 +196,7 @@ class _Views:
         counts = [len(self.references[i]) for i in places]
         return {
             name: (
-                self.pool.tokenizer.batch_decode(each.tokens, skip_special_tokens=True),
+                self.wording(each.tokens),
                 list(zip(each.losses, counts, strict=True)),
                 sum(map(len, each.tokens)),
             )
@@ -232,21 +257,24 @@ def decode_in_memory(
 class _Plain:
     """Decodes one folder with transformers' own generate."""
 
-    def __init__(self, subject: Subject, model: Any, tokenizer: Any) -> None:
-        self.subject, self.model, self.tokenizer = subject, model, tokenizer
+    def __init__(self, subject: Subject, system: System, model: Any, tokenizer: Any) -> None:
+        self.model, self.num_beams, self.max_new_tokens = (
+            model,
+            subject.recipe.evaluate.num_beams,
+            subject.longest(system)[2],
+        )
+        self.sources, self.references = (tokenize(tokenizer, subject, side, system) for side in ("source", "target"))
+        self.wording = Wording(tokenizer, subject.reference_texts)
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
-        sources, references = (
-            [ids[i] for i in places]
-            for ids in (tokenize(self.tokenizer, self.subject, side) for side in ("source", "target"))
-        )
+        sources, references = ([ids[i] for i in places] for ids in (self.sources, self.references))
         size = len(places)
         while size:
             parts = [slice(first, first + size) for first in range(0, len(places), size)]
             try:
                 tokens, losses = [], []
                 for part in parts:
-                    tokens += generate(self.model, sources[part], self.subject.recipe)
+                    tokens += generate(self.model, sources[part], self.max_new_tokens, self.num_beams)
                     losses += losses_of(self.model, sources[part], references[part])
                     beat()
             except Exception as error:
@@ -256,9 +284,13 @@ class _Plain:
                 size //= 2
                 continue
             counts = [len(ids) for ids in references]
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            return {names[0]: (texts, list(zip(losses, counts, strict=True)), sum(map(len, tokens)))}
+            return {names[0]: (self.wording(tokens), list(zip(losses, counts, strict=True)), sum(map(len, tokens)))}
         return {}
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def read_unit(plan: DecodingPlan, group: str, index: int) -> dict[str, Any] | None:

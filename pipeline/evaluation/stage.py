@@ -22,6 +22,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
 
     Raises:
         FileNotFoundError: a stage before this one has not published.
-        ValueError: an empty test part, a damaged library, an example without a reference, two systems of one name.
+        ValueError: an empty test part, a damaged library, an example without a reference; and, after all else is
+            scored, a folder of evaluate.folders that cannot be.
     """
     started_at, world = time.time(), world or World.from_environment()
     for library in ("sacrebleu", "transformers", "absl"):
@@ -65,12 +67,14 @@ def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
     scores = score_systems(subject, world)
     if not world.is_main:
         return
-    _warn(scores)
+    _warn(scores, subject.references.warning)
     measured = measure_costs(subject, scores, world)
     rows = table_of(subject, scores, measured)
     write_atomic(run.scores, csv_text(rows))
     for leftover in ("claims", "units"):
         shutil.rmtree(subject.folder / leftover, ignore_errors=True)
+    if subject.refused:
+        raise ValueError(f"{'; '.join(subject.refused)} (the scores of all others are in {run.scores})")
     results = [path for system in subject.systems for path in subject.result_paths(system) if path.is_file()]
     stage.publish([run.scores, subject.folder / "costs.json", *results], started_at=started_at)
     teacher = next(row for row in rows if row["kind"] == "teacher")
@@ -99,14 +103,16 @@ def score_systems(subject: Subject, world: World) -> dict[str, dict[str, Any]]:
         )
     if not all(read_unit(plan, *unit) for unit in plan.units):
         return scores  # others still decode, and will score
-    work_off(
-        subject.folder / "claims",
-        missing,
-        name=lambda system: f"score.{system.name}",
-        is_done=lambda system: read_score(subject, system) is not None,
-        do=lambda system, beat: score_system(subject, system, plan, world.device),
-        wait=world.is_main,
-    )
+    with tqdm(total=len(missing), desc="score", unit="system", disable=None if world.is_main else True) as bar:
+        work_off(
+            subject.folder / "claims",
+            missing,
+            name=lambda system: f"score.{system.name}",
+            is_done=lambda system: read_score(subject, system) is not None,
+            do=lambda system, beat: score_system(subject, system, plan, world.device, beat),
+            wait=world.is_main,
+            progress=bar.update,
+        )
     return {system.name: score for system in subject.systems if (score := read_score(subject, system))}
 
 
@@ -121,7 +127,9 @@ def read_score(subject: Subject, system: System) -> dict[str, Any] | None:
     return score if outputs_path.is_file() and sha256_of(outputs_path) == score["outputs_sha256"] else None
 
 
-def score_system(subject: Subject, system: System, plan: DecodingPlan, device: torch.device) -> None:
+def score_system(
+    subject: Subject, system: System, plan: DecodingPlan, device: torch.device, beat: Callable[[], None]
+) -> None:
     """Put a system's slices together, score it and publish the result, outputs first."""
     merged = merge(plan, system.name, len(subject.examples))
     outputs_path, score_path = subject.result_paths(system)
@@ -148,8 +156,9 @@ def score_system(subject: Subject, system: System, plan: DecodingPlan, device: t
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     score |= {
-        "quality": quality_of(subject.references, outputs, losses),
+        "quality": quality_of(subject.references, outputs, losses, beat),
         "num_tokens": num_tokens,
+        "note": subject.note(system),
         "num_empty": sum(not output.strip() for output in outputs),
         "outputs_sha256": hashlib.sha256(content.encode()).hexdigest(),
     }
@@ -157,13 +166,17 @@ def score_system(subject: Subject, system: System, plan: DecodingPlan, device: t
     publish_sealed(score_path, score)
 
 
-def _warn(scores: dict[str, dict[str, Any]]) -> None:
-    """One line on standard error for each system whose scores mean nothing."""
+def _warn(scores: dict[str, dict[str, Any]], of_all: str) -> None:
+    """One line on standard error for each system whose scores mean nothing, or for all of them."""
+    if of_all:
+        print(f"warning: {of_all}", file=sys.stderr)
     for name, score in scores.items():
         if "failed" in score:
             print(f"warning: {name} is left out: {score['failed']}", file=sys.stderr)
         elif score["num_empty"] == score["quality"]["num_examples"]:
             print(f"warning: all outputs of {name} are empty: its scores say only that", file=sys.stderr)
+        if score.get("note"):
+            print(f"warning: {name} {score['note']}", file=sys.stderr)
 
 
 def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
@@ -191,7 +204,8 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
         typical=(sources[middle], targets[middle]),
         num_beams=settings.num_beams,
     )
-    found = costs({system.name: subject.folder_of(system) for system in systems}, sample, world.device)
+    peers = {system.name for system in systems if system.kind == "peer"}
+    found = costs({system.name: subject.folder_of(system) for system in systems}, sample, world.device, peers)
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
 
@@ -218,6 +232,7 @@ def table_of(
             "assembly": system.assembly,
             "requests": "; ".join(f"{preset} {ratio:g}" for preset, ratio in system.requests),
             "failed": score.get("failed", ""),
+            "note": score.get("note", ""),
             "encoder_layers": system.num_encoder_layers,
             "decoder_layers": system.num_decoder_layers,
             "ratio_layers": float(system.ratio_layers),

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
-import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
+from pipeline.evaluation.peers import most_positions, read_peers
 from pipeline.library import check_library
+from pipeline.pretrained import config_of
 from pipeline.rundir import RunDir, digest_of, read_json
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
 from pipeline.weights import shapes_of
 
 VIEWS = ("teacher", "assembly", "dropped")  # kinds that are paths through teacher and library
-LAYER_KEYS = (("num_layers", "encoder_layers"), ("num_decoder_layers", "decoder_layers"))
-TOKENIZER_FILES = ("tokenizer", "spiece", "sentencepiece", "vocab")  # what their names begin with
-VOCABULARY = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -38,29 +35,34 @@ class Subject:
     systems: list[System]
     examples: list[dict[str, Any]]
     test_sha256: str
+    refused: tuple[str, ...] = ()
+    """Why folders of evaluate.folders are not among the systems."""
 
     @staticmethod
     def load(recipe: Recipe, run: RunDir) -> Subject:
-        """Read systems.json, the folders of peers and the test part.
+        """Read systems.json, the folders of peers and the test part. Peers that cannot be scored stand in `refused`.
 
         Raises:
-            FileNotFoundError: a stage before this one has not published, or a peer's folder is missing.
-            ValueError: an empty test part, an example without a reference, two systems of one name, an assembly that
-                does not parse.
+            FileNotFoundError: a stage before this one has not published.
+            ValueError: an empty test part, an example without a reference, an assembly that does not parse.
         """
         test, manifest = run.data / "test.jsonl", run.data / "manifest.json"
         for path, stage in ((manifest, "data"), (test, "data"), (run.systems, "assemble")):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
         systems = [System(**each) for each in (read_json(run.systems) or {})["systems"]]
-        systems += [peer(text) for text in recipe.evaluate.folders]
         _check_systems(systems, run)
+        peers, refused = read_peers(recipe.evaluate.folders)
         with open(test, encoding="utf-8") as file:
-            lines = [line for line, _ in zip(file, range(recipe.evaluate.max_examples), strict=False)]
-        examples = [_example(line, f"line {place} of {test}") for place, line in enumerate(lines, start=1)]
+            found: Iterator[dict[str, Any]] = (
+                _example(line, f"line {place} of {test}") for place, line in enumerate(file, start=1)
+            )
+            if recipe.evaluate.same_source == "references":
+                found = iter(_by_source(found))
+            examples = list(itertools.islice(found, recipe.evaluate.max_examples))
         if not examples:
             raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
-        return Subject(recipe, run, systems, examples, sha256_of(test))
+        return Subject(recipe, run, [*systems, *peers], examples, sha256_of(test), tuple(refused))
 
     @property
     def folder(self) -> Path:
@@ -76,7 +78,12 @@ class Subject:
     @cached_property
     def references(self) -> References:
         texts = [each.get("references") or [each["target"]] for each in self.examples]
-        return References(texts, [each.get("language", "") for each in self.examples])
+        languages = [each.get("language", "") for each in self.examples]
+        return References(texts, languages, self.recipe.evaluate.bleu_tokenizer)
+
+    @property
+    def reference_texts(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.references.texts)
 
     def result_paths(self, system: System) -> tuple[Path, Path]:
         """(outputs, score) of a system; the score is published last."""
@@ -84,6 +91,27 @@ class Subject:
 
     def folder_of(self, system: System) -> Path:
         return self.run.root / system.folder
+
+    def longest(self, system: System) -> tuple[int, int, int]:
+        """Tokens of the longest (source, reference, output) of a system: the recipe's, or as many as a peer has
+        positions for."""
+        data, settings = self.recipe.data, self.recipe.evaluate
+        source, target = None, None
+        if system.kind == "peer":
+            source, target = most_positions(config_of(self.folder_of(system)))
+        return (
+            min(data.max_source_tokens, source or data.max_source_tokens),
+            min(data.max_target_tokens, target or data.max_target_tokens),
+            min(settings.max_new_tokens, target or settings.max_new_tokens),
+        )
+
+    def note(self, system: System) -> str:
+        """What must be known beside the scores of a system: texts that it cannot take whole."""
+        data, settings = self.recipe.data, self.recipe.evaluate
+        wanted = (data.max_source_tokens, data.max_target_tokens, settings.max_new_tokens)
+        named = zip(("sources", "references", "outputs"), self.longest(system), wanted, strict=True)
+        cut = [f"{name} to {longest}" for name, longest, asked in named if longest < asked]
+        return f"cuts {', '.join(cut)} tokens, for which it has positions" if cut else ""
 
     def member(self, system: System) -> Member:
         """The paths of a view."""
@@ -107,6 +135,8 @@ class Subject:
             "max_source_tokens": self.recipe.data.max_source_tokens,
             "max_target_tokens": self.recipe.data.max_target_tokens,
             "num_examples": len(self.examples),
+            "same_source": settings.same_source,
+            "special_tokens": "kept where references hold them",
         }
         if system.kind in VIEWS:
             member = self.member(system)
@@ -115,13 +145,13 @@ class Subject:
             weights |= {"modular": self._weights["modular_sha256"]} if has_modular else {}
         else:
             weights = {"folder": digest_of(folder_hashes(self.folder_of(system)))}
-        return {"weights": weights, "test": self.test_sha256, "decoding": decoding}
+        return {"weights": weights, "test": self.test_sha256, "decoding": decoding, "scoring": self.references.how}
 
 
 def _check_systems(systems: list[System], run: RunDir) -> None:
     twice = [name for name, count in Counter(system.name for system in systems).items() if count > 1]
     if twice:
-        raise ValueError(f"two systems are called {twice[0]}: give a peer another name (evaluate.folders: NAME=FOLDER)")
+        raise ValueError(f"two systems of {run.systems} are called {twice[0]}: run stage assemble again")
     if sum(system.kind == "teacher" for system in systems) != 1:
         raise ValueError(f"{run.systems} must hold exactly one teacher: run stage assemble again")
     for system in systems:
@@ -145,6 +175,16 @@ def _example(line: str, where: str) -> dict[str, Any]:
     return example
 
 
+def _by_source(examples: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One example for each source (and language), with the references of all that have it."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in examples:
+        texts = each.get("references") or [each["target"]]
+        first = found.setdefault((each["source"], each.get("language", "")), {**each, "references": []})
+        first["references"] += [text for text in texts if text not in first["references"]]
+    return list(found.values())
+
+
 @cache
 def folder_hashes(folder: Path) -> dict[str, str]:
     """sha256 of each file of a checkpoint folder, by name; read once in a process.
@@ -158,38 +198,3 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     for weights in folder.glob("*.safetensors"):
         shapes_of(weights)  # refuses what is cut off
     return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def peer(text: str) -> System:
-    """A Hugging Face folder, given as FOLDER or NAME=FOLDER, as a system of the table.
-
-    Raises:
-        FileNotFoundError: it is no checkpoint folder with safetensors and a tokenizer.
-        ValueError: the name cannot be one of a file.
-    """
-    name, _, path = text.rpartition("=")
-    folder = Path(path).resolve()
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
-        raise FileNotFoundError(f"{folder} is not a Hugging Face folder: it needs config.json and *.safetensors")
-    if not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
-        raise FileNotFoundError(f"{folder} has no tokenizer: save one beside the model (tokenizer.save_pretrained)")
-    if not re.fullmatch(r"\w[\w.+-]*", name := name or folder.name):
-        raise ValueError(f"evaluate.folders calls a system {name!r}: use letters, digits, and . _ + - behind the first")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    encoder, decoder = (next((getattr(config, k) for k in keys if hasattr(config, k)), 0) for keys in LAYER_KEYS)
-    counts = {tensor: math.prod(shape) for file in weights for tensor, shape in shapes_of(file).items()}
-    total, embeddings = sum(counts.values()), sum(n for tensor, n in counts.items() if tensor.endswith(VOCABULARY))
-    return System(
-        name=name,
-        kind="peer",
-        folder=str(folder),
-        assembly="",
-        requests=(),
-        num_encoder_layers=encoder,
-        num_decoder_layers=decoder,
-        ratio_layers=0.0,
-        num_parameters=total,
-        num_non_embedding_parameters=total - embeddings,
-        bytes=sum(file.stat().st_size for file in weights),
-    )

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.families import family_of
 from pipeline.library.export import check_library
+from pipeline.pretrained import model_of
 from pipeline.spans import STACKS, Assembly, Span, Stacks
 
 
@@ -73,7 +74,7 @@ class ModuleLibrary:
     ) -> ModuleLibrary:
         """`load` after check_library, which reads both files whole."""
         weights = {} if library is None else load_file(library / "modular.safetensors")
-        model = AutoModelForSeq2SeqLM.from_pretrained(teacher, local_files_only=True, dtype=dtype or "auto")
+        model = model_of(teacher, dtype)
         return ModuleLibrary(model, {name: weight.to(model.dtype) for name, weight in weights.items()}).to(device)
 
     def to(self, device: torch.device | str) -> ModuleLibrary:

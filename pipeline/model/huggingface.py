@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.config import Recipe
 from pipeline.families import family_of
+from pipeline.pretrained import model_of, settings_of
 
 
 def check_lengths(config: PreTrainedConfig, recipe: Recipe) -> None:
@@ -36,12 +36,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    disable_progress_bar()
-    family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
-    model, found = AutoModelForSeq2SeqLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
+    family = family_of(settings_of(folder)["model_type"])
+    model = model_of(folder, torch.float32)
     family.disable_layer_drop(model)
     return model

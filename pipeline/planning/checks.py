@@ -12,26 +12,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
+import transformers
 
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from pipeline.assemble import requested_assemblies
+from pipeline.assemble import assembly_to_recover, baselines_of, requested_assemblies
 from pipeline.config import Recipe
-from pipeline.evaluation import peer
+from pipeline.decoding import generation_settings, refuse_unknown
+from pipeline.evaluation import read_peers
 from pipeline.families import family_of
 from pipeline.footprint import AUTO, read_ds_config
 from pipeline.model import check_lengths
 from pipeline.planning.disk import check_disk
 from pipeline.planning.planned import Planned, check_fit
+from pipeline.pretrained import config_of, settings_of
 from pipeline.rundir import RunDir, Stage, left_out
+from pipeline.scoring import check_bleu_tokenizer
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
-from pipeline.tokenizer import load_tokenizer, refuse_pointer, vocabulary_size
+from pipeline.tokenizer import check_tokenizer, load_tokenizer, refuse_pointer, tokenizer_files
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
+NAMES_ALONE = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # no vocabulary in them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -41,16 +45,21 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     Raises:
         ValueError, FileNotFoundError, PermissionError: the first mistake found.
     """
+    transformers.utils.logging.set_verbosity_error()  # what it says of settings that are refused below
     _check_ranks(recipe)
     _check_run_directory(run)
     _check_parts(recipe)
-    for folder in recipe.evaluate.folders:
-        peer(folder)
+    check_bleu_tokenizer(recipe.evaluate.bleu_tokenizer)
+    for refusal in read_peers(recipe.evaluate.folders)[1]:
+        raise ValueError(refusal)
     if recipe.teacher.folder:
         _check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
     _check_granularities(recipe, planned.stacks)
     requested_assemblies(recipe, planned.stacks)
+    baselines_of(recipe, planned.stacks)
+    if recipe.recover.assembly:
+        assembly_to_recover(recipe, planned.stacks)
     _check_budgets(planned)
     _check_stages(recipe, run, extend)
     check_disk(planned, run)
@@ -117,21 +126,20 @@ def _check_teacher(recipe: Recipe, folder: Path) -> None:
     config = _read_model_config(folder)
     _check_weights(folder)
     _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
-    check_lengths(AutoConfig.from_pretrained(folder, local_files_only=True), recipe)
+    check_lengths(config_of(folder), recipe)
     check_fit(Planned.of(recipe), folder)
+    refuse_unknown(generation_settings(folder), folder)
 
 
 def _read_model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the settings of a Hugging Face model ({type(error).__name__})") from error
+    config = settings_of(folder)
+    needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
+    config_of(folder)
     return config
 
 
@@ -148,18 +156,28 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> None:
-    load_tokenizer(tokenizer)
-    if vocabulary_size(tokenizer) > config["vocab_size"]:
+    own = check_tokenizer(tokenizer)
+    if len(own) > config["vocab_size"]:
         raise ValueError(
-            f"data.tokenizer {tokenizer} has {vocabulary_size(tokenizer)} tokens, the teacher's embedding only "
+            f"data.tokenizer {tokenizer} has {len(own)} tokens, the teacher's embedding only "
             f"{config['vocab_size']}: give the teacher's own tokenizer"
         )
+    if not set(tokenizer_files(teacher)) - NAMES_ALONE or teacher.resolve() == tokenizer.resolve():
+        return
     for name in ("spiece.model", "tokenizer.json"):
         ours, theirs = tokenizer / name, teacher / name
         if ours.is_file() and theirs.is_file():
             if sha256_of(ours) != sha256_of(theirs):
                 raise ValueError(f"{ours} is not the teacher's {theirs}: data.tokenizer must be the teacher's own")
-            return
+            break
+    vocabulary = own.get_vocab()
+    for token, number in load_tokenizer(teacher).get_vocab().items():
+        # A folder that tells less may lack the sentinels that the class adds by itself.
+        if vocabulary.get(token) != number and not token.startswith("<extra_id_"):
+            raise ValueError(
+                f"data.tokenizer {tokenizer} has no token {token!r} of id {number} as the teacher's in {teacher} does: "
+                f"it must be the teacher's own"
+            )
 
 
 def _check_granularities(recipe: Recipe, stacks: Stacks) -> None:

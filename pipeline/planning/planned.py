@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,9 @@ from pipeline.families import family_of, t5_config
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.footprint import Sizes, sizes_of
 from pipeline.model import ModularLeaf, ModularModel, Sampler, TeacherLeaf
-from pipeline.ordinary import check_shapes
+from pipeline.ordinary import HEAD, check_shapes
 from pipeline.planning.public_models import public_config
+from pipeline.pretrained import config_of, settings_of
 from pipeline.spans import ModelSizes, Stacks
 from pipeline.training import DistilledModel, full_model_task
 from pipeline.weights import shapes_of, weight_files
@@ -52,11 +52,14 @@ class Planned:
             return Planned(recipe, config.to_dict(), False, "trained from scratch")
         try:
             folder = local_folder(name)
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError(folder)
         except FileNotFoundError:
             settings = public_config(name)
             source = f"{name} (not here: sizes of the public model)"
             return Planned(recipe, settings, settings.get("tie_word_embeddings") is False, source)
+        config_of(folder)  # refuses what does not fit
+        settings = settings_of(folder)
         return Planned(recipe, settings, _has_own_head(folder, settings), name)
 
     @property
@@ -126,7 +129,8 @@ def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:
     files = weight_files(folder)
     if not files:
         return settings.get("tie_word_embeddings") is False
-    return {"shared.weight", "lm_head.weight"} <= {name for file in files for name in shapes_of(file)}
+    names = {name for file in files for name in shapes_of(file)}
+    return HEAD in names and any(name.endswith(("shared.weight", "embed_tokens.weight")) for name in names)
 
 
 def check_fit(planned: Planned, folder: Path) -> None:

@@ -27,6 +27,7 @@ class Scored:
     row: Row
     records: list[dict[str, Any]]
     test_sha256: str
+    bleu_tokenizer: str = "13a"
 
 
 def compare_command(arguments: Sequence[str]) -> None:
@@ -64,7 +65,8 @@ def _scored(run: RunDir, name: str) -> Scored:
                          f"it has {', '.join(rows)}"))  # fmt: skip
     folder = run.stage("evaluate")
     score = read_json(folder / "scores" / f"{name}.json") or {"key": {"test": ""}}
-    return Scored(rows[name], read_jsonl(folder / "outputs" / f"{name}.jsonl"), score["key"]["test"])
+    tokenizer = score.get("quality", {}).get("bleu_tokenizer", "13a")  # older runs had no other
+    return Scored(rows[name], read_jsonl(folder / "outputs" / f"{name}.jsonl"), score["key"]["test"], tokenizer)
 
 
 def _rows(run: RunDir) -> dict[str, Row]:
@@ -82,7 +84,8 @@ def significance(a: Scored, b: Scored) -> float:
     ids = [[record["id"] for record in each.records] for each in (a, b)]
     if a.test_sha256 != b.test_sha256 or ids[0] != ids[1]:
         raise ValueError(f"{a.row.name} and {b.row.name} were not scored on the same examples: evaluate them again")
-    references = References([each.get("references") or [each["reference"]] for each in a.records], [])
+    texts = [each.get("references") or [each["reference"]] for each in a.records]
+    references = References(texts, [], a.bleu_tokenizer)
     outputs = [[record["output"] for record in each.records] for each in (a, b)]
     return p_values(references, outputs[0], {"b": outputs[1]})["b"]
 

@@ -60,6 +60,8 @@ class Row:
     tokens_per_s: float | None
     peak_memory_bytes: float | None
     layer_flops: float | None
+    note: str = ""
+    """What must be known beside the scores."""
 
     @property
     def bleu(self) -> float:
@@ -184,6 +186,7 @@ def _row(values: Mapping[str, str]) -> Row:
         percent=_number(values["percent_of_teacher"]),
         p_value=_number(values["p_value"]),
         layer_flops=_number(values["layer_flops"]),
+        note=values.get("note", ""),  # older runs have none
         **numbers,
     )
 

@@ -79,6 +79,9 @@ def report(recipe: Recipe, run: RunDir) -> None:
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
     print_table(data, console)
+    for row in data.rows:
+        if row.note:
+            console.print(f"{row.name} {row.note}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 

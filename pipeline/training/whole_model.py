@@ -23,7 +23,7 @@ from pipeline.model import Draws, GlobalCounts, LossTerms, Objectives, task_loss
 from pipeline.ordinary import save_ordinary
 from pipeline.rundir import Stage
 from pipeline.spans import STACKS
-from pipeline.tokenizer import save_tokenizer
+from pipeline.tokenizer import copy_tokenizer
 from pipeline.training.loop import Task
 
 
@@ -86,7 +86,7 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: Path) -> None:
     """Publish a model and its tokenizer as a Hugging Face folder with one file of weights."""
     with publishing_folder(target) as temporary:
         save_ordinary(model, temporary)
-        save_tokenizer(tokenizer, temporary)
+        copy_tokenizer(tokenizer, temporary)
 
 
 @dataclass(frozen=True)

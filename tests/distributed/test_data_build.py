@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from tests.builds import MPIEXEC, ROOT, build, command, contents, family_of, kill_session
+from tests.builds import MPIEXEC, ROOT, build, command, contents, family_of, kill_session, write_recipe
 from tests.patience import PATIENCE_S, wait_until
 
 
@@ -152,3 +152,23 @@ def test_a_damaged_shard_is_found_and_made_again(recipe: Path, built: Path, tmp_
 def test_importing_the_programs_is_light() -> None:
     probe = "import sys, data_prep.__main__, data_prep.build, data_prep.verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=False).returncode == 0
+
+
+def test_lists_of_targets_are_references_of_the_test_and_refused_in_training(tmp_path: Path) -> None:
+    rows = [{"source": f"number {n}", "target": [f"Nummer {n}", " ", f"Zahl {n}"]} for n in range(40)]
+    one = [{**row, "target": row["target"][0]} for row in rows]
+    for name, content in (("several", rows), ("one", one)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    paths = {name: [str(tmp_path / f"{name}.jsonl")] for name in ("several", "one")}
+    data = {"corpus": "files", "train": paths["one"], "validation": paths["several"], "test": paths["several"]}
+    result = build(write_recipe(tmp_path / "recipe.yaml", data | {"vocab_size": 64}), tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    test = [json.loads(line) for line in (tmp_path / "data/test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["references"] for row in test] == [[f"Nummer {n}", f"Zahl {n}"] for n in range(40)]
+    assert [row["target"] for row in test] == [row["target"] for row in one]
+    splits = read_manifest(tmp_path / "data").splits
+    assert splits["validation"].shards[0].target_tokens == splits["train"].shards[0].target_tokens
+    recipe = write_recipe(tmp_path / "bad.yaml", data | {"train": paths["several"], "vocab_size": 64})
+    result = build(recipe, tmp_path / "bad")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "field 'target' holds 2 texts; training takes one target a record: write a record for each" in result.stderr

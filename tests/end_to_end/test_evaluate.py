@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,11 +17,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Tokenizer
+from transformers import BartForConditionalGeneration, PegasusForConditionalGeneration, T5Tokenizer
 
 from data_prep.publish import sha256_of
+from pipeline.config.recipe import EvaluateConfig, Recipe
+from pipeline.evaluation.subject import Subject
 from pipeline.library import export as library
+from pipeline.report.stage import report
 from pipeline.rundir.run_dir import RunDir
+from pipeline.scoring import quality_of
 from tests.evaluated import (
     NUM_EXAMPLES,
     NUM_NEW_TOKENS,
@@ -223,14 +228,6 @@ def cut(name: str) -> Callable[[Path], None]:
             "'e2-x' is not an assembly",
         ),
         (damage_library, {}, "modular.safetensors does not match .*library.json: it is damaged"),
-        (lambda root: None, {"folders": ("e2-d2={root}/baseline/model",)}, "two systems are called e2-d2"),
-        (lambda root: None, {"folders": ("{root}/nowhere",)}, "nowhere is not a Hugging Face folder"),
-        (lambda root: None, {"folders": ("a/b={root}/baseline/model",)}, "evaluate.folders calls a system 'a/b'"),
-        (
-            lambda root: [path.unlink() for path in (root / "baseline/model").glob("*token*")] and None,
-            {"folders": ("a={root}/baseline/model",)},
-            "has no tokenizer: save one beside the model",
-        ),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -243,6 +240,70 @@ def test_bad_input_is_one_clear_line(
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         evaluate_here(root, folders=folders)
     assert "\n" not in str(caught.value)
+
+
+def test_peers_that_cannot_be_scored_keep_nothing_else_from_it(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    """All that can be known of their folders is in one line, which comes last."""
+    root = tmp_path / "run"
+    shutil.copytree(inputs, root)
+    mute, large = tmp_path / "mute", tmp_path / "large"
+    for folder in (mute, large):
+        shutil.copytree(root / "baseline/model", folder)
+    for path in (*mute.glob("*token*"), *mute.glob("spiece*")):
+        path.unlink()
+    tokenizer = T5Tokenizer.from_pretrained(large)
+    tokenizer.add_tokens([f"word{i}" for i in range(200)])
+    tokenizer.save_pretrained(large)
+    folders = ("{0}/nowhere", "e2-d2={1}", "a/b={1}", "good={1}", "good={1}", str(mute), str(large))
+    folders = tuple(text.format(tmp_path, root / "baseline/model") for text in folders)
+    with pytest.raises(ValueError, match="nowhere is not a Hugging Face folder") as caught:
+        evaluate_here(root, folders=folders)
+    for said in (
+        "a system e2-d2, as systems of this run are called", "calls a system 'a/b'", "two systems are called good",
+        "mute has no tokenizer: save one", "large has 2.. tokens, its model's embedding only", "scores of all others",
+    ):  # fmt: skip
+        assert re.search(said, str(caught.value)), said
+    assert "\n" not in str(caught.value)
+    assert [row for row in table(root) if row["name"] != "good"] == table(finished)
+    assert not (root / "evaluate/stage.json").exists()
+
+
+def test_a_peer_that_fails_or_has_few_positions_is_told_and_the_others_go_on(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    failing, half, short = (tmp_path / name for name in ("failing", "half", "short"))
+    for folder in (failing, half):
+        shutil.copytree(RunDir(root).teacher_model, folder)
+    settings = json.loads((failing / "generation_config.json").read_text())
+    (failing / "generation_config.json").write_text(json.dumps({**settings, "sequence_bias": [[[1], "much"]]}))
+    weights = load_file(half / "model.safetensors")
+    del weights["encoder.final_layer_norm.weight"]
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 64}
+    sizes |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "max_position_embeddings": 6}
+    for folder, made in ((short, PegasusForConditionalGeneration), (tmp_path / "bart", BartForConditionalGeneration)):
+        made(made.config_class(**sizes)).save_pretrained(folder)
+        T5Tokenizer.from_pretrained(RunDir(root).teacher_model).save_pretrained(folder)
+    evaluate_here(root, folders=(str(failing), str(half), str(short), str(tmp_path / "bart")))
+    rows = {row["name"]: row for row in table(root)}
+    assert "much" in rows["failing"]["failed"]
+    assert "lacks 1 weights" in rows["half"]["failed"]
+    warnings = capsys.readouterr().err
+    costs = json.loads((root / "evaluate/costs.json").read_text())["costs"]
+    for name in ("short", "bart"):
+        assert rows[name]["bleu"]
+        assert costs[name]["latency_ms"] > 0
+        assert rows[name]["note"] == (
+            "cuts sources to 6, references to 6, outputs to 6 tokens, for which it has positions"
+        )
+        assert f"warning: {name} cuts sources to 6" in warnings
+    assert [row for name, row in rows.items() if row["kind"] != "peer"] == table(finished)
+    report(Recipe(), RunDir(root))
+    assert "<code>short</code> cuts sources to 6" in (root / "report/report.html").read_text()
+    assert "bart cuts sources to 6" in capsys.readouterr().out
 
 
 def test_peers_enter_the_table_and_empty_outputs_are_told(
@@ -295,6 +356,29 @@ def test_what_runs_out_of_memory_is_marked_and_the_others_go_on(finished: Path, 
     assert rows["large"]["failed"] == "out of memory"
     assert rows["large"]["bleu"] == rows["large"]["percent_of_teacher"] == ""
     assert [row for name, row in rows.items() if name != "large"] == table(finished)
+
+
+def test_rows_of_one_source_are_references_of_one_example(inputs: Path, tmp_path: Path) -> None:
+    """Where the recipe says so; the limit counts examples, and results know one from the other."""
+    root = tmp_path / "run"
+    shutil.copytree(inputs, root)
+    edit_examples(
+        root,
+        lambda records: [
+            {"id": f"{i}.{k}", "source": f"one {i}", "target": f"two {i} {k % 2}"} for i in range(6) for k in range(3)
+        ],
+    )
+    loaded = [
+        Subject.load(Recipe(evaluate=EvaluateConfig(max_examples=4, same_source=each)), RunDir(root))
+        for each in ("examples", "references")
+    ]
+    apart, together = loaded
+    assert [each["id"] for each in apart.examples] == ["0.0", "0.1", "0.2", "1.0"]
+    assert [each["id"] for each in together.examples] == ["0.0", "1.0", "2.0", "3.0"]
+    assert together.references.texts == [[f"two {i} 0", f"two {i} 1"] for i in range(4)]
+    assert quality_of(together.references, [f"two {i} 1" for i in range(4)], [])["exact_match"] == 100.0
+    keys = [each.key(each.teacher) for each in loaded]
+    assert keys[0] != keys[1]
 
 
 def test_missing_stages_are_named(inputs: Path, tmp_path: Path) -> None:

@@ -104,6 +104,11 @@ def begun(stage: str, *options: str) -> None:
     Stage.of(recipe, run, stage).begin()
 
 
+def peer(break_it: Callable[[Path], object] = lambda folder: None) -> Callable[[], object]:
+    """Put a copy of the teacher at peer/, and break it."""
+    return lambda: break_it(Path(shutil.copytree("teacher", "peer")))
+
+
 def cut_gzip() -> None:
     packed = gzip.compress(Path("train.jsonl").read_bytes())
     Path("train.jsonl.gz").write_bytes(packed[:-30])
@@ -184,12 +189,75 @@ BEFORE_ANY_WORK = {
     "weights of another width": Mistake("but config.json says", break_it=edit("teacher/config.json", d_model=32)),
     "settings cut": Mistake("lacks num_layers, d_model", break_it=text("teacher/config.json",
                                                                    '{"model_type": "t5", "vocab_size": 48}')),
+    "settings with a word for a number": Mistake(
+        "teacher/config.json does not fit its model type (Validation error for field 'd_kv'",
+        break_it=edit("teacher/config.json", d_kv="4"),
+    ),
     "weights cut": Mistake("fetch it again", break_it=lambda: os.truncate(next(Path("teacher").glob("model-*")), 9000)),
     "tokenizer of git lfs": Mistake("is a pointer of Git LFS", break_it=text("teacher/spiece.model", LFS)),
     "tokenizer damaged": Mistake("(spiece.model) cannot be read", break_it=text("teacher/spiece.model", "hello")),
     "no validation texts": Mistake("data.validation is empty", "--data.validation []"),
     "no test texts": Mistake("data.test is empty", "--data.test []"),
     "home": Mistake("~ is not expanded", "--run_dir ~/run"),
+    "recover a misfit": Mistake("e5.1-d6 does not fit", "--recover.assembly e5.1-d6"),
+    "recover no assembly": Mistake("'e2-x' is not an assembly", "--recover.assembly e2-x"),
+    "recover without steps": Mistake(
+        "recover.optim.num_steps is 0", "--recover.assembly e2x3-d6 --recover.optim.num_steps 0"
+    ),
+    "baseline of two granularities": Mistake(
+        "baseline theseus has one granularity",
+        "--baseline.methods [theseus] --baseline.optim.num_steps 2 --baseline.ratios [1.2]",
+    ),
+    "settings of generation": Mistake(
+        "generation_config.json has bad_words_ids, max_time, which decoding here does not carry: give a copy",
+        break_it=edit("teacher/generation_config.json", bad_words_ids=[[5]], max_time=3.0, temperature=0.3),
+    ),
+    "settings of generation damaged": Mistake(
+        "generation_config.json cannot be read", break_it=text("teacher/generation_config.json", "{")
+    ),
+    "peer without a tokenizer": Mistake(
+        "has no tokenizer", "--evaluate.folders [p=peer]", peer(lambda folder: (folder / "spiece.model").unlink())
+    ),
+    "peer with too many tokens": Mistake(
+        "peer has 60 tokens, its model's embedding only 48", "--evaluate.folders [p=peer]",
+        peer(lambda folder: shutil.copy("large_tokenizer/spiece.model", folder / "spiece.model")),
+    ),
+    "peer with a damaged tokenizer": Mistake(
+        "(spiece.model) cannot be read", "--evaluate.folders [p=peer]",
+        peer(lambda folder: text(str(folder / "spiece.model"), "hello")()),
+    ),
+    "peer that is a decoder": Mistake(
+        "its model type is none that AutoModelForSeq2SeqLM knows", "--evaluate.folders [p=peer]",
+        peer(lambda folder: edit(str(folder / "config.json"), model_type="gpt2")()),
+    ),
+    "peer with settings that do not fit": Mistake(
+        "config.json does not fit its model type (Validation error for field 'd_kv'", "--evaluate.folders [p=peer]",
+        peer(lambda folder: edit(str(folder / "config.json"), d_kv="four")()),
+    ),
+    "peer without a layer's weights": Mistake(
+        "lack decoder.block.6.", "--evaluate.folders [p=peer]",
+        peer(lambda folder: edit(str(folder / "config.json"), num_decoder_layers=7)()),
+    ),
+    "peer with cut weights": Mistake(
+        "fetch it again", "--evaluate.folders [p=peer]",
+        peer(lambda folder: os.truncate(next(folder.glob("model-*")), 9000)),
+    ),
+    "peer called as an assembly": Mistake(
+        "a system drop-e2x3-d6, as systems of this run are called", "--evaluate.folders [drop-e2x3-d6=peer]", peer()
+    ),
+    "peer called as no file": Mistake("calls a system 'a/b'", "--evaluate.folders [a/b=peer]", peer()),
+    "peers of one name": Mistake("two systems are called p", "--evaluate.folders [p=peer,p=teacher]", peer()),
+    "peer without a start": Mistake(
+        "names no decoder_start_token_id", "--evaluate.folders [p=peer]",
+        peer(lambda folder: (
+            (folder / "generation_config.json").unlink(),
+            edit(str(folder / "config.json"), decoder_start_token_id=None)(),
+        )),
+    ),
+    "tokenizer of BLEU": Mistake(
+        "evaluate.bleu_tokenizer is ko-mecab, which cannot be made here", "--evaluate.bleu_tokenizer ko-mecab",
+        lambda: sys.modules.update({"mecab_ko": None}),
+    ),
     "other model": Mistake("nowhere is not a Hugging Face folder", "--evaluate.folders [nowhere]"),
     "ds_config not json": Mistake(
         "ds.json is not valid JSON", "--distill.loop.ds_config ds.json", text("ds.json", "{")

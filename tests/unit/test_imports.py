@@ -30,10 +30,11 @@ ORDER = (  # a room imports only rooms that stand before it
     "data_prep.verify", "data_prep.stats", "data_prep.__main__",
     # what is told, counted and kept, without a model
     "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
-    "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scoring", "pipeline.curves", "pipeline.pictures",
+    "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scripts", "pipeline.scoring", "pipeline.curves",
+    "pipeline.pictures",
     # teacher and modular layers, trained
-    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.model", "pipeline.checkpoints",
-    "pipeline.footprint", "pipeline.training",
+    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.pretrained", "pipeline.model",
+    "pipeline.checkpoints", "pipeline.footprint", "pipeline.training",
     # the product and what is made of it
     "pipeline.library", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation", "pipeline.search",
     "pipeline.report",
@@ -58,7 +59,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
     "matplotlib": "pipeline.pictures",
 }
 
-PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic
+PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic, and the tokenizer of record
     "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.partition", "data_prep.processes",
     "data_prep.publish", "data_prep.reader", "data_prep.shards", "data_prep.tokenizer",
 }  # fmt: skip

@@ -166,6 +166,6 @@ def test_a_run_without_a_teacher_and_a_rule_that_keeps_nothing_are_refused(run_a
 
 def test_a_generation_setting_that_is_not_carried_is_named_with_its_file(run_and_outputs, tmp_path):
     run = copy_with(run_and_outputs[0], tmp_path / "run", encoder_no_repeat_ngram_size=3)
-    message = "run/teacher/model/generation_config.json has encoder_no_repeat_ngram_size, .*: remove that from the file"
+    message = "teacher/model/generation_config.json has encoder_no_repeat_ngram_size, which .*: give a copy of the mod"
     with pytest.raises(ValueError, match=message):
         label(recipe_of(run), run, RULE, ALONE)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline.scoring import ROUGE_TYPES, References, bleu, p_values, quality_of
+from pipeline import scoring
+from pipeline.scoring import ROUGE_TYPES, References, bleu, check_bleu_tokenizer, p_values, quality_of
+from pipeline.scripts import words_of
 
 WORDS = (
     "ein", "zwei", "Häuser,", "\u201ealte\u201c", "Straßen\u2028", "&", "schöne", "Gärten;", "3.5", "km", "\u2013",
@@ -47,8 +49,11 @@ def test_scores_are_those_of_the_command_line(tmp_path):
     assert "nrefs:2" in quality["signatures"]["bleu"]
 
 
-def test_rouge_is_that_of_rouge_score():
+def test_rouge_of_english_is_that_of_rouge_score():
     texts, outputs = corpus(1, 40, 0.4)
+    plain = str.maketrans("\u00e4\u00f6\u00fc\u00df", "aous")
+    texts = [[text.translate(plain) for text in each] for each in texts]
+    outputs = [text.translate(plain) for text in outputs]
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=False)
     found = [scorer.score_multi(each, output) for each, output in zip(texts, outputs, strict=True)]
     quality = quality_of(References(texts, [""] * 40), outputs, [])
@@ -104,3 +109,81 @@ def test_outputs_that_are_all_empty_score_nothing():
 
 def test_bleu_of_a_corpus():
     assert bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(100.0)
+
+
+SCRIPTS = {  # two sentences, and one that is half of the first
+    "zh": ["猫坐在垫子上睡觉。", "今天天气很好。"],
+    "ja": ["猫がマットの上で寝ています。", "今日は天気がいいです。"],
+    "th": ["แมวนั่งบนเสื่อ", "วันนี้อากาศดี"],
+    "ko": ["고양이가 매트 위에서 자고 있다", "오늘은 날씨가 아주 좋다"],
+    "ru": ["Кошка сидит на ковре.", "Сегодня хорошая погода."],
+    "hi": ["बिल्ली चटाई पर बैठी है।", "आज मौसम अच्छा है।"],
+    "de": ["Über Äpfel hört müde Füße laufen.", "Schöne Grüße aus Köln."],
+    "signs": ["\U0001f44d\U0001f3fd \U0001f600", "!!! ???"],
+}  # fmt: skip
+TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char"}  # Japanese and Korean where their packages are not installed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scores_mean_something_in_every_script(script, monkeypatch):
+    """Equal texts are 100, others less, and half of a text is more than nothing of it."""
+    monkeypatch.setattr(scoring, "_can_make", lambda name: "mecab" not in name)
+    first, second = SCRIPTS[script]
+    references = References([[first], [second]] * 5, [""] * 10)
+    assert references.bleu_tokenizer == TOKENIZERS.get(script, "13a")
+    assert not references.warning
+    equal, half, nothing = (
+        quality_of(references, outputs * 5, [])
+        for outputs in ([first, second], [first[: len(first) // 2 + 1], second], ["q", "w"])
+    )
+    for name in ("bleu", "chrf", "rouge1", "rougeL", "rougeLsum"):
+        if script != "signs" or name not in ("bleu", "chrf"):
+            assert equal[name] == pytest.approx(100), name
+        assert equal[name] > half[name] > nothing[name], name
+    assert equal["ter"] == 0.0
+    assert equal["ter"] < half["ter"] < 100.0
+    assert f"tok:{references.bleu_tokenizer}" in equal["signatures"]["bleu"]
+
+
+def test_words_of_rouge_are_whole_in_every_script():
+    assert words_of(SCRIPTS["hi"][1]) == SCRIPTS["hi"][1].removesuffix("\u0964").split()
+    assert words_of("Na\u00efve \u0130 caf\u00e9s, 3\u00bd\u4e2d\u6587x") == [
+        "na\u00efve", "i\u0307", "caf\u00e9s", "3\u00bd", "\u4e2d", "\u6587", "x"
+    ]  # fmt: skip
+
+
+def test_a_language_goes_before_the_script_and_a_setting_before_both(monkeypatch):
+    monkeypatch.setattr(scoring, "_can_make", lambda name: True)
+    texts = [[SCRIPTS["zh"][0]]]
+    assert References(texts, ["ja_XX"]).bleu_tokenizer == "ja-mecab"
+    assert References(texts, ["zh-Hant"]).bleu_tokenizer == References(texts, ["en"]).bleu_tokenizer == "zh"
+    assert References([[SCRIPTS["ko"][0]]], []).bleu_tokenizer == "ko-mecab"
+    references = References(texts, [""], "13a")
+    assert references.bleu_tokenizer == "13a"
+    assert "13a sees one word in 1 of 1 references: set evaluate.bleu_tokenizer to zh" in references.warning
+    assert bleu([texts[0][0][:6]], texts[0], "char") > bleu([texts[0][0][:6]], texts[0], "13a") == 0.0
+    parts = References([*texts, ["a garden"]], ["zh", "en"])
+    assert [parts.part(each)[0].bleu_tokenizer for each in ("zh", "en")] == ["zh", "13a"]
+
+
+def test_a_tokenizer_whose_package_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
+    with pytest.raises(ValueError, match=r"bleu_tokenizer is ja-mecab, which .*pip install sacrebleu\[ja\]") as caught:
+        check_bleu_tokenizer("ja-mecab")
+    assert "\n" not in str(caught.value)
+    check_bleu_tokenizer("zh")
+
+
+def test_ter_of_long_pairs_is_bounded_told_and_the_claim_is_touched():
+    """Words that moved are counted twice there; a pair that is not long counts as ever."""
+    words = [f"w{i}" for i in range(130)]
+    moved, short = [*words[100:], *words[:100]], ["a b c d e f", "f a b c d e"]
+    references, beats = References([[" ".join(words)], short[:1]], ["", ""]), []
+    quality = quality_of(references, [" ".join(moved), short[1]], [], lambda: beats.append(1))
+    assert quality["ter"] == pytest.approx(100 * (60 + 1) / 136)
+    assert quality["signatures"]["ter"].endswith("|no shifts in 1 long pairs")
+    assert len(beats) >= 4
+    again = quality_of(references, [" ".join(words), short[0]], [])
+    assert again["ter"] == 0.0
+    assert again["signatures"]["ter"].endswith("in 1 long pairs"), "counted anew"

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.config.recipe import Recipe
 from slurm.cluster import STAGE_JOBS, load_cluster
-from slurm.controller import Job
+from slurm.controller import Job, run_command
 from slurm.discover import choose_mpi, cluster_file, parse_partitions
 from slurm.render import Script, render
 from slurm.status import duration, histories, last_record, loss_of, newest_log, rows, state_of, training_figures
@@ -159,3 +159,20 @@ def test_a_run_that_calls_stage_data_by_its_former_name_is_shown_and_continued(t
     (tmp_path / "logs" / "data-900").mkdir()
     assert rows(minute(), tmp_path, [])[0].job == "900"
     assert [label for label, _ in histories(tmp_path, "data")] == ["812", "900"]
+
+
+def test_commands_of_slurm_see_nothing_of_the_job_whose_shell_asks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs submitted from it would be bound to its cores, and start as their 49th time."""
+    leaked = {
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "200",
+        "SLURM_TRES_PER_TASK": "cpu=7", "SLURM_GPUS_PER_TASK": "1", "SLURM_HOSTFILE": "/nonexistent",
+        "SLURM_RESTART_COUNT": "49", "SLURM_STEP_ID": "0", "SRUN_CPUS_PER_TASK": "3", "PMI_RANK": "1", "RANK": "1",
+        "PMIX_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "LOCAL_RANK": "1", "SLURMD_NODENAME": "node1",
+    }  # fmt: skip
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine", "SLURM_CLUSTERS": "big", "RANKING": "x"}
+    for name, value in (leaked | kept).items():
+        monkeypatch.setenv(name, value)
+    seen = dict(line.partition("=")[::2] for line in run_command(["env"]).splitlines())
+    assert not leaked.keys() & seen.keys()
+    assert kept.items() <= seen.items()
+    assert seen["PATH"]

@@ -256,6 +256,16 @@ def test_null_is_neither_empty_nor_missing() -> None:
     assert record({"source": "a", "target": None}) == Record("train/6", "a", "", "target")
     assert record({"source": None, "target": "b"}) == Record("train/6", "", "b", "source")
     assert record({"source": "a", "target": ""}) == Record("train/6", "a", "")
+
+
+def test_a_list_in_the_target_field_is_several_references():
+    assert record({"source": "a", "target": ["b", " ", None, "c", "d"]}) == Record(
+        "train/6", "a", "b", others=("c", "d")
+    )
+    assert record({"source": "a", "target": ["b"]}) == Record("train/6", "a", "b")
+    assert record({"source": "a", "target": []}) == Record("train/6", "a", "", "target")
+    with pytest.raises(ValueError, match="field 'target' is a int, not a text"):
+        record({"source": "a", "target": ["b", 3]})
     dotted = Fields("translation.en", "translation.de", "to {tgt}: ")
     assert record({"translation": None, "tgt": "de"}, dotted).null == "source"
     assert record({"translation": {"en": "a", "de": None}, "tgt": None}, dotted).null == "target"

@@ -1,0 +1,88 @@
+"""Strangers' model folders: what the file says is what is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.families import family_of
+from pipeline.model import load_model
+from pipeline.ordinary import save_ordinary
+from pipeline.pretrained import config_of, model_of
+from pipeline.trim import trim
+from tests.tiny import tiny_model
+
+NAMES = {"encoder": "encoder.embed_tokens.weight", "decoder": "decoder.embed_tokens.weight"}
+
+
+def saved(folder: Path, kind: str, **settings: Any) -> dict[str, torch.Tensor]:
+    """A tiny model; its weights as they are stored."""
+    save_ordinary(tiny_model(kind, 2, 2), folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return load_file(folder / "model.safetensors")
+
+
+def store(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file({name: weight.clone() for name, weight in weights.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1", "mt5"])
+@pytest.mark.parametrize("stacks", [("decoder",), ("encoder",), ("encoder", "decoder")])
+def test_an_embedding_under_another_name_is_the_embedding(tmp_path: Path, kind: str, stacks: tuple[str, ...]) -> None:
+    """transformers 5 takes the head for it, without a word; so do all that come from it."""
+    weights = saved(tmp_path, kind)
+    embedding, head = weights.pop("shared.weight"), weights.get("lm_head.weight")
+    store(tmp_path, weights | {NAMES[stack]: embedding for stack in stacks})
+    model: Any = load_model(tmp_path)
+    shared = family_of(model.config.model_type).take_shared(model)
+    assert torch.equal(shared.embedding.weight, embedding)
+    assert torch.equal(shared.head.weight, embedding if head is None else head)
+    again = tmp_path / "again"
+    again.mkdir()
+    save_ordinary(load_model(tmp_path), again)
+    found = load_file(again / "model.safetensors")
+    assert torch.equal(found["shared.weight"], embedding)
+    assert ("lm_head.weight" in found) == (head is not None)
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = tiny_model(kind, 2, 2)(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(model_of(again)(input_ids=ids, decoder_input_ids=ids).logits, wanted)
+
+
+def test_two_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+    weights = saved(tmp_path, "v1.1")
+    other = weights["shared.weight"] + 1
+    store(tmp_path, weights | {"decoder.embed_tokens.weight": other})
+    with pytest.raises(ValueError, match=r"shared.weight and decoder.embed_tokens.weight are two embeddings"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("v1.1", {"d_kv": 8.0, "layer_norm_epsilon": 1, "initializer_factor": 1, "dropout_rate": 0, "num_layers": 2.0}),
+        ("v1.1", {"use_cache": 1, "is_encoder_decoder": 1, "pad_token_id": 0.0}),
+        ("bart", {"encoder_layerdrop": 0, "decoder_layerdrop": 0, "init_std": 1, "scale_embedding": 0}),
+        ("bart", {"max_position_embeddings": 40.0, "eos_token_id": 2.0, "dropout": 0}),
+    ],
+)
+def test_numbers_that_are_equal_are_taken(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    saved(tmp_path, kind, **settings)
+    config = config_of(tmp_path)
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert load_model(tmp_path).config.d_model == 32
+
+
+@pytest.mark.parametrize("value", ["64", 64.5, [64], None, True])
+def test_a_number_that_is_none_is_one_line_with_file_and_field(tmp_path: Path, value: Any) -> None:
+    saved(tmp_path, "v1.1", d_kv=value)
+    for read in (config_of, load_model, lambda folder: trim(folder, ["a"], tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"config.json does not fit its model type \(.*'d_kv'") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
