@@ -244,6 +244,15 @@ def test_a_cluster_file_may_call_stage_data_by_its_former_name(tmp_path: Path) -
         load_cluster(file)
 
 
+def test_a_search_asks_for_a_gpu_and_older_files_say_nothing_of_it(tmp_path: Path) -> None:
+    assert "#SBATCH --gres=gpu:1" in rendered(load_cluster(find_cluster("example")), "search")
+    older = re.sub(r"\[jobs.search\].*?(?=\[)", "", EXAMPLE, flags=re.DOTALL)
+    assert "jobs.search" not in older
+    (tmp_path / "older.toml").write_text(older)
+    jobs = load_cluster(tmp_path / "older.toml").jobs
+    assert jobs["search"] == jobs["single"]
+
+
 @pytest.mark.parametrize(
     ("limit", "seconds"), [("00:30:00", 1800), ("36:00:00", 129_600), ("1-12:00:00", 129_600), ("2-00:00:01", 172_801)]
 )
