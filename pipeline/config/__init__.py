@@ -10,6 +10,7 @@ from pipeline.config.recipe import (
     SEARCHED,
     BatchConfig,
     DistillConfig,
+    LaunchConfig,
     LoopConfig,
     LossConfig,
     OptimConfig,
