@@ -49,9 +49,8 @@ class PositionBias(nn.Module):
         visible = mask_BL[:, None, None, :]
         if not self.bidirectional:
             visible = visible & (distance_LL <= 0)
-        lowest = bias_HLL.new_full((), torch.finfo(bias_HLL.dtype).min)
         bias_BHLL = empty_bias((len(mask_BL), *bias_HLL.shape), bias_HLL.dtype, bias_HLL.device)
-        return torch.where(visible, bias_HLL, lowest, out=bias_BHLL)
+        return bias_BHLL.copy_(bias_HLL).masked_fill_(~visible, torch.finfo(bias_HLL.dtype).min)
 
     def at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
         """The rows of the bias that belong to these positions, over keys 0..num_keys-1, [R or 1, H, Q, num_keys]."""
