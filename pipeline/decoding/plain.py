@@ -19,9 +19,22 @@ from pipeline.data import IGNORED_LABEL, padded_rows
 MAX_EXAMPLES_PER_BATCH = 256
 
 
-def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """Model (in the dtype of its checkpoint, ready to decode) and tokenizer of a folder; never from a network."""
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
+def weights_in(dtype: str) -> torch.dtype | None:
+    """What weights are loaded in for a recipe's evaluate.dtype, None for the type of the checkpoint; from here on
+    products on a GPU are made accordingly."""
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def load(folder: Path, device: torch.device, dtype: str = "checkpoint") -> tuple[Any, Any]:
+    """Model (ready to decode) and tokenizer of a folder; never from a network.
+
+    Args:
+        dtype: as evaluate.dtype of a recipe.
+    """
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        folder, local_files_only=True, dtype=weights_in(dtype) or "auto"
+    )
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -128,20 +128,20 @@ class Workshop:
         publish_sealed(plan.path(group, index), record)
 
     def _decoder_of(self, group: str, names: list[str]) -> Callable[..., dict[str, Any]]:
-        run, subject = self.subject.run, self.subject
+        run, subject, dtype = self.subject.run, self.subject, self.subject.recipe.evaluate.dtype
         try:
             if group == TOGETHER:
                 # the plan that names this group carries the hashes: both files were held against the manifest for it
-                return _Views(subject, load_pool(run.teacher_model, self.device, run.library))
+                return _Views(subject, load_pool(run.teacher_model, self.device, run.library, dtype))
             folder = subject.folder_of(subject.system(group))
             config = read_json(folder / "config.json") or {}
             if config.get("model_type") in FAMILIES:
-                pool = load_pool(folder, self.device)
+                pool = load_pool(folder, self.device, dtype=dtype)
                 try:
                     return _Views(subject, pool)
                 except ValueError:  # its generation config asks for more than Rules carry
                     del pool
-            return _Plain(subject, *load(folder, self.device))
+            return _Plain(subject, *load(folder, self.device, dtype))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
