@@ -6,7 +6,7 @@ WORKERS ?= 3
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint test-faults test-readers bench bench-gpu full-size doctor clean help
+.PHONY: demo test lint test-faults test-readers bench bench-gpu gpu-day full-size doctor clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ bench-gpu: .venv/installed  ## run the tests and benchmarks that need an NVIDIA 
 	  $(BIN)/python -m pipeline.bench kernels --device cuda --only $$loss --write pipeline/bench/results || status=1; \
 	done; \
 	$(BIN)/python -m pipeline.bench step --part gpu --write pipeline/bench/results || status=1; exit $$status
+
+gpu-day: .venv/installed  ## learn what a CPU cannot tell, in six minutes of one NVIDIA GPU: DRY=--dry tries it anywhere
+	$(BIN)/python -m pipeline.bench gpu-day $(DRY) --write pipeline/bench/results
 
 doctor: .venv/installed  ## check this machine: packages, ranks, MPI, kernels
 	$(BIN)/python -m pipeline doctor

@@ -71,6 +71,19 @@ class MicroBatch:
     """bool, True where there is a token."""
     labels_BT: torch.Tensor
     """int64, padded with IGNORED_LABEL."""
+    places_N: torch.Tensor = None  # type: ignore[assignment]
+    """Places in the flattened labels of those that are not IGNORED_LABEL, in order; found here where not given. On a
+    GPU the host would wait for them, so they are found before a micro-batch goes there."""
+
+    def __post_init__(self) -> None:
+        if self.places_N is None:
+            places_N = (self.labels_BT != IGNORED_LABEL).flatten().nonzero().squeeze(1)
+            object.__setattr__(self, "places_N", places_N)
+
+    @property
+    def labels_N(self) -> torch.Tensor:
+        """The labels that are not IGNORED_LABEL."""
+        return self.labels_BT.flatten().index_select(0, self.places_N)
 
 
 @dataclass(frozen=True)
@@ -352,6 +365,10 @@ def padded_rows(
 
 
 def on_device(batch: MicroBatch, world: World) -> MicroBatch:
+    """The same on this rank's device; the host does not wait for it."""
     tensors = {key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    if world.device.type == "cuda":
+        # from pinned memory a copy is queued; from other memory the host waits until the device comes to it
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
     moved: dict[str, Any] = {key: tensor.to(world.device, non_blocking=True) for key, tensor in tensors.items()}
     return replace(batch, **moved)

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from data_prep.publish import fsync_folder
@@ -28,6 +29,13 @@ from pipeline.world import World
 MINIMUM_PYTHON = (3, 11)
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "sentencepiece", "webdataset", "mpi4py", "sacrebleu")
 TIMEOUT_S = 100
+TRIED = {
+    "zero3_cpu": (torch.float32, 1e-4),
+    "zero2_replicated": (torch.bfloat16, 0.03),
+    "zero3": (torch.bfloat16, 0.03),
+    "zero3_hpz": (torch.bfloat16, 0.03),
+}
+"""DeepSpeed configurations that are tried, their type, and how far losses may be from plain PyTorch's: by rounding."""
 PROBE_BYTES = 64 * 2**20
 
 
@@ -83,7 +91,7 @@ def _devices(run_dir: Path) -> str:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        if not torch.cuda.is_bf16_supported():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"{properties.name} has no bf16: use an NVIDIA GPU of compute capability 8.0 or newer")
         return f"{torch.cuda.device_count()} x {properties.name} with {memory}, CUDA {torch.version.cuda}, NCCL"
     if shutil.which("nvidia-smi"):
@@ -202,17 +210,19 @@ class _Branches(nn.Module):
         state_BD = batch_BD.detach().requires_grad_()
         for branch, use in zip(self.branches, uses, strict=True):
             state_BD = branch(state_BD, use)
-        return state_BD.square().sum()
+        return state_BD.float().square().sum()
 
 
-def train_a_little(world: World, num_steps: int = 6) -> str:
-    """On every rank: each collective that ZeRO uses, and a training whose ranks and steps use different layers, which
-    must equal plain PyTorch. A library that keeps gradients of layers that a step did not use fails here."""
-    import torch.distributed as dist
+def train_a_little(world: World) -> str:
+    """On every rank: each collective that ZeRO uses, and a training under each kind of configuration."""
+    _try_collectives(world)
+    for ds_config, (dtype, tolerance) in TRIED.items():
+        _train(world, ds_config, dtype, tolerance)
+    ranks = f"{world.size} ranks over {dist.get_backend()}"
+    return f"{ranks}; {', '.join(TRIED)}, with layers that a step does not use, equal plain PyTorch"
 
-    from pipeline.config import OptimConfig
-    from pipeline.training import Engine
 
+def _try_collectives(world: World) -> None:
     device, size = world.device, world.size
     mine = torch.full((4,), float(world.rank), device=device)
     everyone = torch.arange(size, device=device).float().repeat_interleave(4)
@@ -224,11 +234,19 @@ def train_a_little(world: World, num_steps: int = 6) -> str:
     assert torch.equal(reduced, mine * size), f"reduce-scatter on rank {world.rank} gives {reduced.tolist()}"
     assert world.sum(mine.clone())[0] == size * (size - 1) / 2, "all-reduce is wrong"
 
+
+def _train(world: World, ds_config: str, dtype: torch.dtype, tolerance: float, num_steps: int = 6) -> None:
+    """A training whose ranks and steps use different layers, which must equal plain PyTorch. A library that keeps
+    gradients of layers that a step did not use fails here."""
+    from pipeline.config import OptimConfig
+    from pipeline.training import Engine
+
+    device, size = world.device, world.size
     optim = OptimConfig(beta2=0.95, max_grad_norm=1e6)
     engine = Engine(
         _Branches(),
         world=world,
-        ds_config="zero3_cpu",
+        ds_config=ds_config,
         optim=optim,
         leaf_classes=[_Branch],
         lr_factor=lambda name: 1.0,
@@ -236,11 +254,13 @@ def train_a_little(world: World, num_steps: int = 6) -> str:
         num_accumulated=1,
     )
     plain = _Branches().to(device)
+    for parameter in plain.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # AdamW passes over what has none, and a step of zeros counts
     adamw = torch.optim.AdamW(plain.parameters(), lr=0.01, betas=(optim.beta1, optim.beta2), weight_decay=0.0)
     for step in range(num_steps):
         batches_NBD = torch.randn(size, 8, 16, generator=torch.Generator().manual_seed(step)).to(device)
         uses = [[(step + rank + branch) % 3 != 0 for branch in range(3)] for rank in range(size)]
-        loss = engine(batches_NBD[world.rank], uses[world.rank])
+        loss = engine(batches_NBD[world.rank].to(dtype), uses[world.rank])
         engine.backward(loss)
         engine.step(0.01)
         adamw.zero_grad(set_to_none=False)
@@ -248,11 +268,10 @@ def train_a_little(world: World, num_steps: int = 6) -> str:
         torch.stack(losses).sum().backward()
         adamw.step()
         difference = abs(loss.item() - losses[world.rank].item()) / losses[world.rank].item()
-        assert difference < 1e-4, (
-            f"step {step} differs from plain PyTorch by {difference:.1e}: install the versions of requirements.txt"
+        assert difference < tolerance, (
+            f"step {step} of {ds_config} differs from plain PyTorch by {difference:.1e}: install the versions of "
+            "requirements.txt"
         )
-    backend = dist.get_backend()
-    return f"{size} ranks over {backend}; ZeRO-3 with layers that a step does not use equals plain PyTorch"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shlex
@@ -30,8 +31,9 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
     order = [name for name in ORDER if name not in left_out(recipe)]
     all_done = all(_is_done(recipe, run, name) for name in order if name not in SKIP_THEMSELVES)
     if dry_run or not all_done:
-        from pipeline.planning import preflight  # late: with everything done nothing needs torch
+        from pipeline.planning import preflight, ranks_here  # late: with everything done nothing needs torch
 
+        recipe = dataclasses.replace(recipe, launch=ranks_here(recipe))
         preflight(recipe, run, extend=extend)
     if dry_run:
         for name in order:

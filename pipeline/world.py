@@ -35,9 +35,7 @@ class World:
     def from_environment() -> World:
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device = _take_gpu(local_rank) if torch.cuda.is_available() else torch.device("cpu")
         return World(rank, size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
     @property
@@ -62,7 +60,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
-        return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
+        return flag if self.size == 1 else bool(self.max(torch.tensor(float(flag), device=self.device)).item())
 
     def side_group(self) -> dist.ProcessGroup | None:
         """A process group of all ranks' CPUs for what runs beside training, so that its collectives never meet those of
@@ -89,6 +87,18 @@ class World:
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: int) -> torch.device:
+    """The GPU of this process, as torch is to use it from now on."""
+    if torch.cuda.device_count() == 1:
+        local_rank = 0  # of several tasks each may be shown its own GPU alone, which is number 0 to all of them
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed goes by it
+    # of attention with a bias cuDNN plans every shape anew, which takes longer than the attention, and shapes vary
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def return_freed_memory() -> None:

@@ -12,17 +12,20 @@ from typing import Any
 
 from slurm.stages import FORMER_NAMES, stage_of
 
-# stage -> shape of its job: the name of a template, and of a [jobs.NAME] table in a cluster file
+# stage -> kind of its job: the name of a [jobs.NAME] table in a cluster file
 STAGE_JOBS = {
     "data": "data",
     "teacher": "train",
     "distill": "train",
     "baseline": "train",
-    "search": "single",
+    "search": "search",
     "assemble": "single",
     "evaluate": "evaluate",
     "report": "single",
 }
+
+ONE_PROCESS = ("search", "single")
+"""Kinds of jobs that are one process."""
 
 CHOICES = {
     "gpu_flag": ("gres", "gpus-per-node", "none"),
@@ -95,7 +98,8 @@ class Cluster:
     environment: dict[str, str]
     """[environment]: variables to export."""
     jobs: dict[str, JobShape]
-    """[jobs.data], [jobs.train], [jobs.evaluate], [jobs.single]."""
+    """[jobs.data], [jobs.train], [jobs.search] (needs a GPU of the kind that is evaluated on), [jobs.evaluate],
+    [jobs.single]."""
     time_limits: dict[str, str]
     """[time_limits]: one for each stage, as [D-]HH:MM:SS."""
 
@@ -127,6 +131,8 @@ def load_cluster(path: Path) -> Cluster:
     jobs = _take(table, "jobs", dict, str(path))
     known_jobs = tuple(dict.fromkeys(STAGE_JOBS.values()))
     _refuse_unknown(jobs, known_jobs, f"{path} [jobs]")
+    if "single" in jobs:
+        jobs = {"search": jobs["single"], **jobs}  # files that were written until November 2026 have no [jobs.search]
     shapes = {}
     for job in known_jobs:
         where = f"{path} [jobs.{job}]"
@@ -209,11 +215,11 @@ def _check_values(cluster: Cluster, where: str) -> None:
         for key in ("nodes", "processes_per_node", "cpus_per_process"):
             require(getattr(shape, key) >= 1, f"[jobs.{name}] {key} must be 1 or more, not {getattr(shape, key)}")
         require(shape.gpus_per_node >= 0, f"[jobs.{name}] gpus_per_node must be 0 or more, not {shape.gpus_per_node}")
-    single = cluster.jobs["single"]
-    require(
-        single.nodes == single.processes_per_node == 1,
-        "[jobs.single] runs one process: nodes = 1 and processes_per_node = 1",
-    )
+    for name in ONE_PROCESS:
+        require(
+            cluster.jobs[name].nodes == cluster.jobs[name].processes_per_node == 1,
+            f"[jobs.{name}] runs one process: nodes = 1 and processes_per_node = 1",
+        )
     for name in cluster.environment:
         require(
             re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None,

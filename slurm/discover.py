@@ -14,7 +14,8 @@ from slurm.controller import run_command
 from slurm.render import TEMPLATES
 
 # what the templates ask for, where the partition allows it
-WANTED = {"data": "08:00:00", "train": "1-00:00:00", "evaluate": "08:00:00", "single": "02:00:00"}
+WANTED = {"data": "08:00:00", "train": "1-00:00:00", "search": "02:00:00", "evaluate": "08:00:00",
+          "single": "02:00:00"}  # fmt: skip
 _GRES = re.compile(r"gpu(?::(?P<type>[A-Za-z][\w.-]*))?:(?P<count>\d+)")
 _LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
@@ -75,7 +76,7 @@ def cluster_file(partitions: list[Partition], *, mpi: str, account: str, python:
     without_gpus = [each for each in partitions if not each.gpus]
     other = max(without_gpus, key=lambda each: (each.is_default, each.num_nodes)) if without_gpus else train
     num_processes = train.gpus or 1
-    limits = {kind: _limit(WANTED[kind], train if kind in ("train", "evaluate") else other) for kind in WANTED}
+    limits = {kind: _limit(WANTED[kind], other if kind in ("data", "single") else train) for kind in WANTED}
     shortest_s = min(map(seconds_of, limits.values()))
     return TEMPLATES.get_template("cluster.toml.j2").render(
         partitions=partitions,

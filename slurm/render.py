@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from slurm.cluster import STAGE_JOBS, Cluster, JobShape
+from slurm.cluster import ONE_PROCESS, STAGE_JOBS, Cluster, JobShape
 
 DOCTOR_TIME_LIMIT = "00:15:00"
 
@@ -66,7 +66,8 @@ class Script:
 
     @property
     def template(self) -> str:
-        return "doctor" if self.stage == "doctor" else STAGE_JOBS[self.stage]
+        kind = "doctor" if self.stage == "doctor" else STAGE_JOBS[self.stage]
+        return "single" if kind in ONE_PROCESS else kind
 
     @property
     def shape(self) -> JobShape:

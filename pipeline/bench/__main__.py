@@ -13,6 +13,7 @@ BENCHES = {
     "checkpoint": "pipeline.bench.checkpoint",
     "evaluate": "pipeline.bench.evaluate",
     "full-size": "pipeline.bench.full_size",
+    "gpu-day": "pipeline.bench.gpu_day",
     "kernels": "pipeline.bench.kernels",
     "search": "pipeline.bench.search",
     "switch": "pipeline.bench.switch",

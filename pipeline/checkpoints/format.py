@@ -27,6 +27,8 @@ from data_prep.publish import sha256_of
 
 FORMAT_VERSION = 2
 CHUNK_BYTES = 2**24
+SMALLEST_PIECE = 2**18
+"""Elements of a part of a snapshot that is worth an allocation of its own."""
 
 
 class Slice(Protocol):
@@ -59,20 +61,27 @@ class Snapshot:
         self._header, _ = fp32_layout(shapes, {"index": json.dumps(index)})
         size = sum(map(math.prod, shapes.values()))
         on_gpu = any(tensor.is_cuda for part in slices for tensor in part.tensors.values())
-        self._copy = torch.empty(size, dtype=torch.float32, pin_memory=on_gpu) if copied else None
+        sizes = piece_sizes(size) if copied else []
+        self._pieces = [torch.empty(each, dtype=torch.float32, pin_memory=on_gpu) for each in sizes]
+        self._copied, self._on_gpu = copied, on_gpu
         self._tensors: list[torch.Tensor] = []
 
     @torch.no_grad()
     def take(self, slices: Sequence[Slice]) -> None:
         """Copy the slices as they are now; returns when all is in host memory."""
         tensors = [tensor for part in slices for tensor in part.tensors.values()]
-        if self._copy is None:
+        if not self._copied:
             self._tensors = tensors
             return
-        self._tensors = [self._copy]
-        for view, tensor in zip(self._copy.split([each.numel() for each in tensors]), tensors, strict=True):
-            view.copy_(tensor, non_blocking=True)
-        if self._copy.is_pinned():
+        pieces, room = iter(self._pieces), torch.empty(0)
+        for tensor in tensors:
+            while len(tensor):
+                room = room if len(room) else next(pieces)
+                count = min(len(room), len(tensor))
+                room[:count].copy_(tensor[:count], non_blocking=True)
+                room, tensor = room[count:], tensor[count:]
+        self._tensors = self._pieces
+        if self._on_gpu:
             torch.cuda.current_stream().synchronize()
 
     def write(self, path: Path) -> dict[str, Any]:
@@ -100,6 +109,16 @@ class Snapshot:
             part = memoryview(tensor.cpu().numpy().data).cast("B")
             for first in range(0, len(part), CHUNK_BYTES):
                 yield part[first : first + CHUNK_BYTES]
+
+
+def piece_sizes(num_elements: int) -> list[int]:
+    """Elements of the allocations that a snapshot is made of: powers of two, because pinned memory of another size
+    takes as much as the next one, and one last piece of what is left."""
+    sizes = []
+    while num_elements >= SMALLEST_PIECE:
+        sizes.append(1 << (num_elements.bit_length() - 1))
+        num_elements -= sizes[-1]
+    return [*sizes, num_elements] if num_elements else sizes
 
 
 def fp32_layout(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

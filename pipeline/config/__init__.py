@@ -11,6 +11,7 @@ from pipeline.config.recipe import (
     SEARCHED,
     BatchConfig,
     DistillConfig,
+    LaunchConfig,
     LoopConfig,
     LossConfig,
     OptimConfig,

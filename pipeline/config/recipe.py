@@ -71,7 +71,7 @@ class BatchConfig(Settings):
 class LoopConfig(Settings):
     """How training is run, logged, validated and saved."""
 
-    ds_config: str = operational("zero3")
+    ds_config: str = operational("auto")
     """DeepSpeed configuration: the name of a file in ds_configs/, a path, or auto. auto takes the one that sends least
     between ranks of those that fit into memory."""
     recompute_activations: bool = operational(False)
@@ -79,15 +79,19 @@ class LoopConfig(Settings):
     checkpointing)."""
     log_every_steps: int = operational(10, low=1)
     """Steps between two records in metrics.jsonl and TensorBoard."""
-    validate_every_steps: int = operational(200, low=1)
-    """Steps between two validation losses."""
+    validate_every_steps: int = operational(1000, low=0)
+    """Steps between two validation losses. 0: by the clock alone."""
+    validate_every_s: float = operational(600.0, low=0)
+    """Seconds after which a step is followed by a validation, too. 0: by steps alone."""
     validation_examples: int = operational(256, low=1)
     """Examples of the validation part that a validation loss is computed on."""
     validation_bleu_examples: int = operational(0, low=0)
     """Examples of the validation part that are decoded at every validation, for a BLEU of the teacher, the finest, a 2x
     and the coarsest assembly. 0: none. Each token of an output costs a forward pass."""
-    save_every_steps: int = operational(200, low=1)
-    """Steps between two checkpoints."""
+    save_every_steps: int = operational(1000, low=0)
+    """Steps between two checkpoints. 0: by the clock alone."""
+    save_every_s: float = operational(600.0, low=0)
+    """Seconds after which a step is followed by a checkpoint, too. 0: by steps alone."""
     keep_checkpoints: int = operational(2, low=1)
     """How many of the newest checkpoints to keep."""
     keep_every_steps: int = operational(0, low=0)
@@ -316,6 +320,10 @@ class EvaluateConfig(Settings):
     """Longest output, in tokens."""
     num_beams: int = identity(1, low=1)
     """Beams of beam search; 1 is greedy decoding."""
+    dtype: str = identity("checkpoint", choices=("checkpoint", "tf32", "bfloat16"), before="checkpoint")
+    """What systems are decoded and timed in: checkpoint (the type that they are saved in: fp32 of assemblies), tf32
+    (the same weights, products rounded as NVIDIA GPUs of 2020 and later do it fast; elsewhere as checkpoint) or
+    bfloat16. Every score's key names it, where it is not checkpoint."""
     folders: tuple[str, ...] = identity(())
     """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
     bleu_tokenizer: str = identity("auto", before="13a", choices=BLEU_TOKENIZERS)

@@ -19,9 +19,20 @@ from pipeline.tokenizer import load_tokenizer
 MAX_EXAMPLES_PER_BATCH = 256
 
 
-def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """Model (in the dtype of its checkpoint, ready to decode) and tokenizer of a folder; never from a network."""
-    model: Any = model_of(folder)
+def weights_in(dtype: str) -> torch.dtype | None:
+    """What weights are loaded in for a recipe's evaluate.dtype, None for the type of the checkpoint; from here on
+    products on a GPU are made accordingly."""
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def load(folder: Path, device: torch.device, dtype: str = "checkpoint") -> tuple[Any, Any]:
+    """Model (ready to decode) and tokenizer of a folder; never from a network.
+
+    Args:
+        dtype: as evaluate.dtype of a recipe.
+    """
+    model: Any = model_of(folder, weights_in(dtype))
     return model.to(device).eval(), load_tokenizer(folder)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.decoding.plain import weights_in
 from pipeline.families import Family
 from pipeline.library import ModuleLibrary
 from pipeline.spans import Span
@@ -47,13 +48,15 @@ class Pool:
         return [self.layers[stack][span] for span in spans]
 
 
-def load_pool(folder: Path, device: torch.device, library: Path | None = None) -> Pool:
-    """The layers of a checkpoint folder, in the dtype of the checkpoint, and those of a module library, which
-    check_library has held against it.
+def load_pool(folder: Path, device: torch.device, library: Path | None = None, dtype: str = "checkpoint") -> Pool:
+    """The layers of a checkpoint folder, and those of a module library, which check_library has held against it.
+
+    Args:
+        dtype: as evaluate.dtype of a recipe.
 
     Raises:
         ValueError: a model type that no family knows.
         FileNotFoundError: a folder is missing.
     """
-    found = ModuleLibrary.read(folder, library, device=device)
+    found = ModuleLibrary.read(folder, library, device=device, dtype=weights_in(dtype))
     return Pool(found.family, found.family.take_shared(found.teacher), found.layers, found.teacher, folder, device)

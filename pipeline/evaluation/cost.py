@@ -50,14 +50,22 @@ class Sample:
 
 
 def costs(
-    folders: Mapping[str, Path], sample: Sample, device: torch.device, may_fail: Collection[str] = ()
+    folders: Mapping[str, Path],
+    sample: Sample,
+    device: torch.device,
+    dtype: str = "checkpoint",
+    may_fail: Collection[str] = (),
 ) -> dict[str, Costs]:
     """Costs of each system; one that runs out of memory is left out, and one that may fail and does.
 
     latency_ms (median), latency_ms_low and latency_ms_high (quartiles), ms_per_token; tokens_per_s (median of
     THROUGHPUT_REPEATS batches), tokens_per_s_low and _high (slowest and fastest); peak_memory_bytes of the full batch,
     weights included; layer_flops of one typical example.
+
+    Args:
+        dtype: as evaluate.dtype of a recipe.
     """
+    release_memory(device)  # what decoding has left in the allocator is free, though the device does not say so
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders.values()]
     together = sum(sizes) < MEMORY_SHARE * free_memory(device)
     groups = [list(folders)] if together else [[name] for name in folders]
@@ -66,7 +74,7 @@ def costs(
         loaded: dict[str, Any] = {}
         for name in group:
             try:
-                loaded[name] = load(folders[name], device)[0]
+                loaded[name] = load(folders[name], device, dtype)[0]
                 result[name] = _memory_and_flops(loaded[name], sample)
             except Exception as error:
                 if not is_out_of_memory(error) and name not in may_fail:

@@ -154,20 +154,20 @@ class Workshop:
             return fail
 
     def _load(self, group: str) -> Callable[..., dict[str, Any]]:
-        run, subject = self.subject.run, self.subject
+        run, subject, dtype = self.subject.run, self.subject, self.subject.recipe.evaluate.dtype
         if group == TOGETHER:
             # the plan that names this group carries the hashes: both files were held against the manifest for it
-            return _Views(subject, subject.teacher, load_pool(run.teacher_model, self.device, run.library))
+            return _Views(subject, subject.teacher, load_pool(run.teacher_model, self.device, run.library, dtype))
         system = subject.system(group)
         folder = subject.folder_of(system)
         config = read_json(folder / "config.json") or {}
         if config.get("model_type") in FAMILIES:
-            pool = load_pool(folder, self.device)
+            pool = load_pool(folder, self.device, dtype=dtype)
             try:
                 return _Views(subject, system, pool)
             except ValueError:  # its generation config asks for more than Rules carry
                 del pool
-        return _Plain(subject, system, *load(folder, self.device))
+        return _Plain(subject, system, *load(folder, self.device, dtype))
 
 
 class _Views:

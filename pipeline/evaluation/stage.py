@@ -5,10 +5,10 @@ scores it and publishes outputs/<name>.jsonl and scores/<name>.json with the key
 counts only when key, checksum and outputs agree, so whatever a kill or a bad disk leaves behind is done again.
 When all scores are there, worker 0 alone measures costs, in one go for all systems, and writes scores.csv.
 
-Outputs are those of a plain `AutoModelForSeq2SeqLM.from_pretrained(folder).generate(...)` in the dtype of the
-checkpoint. Padding is masked exactly, so the company an example is decoded in changes logits only by the order of
-summation: about 1e-6 in float32, where another output needs a near-tie (tests/end_to_end/test_evaluate.py compares 200
-outputs with other batches); in bfloat16 the same noise is about 1e-2 and an output may change.
+Outputs are those of a plain `AutoModelForSeq2SeqLM.from_pretrained(folder).generate(...)` in evaluate.dtype.
+Padding is masked exactly, so the company an example is decoded in changes logits only by the order of summation: about
+1e-6 in float32, where another output needs a near-tie (tests/end_to_end/test_evaluate.py compares 200 outputs with
+other batches); in bfloat16 the same noise is about 1e-2 and an output may change.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
         num_beams=settings.num_beams,
     )
     peers = {system.name for system in systems if system.kind == "peer"}
-    found = costs({system.name: subject.folder_of(system) for system in systems}, sample, world.device, peers)
+    folders = {system.name: subject.folder_of(system) for system in systems}
+    found = costs(folders, sample, world.device, settings.dtype, peers)
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
 

@@ -129,7 +129,7 @@ class Subject:
     def key(self, system: System) -> dict[str, Any]:
         """All that a quality result depends on; a result with another key is not this system's."""
         settings = self.recipe.evaluate
-        decoding = {
+        decoding: dict[str, Any] = {
             "num_beams": settings.num_beams,
             "max_new_tokens": settings.max_new_tokens,
             "max_source_tokens": self.recipe.data.max_source_tokens,
@@ -138,6 +138,8 @@ class Subject:
             "same_source": settings.same_source,
             "special_tokens": "kept where references hold them",
         }
+        if settings.dtype != "checkpoint":  # what it was before it could be chosen
+            decoding["dtype"] = settings.dtype
         if system.kind in VIEWS:
             member = self.member(system)
             has_modular = any(span.num_layers > 1 for span in (*member.encoder, *member.decoder))

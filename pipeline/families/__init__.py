@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.bart import BartFamily
-from pipeline.families.base import Family, KeysValues, StackInputs, sizes_of
+from pipeline.families.base import Family, KeysValues, StackInputs, empty_bias, sizes_of
 from pipeline.families.capture import QueriesKeys, captured
 from pipeline.families.t5 import T5Family, new_t5, t5_config
 
@@ -28,6 +28,7 @@ __all__ = [
     "QueriesKeys",
     "StackInputs",
     "captured",
+    "empty_bias",
     "family_of",
     "new_t5",
     "sizes_of",

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BartForConditionalGeneration
 
 from pipeline.families.attention import attend, attend_across, heads
-from pipeline.families.base import KeysValues, SelfCache, StackInputs, set_layer_index, shift_right
+from pipeline.families.base import KeysValues, SelfCache, StackInputs, empty_bias, set_layer_index, shift_right
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 
@@ -68,8 +68,8 @@ class BartShared(nn.Module):
         return self._masked(mask_BS[:, None, None, :])
 
     def _masked(self, visible: torch.Tensor) -> torch.Tensor:
-        dtype = self.head.weight.dtype
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        bias = empty_bias(visible.shape, self.head.weight.dtype, visible.device).zero_()
+        return bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return hidden_BLD

@@ -6,7 +6,7 @@ head, N tokens; in cached decoding R rows (examples, or examples x beams) and Q 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
@@ -17,6 +17,9 @@ from pipeline.data import IGNORED_LABEL
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 from pipeline.spans import STACKS, ModelSizes
+
+ROW_ALIGNMENT = 16
+"""Elements."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class StackInputs:
         bias = self.self_bias if kind == "self" else self.cross_bias
         assert bias is not None
         return bias
+
+
+def empty_bias(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for an additive bias [..., L], each row at a multiple of 16 elements: others a GPU's attention copies in
+    every call, and backward keeps the copies."""
+    *rows, num_keys = shape
+    width = -(-num_keys // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return torch.empty(*rows, width, dtype=dtype, device=device)[..., :num_keys]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pipeline.families.attention import attend, attend_across, heads
-from pipeline.families.base import KeysValues, SelfCache, StackInputs, set_layer_index, shift_right
+from pipeline.families.base import KeysValues, SelfCache, StackInputs, empty_bias, set_layer_index, shift_right
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 
@@ -49,7 +49,8 @@ class PositionBias(nn.Module):
         visible = mask_BL[:, None, None, :]
         if not self.bidirectional:
             visible = visible & (distance_LL <= 0)
-        return torch.where(visible, bias_HLL, torch.finfo(bias_HLL.dtype).min)
+        bias_BHLL = empty_bias((len(mask_BL), *bias_HLL.shape), bias_HLL.dtype, bias_HLL.device)
+        return bias_BHLL.copy_(bias_HLL).masked_fill_(~visible, torch.finfo(bias_HLL.dtype).min)
 
     def at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
         """The rows of the bias that belong to these positions, over keys 0..num_keys-1, [R or 1, H, Q, num_keys]."""
@@ -97,9 +98,9 @@ class T5Shared(nn.Module):
         return bias.by_distance(mask_BL)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
-        dtype = self.embedding.weight.dtype
-        bias_BS = torch.zeros(mask_BS.shape, dtype=dtype, device=mask_BS.device)
-        return bias_BS.masked_fill(~mask_BS, torch.finfo(dtype).min)[:, None, None, :]
+        mask_B11S = mask_BS[:, None, None, :]
+        bias_B11S = empty_bias(mask_B11S.shape, self.embedding.weight.dtype, mask_BS.device).zero_()
+        return bias_B11S.masked_fill_(~mask_B11S, torch.finfo(bias_B11S.dtype).min)
 
     def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_RQ)

@@ -168,7 +168,8 @@ def by_granularity(uses: Sequence[Use], errors_P: torch.Tensor) -> dict[str, tup
     places: dict[int, list[int]] = {}
     for place, use in enumerate(uses):
         places.setdefault(granularity_of(use.name), []).extend([place] * len(use.draws))
+    errors = errors_P.detach().unbind()  # a list as an index would be copied to the device, which the host waits for
     return {
-        granularity_label(granularity): (errors_P.detach()[used].sum(), len(used))
+        granularity_label(granularity): (torch.stack([errors[place] for place in used]).sum(), len(used))
         for granularity, used in places.items()
     }

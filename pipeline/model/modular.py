@@ -186,7 +186,7 @@ class ModularModel(nn.Module):
         )
         if draws is None:
             return outputs
-        return self._with_head(outputs, teacher_BTD, streams, batch.labels_BT, wanted)
+        return self._with_head(outputs, teacher_BTD, streams, batch, wanted)
 
     def _finish_encoder(self, streams: Sequence[Stream]) -> None:
         """Give each stream the encoder's output that its decoder layers attend to."""
@@ -200,14 +200,11 @@ class ModularModel(nn.Module):
         outputs: ModularOutputs,
         teacher_BTD: torch.Tensor,
         streams: Sequence[Stream],
-        labels_BT: torch.Tensor,
+        batch: MicroBatch,
         wanted: Wanted | None,
     ) -> ModularOutputs:
         """The outputs with the losses of the distributions or, where none are wanted, with the logits."""
-        shared = self.shared
-        # found once: on a GPU the host waits here, as often as a mask is an index
-        places_N = (labels_BT != IGNORED_LABEL).flatten().nonzero().squeeze(1)
-        labels_N = labels_BT.flatten()[places_N]
+        shared, places_N, labels_N = self.shared, batch.places_N, batch.labels_N
         with torch.no_grad():
             teacher_ND = shared.finish("decoder", teacher_BTD.flatten(0, 1).index_select(0, places_N))
         states = [stream.state_BLD.flatten(0, 1).index_select(0, places_N) for stream in streams]

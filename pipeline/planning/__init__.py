@@ -2,3 +2,4 @@
 
 from pipeline.planning.checks import check_micro_batches, preflight
 from pipeline.planning.forecast import PEAK_TFLOPS, SHARE, estimate
+from pipeline.planning.ranks import ranks_here

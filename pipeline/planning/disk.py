@@ -55,7 +55,9 @@ def checkpoints(num_trained: int, num_steps: int, loop: LoopConfig) -> float:
     kept = loop.keep_checkpoints + loop.keep_best
     if loop.keep_every_steps:
         kept += num_steps // loop.keep_every_steps
-    count = min(math.ceil(num_steps / loop.save_every_steps), kept + 1)
+    made = math.ceil(num_steps / (loop.save_every_steps or num_steps))
+    # how many the clock adds nobody knows beforehand
+    count = min(num_steps if loop.save_every_s else made, kept + 1)
     return float(BYTES_IN_CHECKPOINT * num_trained * count)
 
 

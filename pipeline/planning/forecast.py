@@ -31,6 +31,9 @@ PEAK_TFLOPS = 312.0
 """Matmul peak of a rank in bf16: an A100's."""
 SHARE = 0.3
 """Of the peak that useful FLOPs reach: what encoder-decoders of this size commonly do; not measured on a GPU here."""
+HOST_S_OF_A_LAYER = {2: 1.6e-3, 3: 3.9e-3}
+"""Seconds of Python that a layer takes in a micro-batch, forward and backward, by ZeRO stage: of 24 + 24 tiny T5 layers
+and as many modular ones on two ranks of a CPU (November 2026). Where it is more than a GPU's work, the GPU waits."""
 NUM_DRAWS = 200
 """Draws whose FLOPs are averaged, evenly over the replacing phase."""
 
@@ -47,6 +50,13 @@ class TrainingCost:
     num_steps: int
     flops: float
     """Of the whole training, over all ranks: useful ones, without what activation checkpointing computes again."""
+    host_s: float
+    """Seconds of the whole training that a rank's host takes to say what is to be done."""
+
+    def hours(self, peak_tflops: float, share: float) -> float:
+        """Of the whole training, when the longer of the device's work and the host's counts."""
+        device_s = self.flops / (self.sharding.num_ranks * peak_tflops * 1e12 * share)
+        return max(device_s, self.host_s) / 3600
 
 
 def estimate(
@@ -71,13 +81,16 @@ def estimate(
         f"teacher: {planned.source}: {planned.teacher_sizes.num_trained / 1e6:,.1f} M parameters, "
         f"{num_layers[0]}+{num_layers[1]} layers",
         "",
-        *_table(costs, machine.num_ranks, peak_tflops, share),
+        *_table(costs, [cost.hours(peak_tflops, share) for cost in costs]),
         "",
         *_memory_lines(costs, gib),
         f"disk     {readable(sum(stages.values()))} at most: {_parts(stages)}",
         f"hours    at {share:.0%} of a matmul peak of {peak_tflops:g} TFLOP/s a rank, both assumed: give --share and "
         "--tflops;",
-        "         full micro-batches of texts as long as they may be; data, search and evaluation not counted",
+        "         full micro-batches of texts as long as they may be; data, search and evaluation not counted; but no "
+        "less",
+        f"         than the host takes: {1e3 * HOST_S_OF_A_LAYER[2]:g} ms a layer and micro-batch in stage 2, "
+        f"{1e3 * HOST_S_OF_A_LAYER[3]:g} in stage 3",
     ]
     return "\n".join(lines)
 
@@ -122,6 +135,7 @@ def _cost(
         )
     ds_config, _ = plan(sizes, machine, batch, loop)
     sharding = Sharding.of(ds_config, machine.num_ranks, machine.ranks_per_node, is_gpu=machine.is_gpu)
+    num_micro_batches = batch.micro_batches_per_step // machine.num_ranks
     return TrainingCost(
         name=name,
         sizes=sizes,
@@ -133,9 +147,10 @@ def _cost(
             recompute=loop.recompute_activations,
             save_beside=loop.save_beside,
         ),
-        traffic=traffic(sizes, sharding, batch.micro_batches_per_step // machine.num_ranks),
+        traffic=traffic(sizes, sharding, num_micro_batches),
         num_steps=optim.num_steps,
         flops=flops_per_micro_batch * batch.micro_batches_per_step * optim.num_steps,
+        host_s=HOST_S_OF_A_LAYER[sharding.stage] * len(sizes.leaves) * num_micro_batches * optim.num_steps,
     )
 
 
@@ -170,7 +185,7 @@ def distill_flops(recipe: Recipe) -> float:
     return per_micro_batch * settings.batch.micro_batches_per_step * settings.optim.num_steps
 
 
-def _table(costs: list[TrainingCost], num_ranks: int, peak_tflops: float, share: float) -> list[str]:
+def _table(costs: list[TrainingCost], hours: list[float]) -> list[str]:
     rows = [
         [
             "",
@@ -184,7 +199,6 @@ def _table(costs: list[TrainingCost], num_ranks: int, peak_tflops: float, share:
             "hours",
         ]
     ]
-    hours = [cost.flops / (num_ranks * peak_tflops * 1e12 * share) / 3600 for cost in costs]
     for cost, taken in zip(costs, hours, strict=True):
         moved = cost.traffic
         rows.append(

@@ -61,6 +61,8 @@ class ShapeTimer:
         settings = recipe.evaluate
         made_of = [run.output_hash("data"), run.output_hash("teacher"), str(device)]
         self._made_of = [made_of, recipe.search.latency_examples, settings.max_new_tokens, settings.num_beams]
+        if settings.dtype != "checkpoint":
+            self._made_of.append(settings.dtype)
 
     def milliseconds(self, shapes: Sequence[Shape]) -> dict[Shape, float]:
         """Median latency of an example in ms, all in one go; a result published before is not taken again.
@@ -86,7 +88,7 @@ class ShapeTimer:
             )
             folder = folders[str(shape)] = self._folder / f"{shape[0]}+{shape[1]}"
             write_checkpoint(parts, Assembly(encoder, decoder), folder, dropped=True)
-        times = costs(folders, self._sample(), self._device)
+        times = costs(folders, self._sample(), self._device, self._recipe.evaluate.dtype)
         for folder in folders.values():
             shutil.rmtree(folder)
         for shape in shapes:

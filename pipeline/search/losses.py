@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.data import IGNORED_LABEL, MicroBatch
+from pipeline.data import MicroBatch
 from pipeline.families import Family, StackInputs
 from pipeline.model import ModularModel, task_loss
 from pipeline.spans import Assembly, Span, Tiling, walk
@@ -43,12 +43,9 @@ def assembly_losses(
     """
     calls = calls or LayerCalls()
     shared = model.shared
-    target_mask_BT = batch.labels_BT != IGNORED_LABEL
-    labels_N = batch.labels_BT[target_mask_BT]
+    ones_1T, labels_N = torch.ones_like(batch.labels_BT[:1], dtype=torch.bool), batch.labels_N
     encoder_inputs = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
-    decoder_inputs = StackInputs(
-        shared.self_bias("decoder", torch.ones_like(target_mask_BT[:1])), shared.cross_bias(batch.source_mask_BS)
-    )
+    decoder_inputs = StackInputs(shared.self_bias("decoder", ones_1T), shared.cross_bias(batch.source_mask_BS))
     source_BSD = shared.embed("encoder", batch.source_BS)
     target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT))
 
@@ -71,7 +68,8 @@ def assembly_losses(
 
         paths = [tiling.spans for tiling in decoders[encoder]]
         for decoder_path, state_BTD in walk(paths, target_BTD, decode):
-            logits_NV = shared.logits(shared.finish("decoder", state_BTD[target_mask_BT]))
+            state_ND = state_BTD.flatten(0, 1).index_select(0, batch.places_N)
+            logits_NV = shared.logits(shared.finish("decoder", state_ND))
             decoder = Tiling(tuple(span.num_layers for span in decoder_path))
             losses[Assembly(encoder, decoder)] = task_loss(logits_NV, labels_N)
     return torch.stack([losses[assembly] for assembly in assemblies])

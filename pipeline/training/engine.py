@@ -121,15 +121,21 @@ class Engine:
             "gradient_clipping": 0.0,
             # with bf16 DeepSpeed would accumulate in bf16 and hand out copies of gradients, which clipping cannot reach
             "data_types": {"grad_accum_dtype": "fp32"},
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
             "zero_allow_untested_optimizer": True,
         }
+        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+        place_buffers(model, world.device, dtype)
         zero = config["zero_optimization"]
         if zero.get("zero_hpz_partition_size") == "auto":
             zero["zero_hpz_partition_size"] = world.ranks_per_node
         leaves = [module for module in model.modules() if isinstance(module, tuple(leaf_classes))]
         if zero["stage"] == 3:
             set_z3_leaf_modules(model, list(leaf_classes))
-            _into_shards(model, leaves, config)
+            _into_shards(model, leaves, config, dtype, world)
+        elif world.device.type == "cuda":
+            for parameter in model.parameters():
+                parameter.data = _placed(parameter.data, dtype, world)
         self._engine, zero_optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=list(self._parameters.values()), optimizer=optimizer, config=config
         )
@@ -176,7 +182,14 @@ class Engine:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["factor"]
         self._engine.step()
+        self._let_gathers_wait()
         return norms_G
+
+    def _let_gathers_wait(self) -> None:
+        """Have gathers from here on see the weights as they are now: they run on a stream of their own, which waits for
+        nothing by itself."""
+        if self._partition.gather_stream is not None:
+            self._partition.gather_stream.wait_stream(torch.cuda.current_stream())
 
     @property
     def clip_groups(self) -> list[str]:
@@ -214,21 +227,38 @@ class Engine:
         for flat in self._partition.flats:
             self._adamw.state[flat]["step"].fill_(num_steps)
         self._partition.publish()
+        self._let_gathers_wait()
 
 
-def _into_shards(model: nn.Module, leaves: Sequence[nn.Module], config: dict[str, Any]) -> None:
+def place_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put buffers where parameters go, in the type that these train in: stage 3 leaves them on the host, in fp32."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device, dtype if buffer.is_floating_point() else None))
+
+
+def _placed(weight: torch.Tensor, dtype: torch.dtype, world: World) -> torch.Tensor:
+    """A weight in the type that it trains in, on the device, where it is cast; DeepSpeed hands rank 0's to the others,
+    which only make room for it and read nothing. The pages of a file stay untouched."""
+    if world.is_main:
+        return weight.to(world.device).to(dtype, copy=True)
+    return torch.empty(weight.shape, dtype=dtype, device=world.device)
+
+
+def _into_shards(
+    model: nn.Module, leaves: Sequence[nn.Module], config: dict[str, Any], dtype: torch.dtype, world: World
+) -> None:
     """Spread the parameters over the ranks layer by layer, in the type that they train in.
 
     By itself DeepSpeed casts the whole model and moves it to the device first. So a model would have to fit on one
-    device, and each rank of a node would hold a copy of a file that they could all read from the same pages.
+    device.
     """
-    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     has_hpz = config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
     converted: Any = None
     for module in (*leaves, model):
         fresh = [parameter for parameter in module.parameters() if not hasattr(parameter, "ds_id")]
         for parameter in fresh:
-            parameter.data = parameter.data.to(dtype, copy=True)  # the pages of a file stay untouched
+            parameter.data = _placed(parameter.data, dtype, world)
         if converted is None:
             # a second model of this process takes the group of the node that the first has made
             group = groups._get_zero_param_intra_parallel_group() if has_hpz else None

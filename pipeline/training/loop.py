@@ -25,6 +25,7 @@ from pipeline.footprint import Machine, plan, sizes_of
 from pipeline.model import Draws, GlobalCounts, LossTerms, text_of
 from pipeline.rundir import Stage, StageConflict, write_atomic
 from pipeline.schedule import learning_rate
+from pipeline.training.cadence import Cadence
 from pipeline.training.clock import PhaseClock
 from pipeline.training.engine import Engine
 from pipeline.training.preempt import StepFlags, StopSignal
@@ -177,6 +178,8 @@ class Trainer:
         """Steps from `state` to the last."""
         cadence, clock = self.cadence, self.clock
         sums = Sums(self.engine.clip_groups, self.task.means, self.world, clock)
+        validations = Cadence(cadence.validate_every_steps, cadence.validate_every_s)
+        saves = Cadence(cadence.save_every_steps, cadence.save_every_s)
         while state.step < self.optim.num_steps:
             clock.begin(state.step)
             if state.step in self.task.restarts:
@@ -188,19 +191,21 @@ class Trainer:
             records.advance()
             last = state.step == self.optim.num_steps
             clock.enter("agree")
-            stopping, unsaved = self.flags.exchange(stop.asked(), self.checkpointer.failed)
+            stopping, unsaved, *late = self.flags.exchange(
+                stop.asked(), self.checkpointer.failed, validations.is_late(), saves.is_late()
+            )
             if unsaved:
                 self.checkpointer.finish()  # raises what went wrong
             values: dict[str, float] = {}
             if last or state.step % cadence.log_every_steps == 0:
                 values |= sums.take() | {"learning_rate": self._learning_rate(state.step - 1)}
             validation: dict[str, float] = {}
-            if last or state.step % cadence.validate_every_steps == 0:
+            if validations.is_due(state.step, late[0]) or last:
                 validation, bleu = self._validate()
                 values |= {f"validation/{name}": loss for name, loss in validation.items()}
                 values |= {f"bleu/{name}": score for name, score in bleu.items()}
             records.write(state.step, values)
-            if last or stopping or state.step % cadence.save_every_steps == 0:
+            if saves.is_due(state.step, late[1]) or last or stopping:
                 clock.enter("save")
                 self.checkpointer.save(self.engine, state, validation)
             if stopping and not last:

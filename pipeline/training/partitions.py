@@ -39,6 +39,8 @@ class Partition(Protocol):
 
     flats: list[torch.Tensor]
     """fp32 weights that the optimizer steps on, one 1-D tensor for each parameter group."""
+    gather_stream: Any
+    """The device's stream that layers are gathered on; None where there is none beside the one of everything else."""
 
     def place(self, parameter: Any) -> Place | None:
         """Where this rank's elements of a parameter are; None when it has none."""
@@ -55,6 +57,7 @@ class Stage3Partition:
 
     def __init__(self, optimizer: Any, rank: int) -> None:
         self._optimizer, self._rank = optimizer, rank
+        self.gather_stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
         self.flats = optimizer.fp32_partitioned_groups_flat
         if optimizer.offload_optimizer:
             self._gradients = [flat.grad for flat in self.flats]
@@ -88,7 +91,7 @@ class Stage2Partition:
     """
 
     def __init__(self, optimizer: Any, leaves: Sequence[nn.Module]) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self.gather_stream = optimizer, None
         self.flats = optimizer.single_partition_of_fp32_groups
         self._index = {
             id(parameter): (group, index)

@@ -107,7 +107,9 @@ class Validator:
         ended_B = labels_BT.new_zeros(len(labels_BT), dtype=torch.bool)
         while True:
             self._clock.enter("validate", f"decoding {name}")
-            logits_NV = self._engine(replace(batch, labels_BT=labels_BT), *args).student_logits_NV
+            places_N = torch.arange(labels_BT.numel(), device=labels_BT.device)  # every label asks for logits
+            so_far = replace(batch, labels_BT=labels_BT, places_N=places_N)
+            logits_NV = self._engine(so_far, *args).student_logits_NV
             going = not bool(ended_B.all()) and labels_BT.shape[1] <= longest
             if going:
                 # the last label only made room for the token that is found now

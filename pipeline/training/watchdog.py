@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.world import World
 BEAT_S = 2.0
 LOOK_AFTER_S = 10.0  # without progress
 SILENCE_S = 30.0  # of a rank that is taken for dead; long enough for a file to be seen on a network's file system
+NUM_READ = 8  # files of others at a time, so that many ranks that wait together do not read each other's all the time
 BEAT_BYTES = 2048  # a beat, padded to cover the one before it
 EXIT_LOST = 1
 
@@ -86,7 +87,7 @@ class Watchdog:
         self._peers: dict[int, _Peer] = {}
         self._position: Position = _Apart("meeting")
         self._has_met = self._is_training = False
-        self._num_beats = 0
+        self._num_beats = self._num_looks = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -128,7 +129,7 @@ class Watchdog:
 
     def report(self) -> str:
         """Where every rank is, a line each."""
-        self._look(0.0)
+        self._look(0.0, self._others())
         lines = [_line(self._own())]
         lines += [_line(peer.record) for _, peer in sorted(self._peers.items()) if peer.came]
         return "\n".join(lines)
@@ -143,7 +144,7 @@ class Watchdog:
             if self._has_met and still_s < self._look_after_s:
                 self._peers.clear()
                 continue
-            lost = self._look(self._beat_s)
+            lost = self._look_around()
             if lost is None and still_s >= self._hang_timeout_s:
                 lost = self._hang(still_s)
             if lost is not None:
@@ -177,21 +178,29 @@ class Watchdog:
     def _search(self, seconds: float) -> str | None:
         """Look for a lost rank for some time; for when communication has failed already."""
         deadline = time.monotonic() + seconds
-        while (lost := self._look(self._beat_s)) is None and time.monotonic() < deadline:
+        while (lost := self._look_around()) is None and time.monotonic() < deadline:
             self._beat()
             time.sleep(self._beat_s)
         return lost if self._has_met else lost or self._absent()
 
-    def _look(self, passed_s: float) -> str | None:
-        """Read the files of the others, `passed_s` after the last time; says which rank is lost, if any."""
+    def _others(self) -> list[int]:
+        """The other ranks, from the next one on: each rank begins elsewhere."""
+        return [(self._world.rank + i) % self._world.size for i in range(1, self._world.size)]
+
+    def _look_around(self) -> str | None:
+        """Once a beat: read the files of the next few others, so that all have their turn; says which rank is lost, if
+        any of these."""
+        others = self._others()
+        turns = [others[first : first + NUM_READ] for first in range(0, len(others), NUM_READ)] or [[]]
+        turn = turns[self._num_looks % len(turns)]
+        self._num_looks += 1
+        return self._look(self._beat_s * len(turns), turn)
+
+    def _look(self, passed_s: float, ranks: Sequence[int]) -> str | None:
+        """Read the files of these ranks, `passed_s` after the last time; says which of them is lost, if any."""
         lost = []
-        for rank in range(self._world.size):
-            if rank == self._world.rank:
-                continue
-            try:
-                record = json.loads(self._path(rank).read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # being written this instant
-                record = self._peers[rank].record if rank in self._peers else None
+        for rank in ranks:
+            record = self._read(rank) or (self._peers[rank].record if rank in self._peers else None)
             if record is None:
                 continue
             peer = self._peers.setdefault(rank, _Peer(record, came=self._has_met or _is_alive(record)))
@@ -203,6 +212,13 @@ class Watchdog:
             if text is not None:
                 lost.append(text)
         return "; ".join(lost) or None
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        """What a rank's file says; None where there is none, or it is being written this instant."""
+        try:
+            return json.loads(self._path(rank).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def _own(self) -> dict[str, Any]:
         position = self._position

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from data_prep.publish import publishing_folder
 from pipeline.checkpoints import checkpoints, full_weights
 from pipeline.config import LossConfig
-from pipeline.data import IGNORED_LABEL, MicroBatch
+from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
 from pipeline.model import Draws, GlobalCounts, LossTerms, Objectives, task_loss
@@ -42,15 +42,18 @@ class TeacherModel(nn.Module):
         self.model: Any = model
 
     def forward(self, batch: MicroBatch) -> TeacherOutputs:
-        target_mask_BT = batch.labels_BT != IGNORED_LABEL
         logits_BTV = self.model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
             decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
             use_cache=False,
         ).logits
-        labels_N = batch.labels_BT[target_mask_BT]
-        return TeacherOutputs(task_loss(logits_BTV[target_mask_BT], labels_N), labels_N)
+        return TeacherOutputs(task_loss(at_labels(logits_BTV, batch), batch.labels_N), batch.labels_N)
+
+
+def at_labels(values_BTV: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Values [N, V] where there are labels that count."""
+    return values_BTV.flatten(0, 1).index_select(0, batch.places_N)
 
 
 def teacher_terms(step: int, outputs: TeacherOutputs, counts: GlobalCounts) -> LossTerms:
@@ -117,7 +120,6 @@ class DistilledModel(nn.Module):
         return self
 
     def forward(self, batch: MicroBatch, objective: HeadObjective) -> DistilledOutputs:
-        mask_BT = batch.labels_BT != IGNORED_LABEL
         inputs = {
             "input_ids": batch.source_BS,
             "attention_mask": batch.source_mask_BS,
@@ -125,8 +127,8 @@ class DistilledModel(nn.Module):
             "use_cache": False,
         }
         with torch.no_grad():
-            teacher_NV = self.teacher(**inputs).logits[mask_BT]
-        student_NV, labels_N = self.model(**inputs).logits[mask_BT], batch.labels_BT[mask_BT]
+            teacher_NV = at_labels(self.teacher(**inputs).logits, batch)
+        student_NV, labels_N = at_labels(self.model(**inputs).logits, batch), batch.labels_N
         return DistilledOutputs(distribution_loss(student_NV, teacher_NV, labels_N, objective), labels_N)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from pipeline.training.engine import Engine, join_world
 from pipeline.training.loop import recompute_in_backward
 from pipeline.training.validation import Translation, Validator
 from pipeline.world import World
-from tests.tiny import on_device, random_batch, tiny_t5
+from tests.tiny import on_device, random_batch, tiny_model
 
 NUM_STEPS, NUM_LOCAL = 7, 3
 ONE, SEVERAL = ("sampled",), ("sampled", "coarsest", "sampled")
@@ -41,11 +43,12 @@ def settings_of(num_steps: int, num_local: int, draws: Sequence[str] = ONE) -> D
 
 
 SETTINGS = settings_of(NUM_STEPS, NUM_LOCAL)
+SHORT = settings_of(3, 1)
 
 
-def new_task(settings: DistillConfig = SETTINGS) -> Any:
-    teacher = tiny_t5("v1.0")
-    family = family_of("t5")
+def new_task(settings: DistillConfig = SETTINGS, kind: str = "v1.0") -> Any:
+    teacher = tiny_model(kind)
+    family = family_of(teacher.config.model_type)
     model = ModularModel(teacher, family, settings.by_stack, settings.init)
     return modular_task(model, family, teacher.config, settings, seed=5)
 
@@ -64,11 +67,14 @@ def sgd(groups: Any, lr: float, weight_decay: float, **of_adam: Any) -> torch.op
 
 
 def reference(
-    num_micro_batches: int, settings: DistillConfig = SETTINGS, new_optimizer: Any = torch.optim.AdamW
+    num_micro_batches: int,
+    settings: DistillConfig = SETTINGS,
+    new_optimizer: Any = torch.optim.AdamW,
+    kind: str = "v1.0",
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses by step and final weights in plain PyTorch on one process: a forward pass for each draw, and the mean of
     their losses; gradients of unused layers are zeros."""
-    task, optim = new_task(settings), settings.optim
+    task, optim = new_task(settings, kind), settings.optim
     parameters = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     groups = [{"params": [p], "lr": optim.learning_rate * task.lr_factor(name)} for name, p in parameters.items()]
 
@@ -101,6 +107,15 @@ def reference(
     return losses, {name: p.detach() for name, p in parameters.items()}
 
 
+def unreadable(shape: torch.Size) -> torch.Tensor:
+    """A tensor over a file that has been cut off since: reading of it ends the process."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(4 * shape.numel())
+        tensor = torch.from_file(file.name, shared=True, size=shape.numel())
+        file.truncate(0)
+    return tensor.view(shape)
+
+
 class Run:
     """The task under the engine on this rank."""
 
@@ -112,13 +127,17 @@ class Run:
         settings: DistillConfig = SETTINGS,
         recompute: bool = False,
         world: World | None = None,
+        kind: str = "v1.0",
     ) -> None:
         self.world: World = world or join_world()
         self.settings = settings
-        self.task = new_task(settings)
+        self.task = new_task(settings, kind)
         if recompute:
             recompute_in_backward(self.task.layers)
         self.num_micro_batches = num_micro_batches
+        if self.world.rank and read_ds_config(ds_config)["zero_optimization"]["stage"] == 3:
+            for parameter in self.task.module.parameters():  # only rank 0 reads weights
+                parameter.data = unreadable(parameter.shape)
         self.engine = Engine(
             self.task.module,
             world=self.world,
@@ -235,6 +254,44 @@ def modes_in_turn(folder: str, turns: list[tuple[str, int, bool]], draws: Sequen
         checkpointer.finish()
     world.close()
     return losses
+
+
+def in_bf16(kind: str, ds_configs: Sequence[str]) -> list[list[float]]:
+    """Losses by step under each configuration, each from the start; at the end logits, which validation asks for."""
+    world, found = join_world(), []
+    for ds_config in ds_configs:
+        run = Run(2, ds_config, settings=SHORT, world=world, kind=kind)
+        found.append([run.step(step) for step in range(SHORT.optim.num_steps)])
+        draws = run.task.draws(SHORT.local_steps, 0)[:1]
+        with torch.no_grad():
+            logits_NV = run.engine(random_batch(0), draws).student_logits_NV
+        assert torch.isfinite(logits_NV).all()
+        assert not run.engine._engine.tput_timer.config.enabled, "it waits for the device"
+        check_order(run)
+    world.close()
+    return found
+
+
+class GatherStream:
+    """In place of the stream that a GPU gathers on: the weights at the moments when it is made to wait."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seen: list[torch.Tensor] = []
+
+    def wait_stream(self, stream: object) -> None:
+        self.seen.append(self.run.engine._partition.flats[0].clone())
+
+
+def check_order(run: Run) -> None:
+    """Gathers wait for the optimizer's step and for what is restored, and for nothing before."""
+    stream = run.engine._partition.gather_stream = GatherStream(run)
+    with patch.object(torch.cuda, "current_stream", lambda: None):
+        run.step(0)
+        run.engine.restored(1)
+    after = run.engine._partition.flats[0]
+    assert [torch.equal(each, after) for each in stream.seen] == [True, True]
+    run.engine._partition.gather_stream = None
 
 
 def non_finite(ds_config: str) -> str:

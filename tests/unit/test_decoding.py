@@ -163,3 +163,16 @@ def test_gaps_are_those_of_the_tokens_or_texts_that_differ():
     assert tokens.max_gap(model, [2], alike, 1) == pytest.approx(0.2)
     assert tokens.max_gap(model, [2], alike, 4) == pytest.approx(0.2 / 3)
     assert tokens.max_gap(model, [2], [[5, 7], [5, 7, 1]], 1) == float("inf"), "one goes on: no token to compare"
+
+
+def test_weights_are_in_the_type_that_is_asked_for(run):
+    """Those of the module library, too; and products are rounded only where that is asked for."""
+    for dtype, expected, rounds in (
+        ("bfloat16", torch.bfloat16, False), ("tf32", torch.float32, True), ("checkpoint", torch.float32, False),
+    ):  # fmt: skip
+        pool = load_pool(run.teacher_model, torch.device("cpu"), run.library, dtype)
+        weights = [w for layers in pool.layers.values() for layer in layers.values() for w in layer.parameters()]
+        assert {weight.dtype for weight in (*weights, *pool.shared.parameters())} == {expected}
+        assert torch.backends.cuda.matmul.allow_tf32 is rounds
+        found = decode_together(pool, members()[:2], [[5, 6, 1]], [[7, 1]], rules_of(pool.model, 3, 1))
+        assert all(len(each.tokens[0]) <= 3 for each in found.values())

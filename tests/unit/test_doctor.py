@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,10 @@ def test_a_model_folder_is_examined_in_one_line(tmp_path, capsys):
         main(["doctor", str(tmp_path)])
     (told,) = capsys.readouterr().err.splitlines()[-1:]
     assert "tie_word_embeddings true, but lm_head.weight is another matrix than shared.weight: set it to false" in told
+
+
+def test_a_machine_with_one_gpu_trains_a_little_too():
+    """There a step leaves a layer without any use, where several ranks use each other's."""
+    told = doctor._output_of([sys.executable, "-m", "pipeline.doctor"]).splitlines()[-1]
+    assert told.startswith("1 ranks over ")
+    assert all(name in told for name in doctor.TRIED)

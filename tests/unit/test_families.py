@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pipeline.families import StackInputs, family_of
 from pipeline.model.huggingface import load_model
+from pipeline.model.streams import repeated
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model, tiny_t5
 
 
@@ -125,3 +126,18 @@ def test_layers_hand_the_stacks_own_bias_to_the_fast_attention(kind):
     biases = (encoder.self_bias, decoder.self_bias, decoder.cross_bias)
     assert calls.found == [(fast, bias.data_ptr(), False) for bias in biases]
     assert decoder.cross_bias.shape == (len(batch.source_BS), 1, 1, batch.source_BS.shape[1])
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "bart"])
+def test_rows_of_biases_start_where_a_gpus_attention_takes_them(kind):
+    """Also those of several students, and the others are as if they stood in a row."""
+    model = tiny_model(kind)
+    _, shared, _ = parts(model.requires_grad_(False))
+    for num_tokens in (1, 16, 21):
+        mask_BL = torch.arange(num_tokens) < torch.tensor([[num_tokens], [max(1, num_tokens - 3)]])
+        biases = [shared.self_bias(stack, mask_BL) for stack in ("encoder", "decoder")]
+        inputs = repeated(StackInputs(biases[0], shared.cross_bias(mask_BL)), 3)
+        assert torch.equal(inputs.self_bias, biases[0].repeat(3, 1, 1, 1))
+        for bias in (*biases, inputs.self_bias, inputs.cross_bias, shared.cross_bias(mask_BL)):
+            assert all(stride % 16 == 0 for stride in bias.stride()[:-1])
+            assert bias.stride(-1) == 1

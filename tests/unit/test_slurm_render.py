@@ -69,8 +69,13 @@ def test_stages_of_one_shape_differ_in_name_and_time_only(cluster_name: str) -> 
 
     for stage in ("teacher", "baseline"):
         assert without_stage(stage) == without_stage("distill")
-    for stage in ("search", "assemble"):
-        assert without_stage(stage) == without_stage("report")
+    assert without_stage("assemble") == without_stage("report")
+
+    def work(stage: str) -> str:
+        lines = [line for line in without_stage(stage).splitlines() if not line.startswith("#SBATCH")]
+        return re.sub(r"(THREADS|PER_TASK)=\d+", r"\1=", "\n".join(lines))
+
+    assert work("search") == work("report"), "it asks for more, and does the same"
 
 
 @pytest.mark.parametrize("cluster_name", CLUSTERS)
@@ -242,6 +247,15 @@ def test_a_cluster_file_may_call_stage_data_by_its_former_name(tmp_path: Path) -
     file.write_text(former + 'data = "01:00:00"\n')  # the table of time limits is the last one
     with pytest.raises(ValueError, match=r"\[time_limits\]: remove prepare, the former name of data"):
         load_cluster(file)
+
+
+def test_a_search_asks_for_a_gpu_and_older_files_say_nothing_of_it(tmp_path: Path) -> None:
+    assert "#SBATCH --gres=gpu:1" in rendered(load_cluster(find_cluster("example")), "search")
+    older = re.sub(r"\[jobs.search\].*?(?=\[)", "", EXAMPLE, flags=re.DOTALL)
+    assert "jobs.search" not in older
+    (tmp_path / "older.toml").write_text(older)
+    jobs = load_cluster(tmp_path / "older.toml").jobs
+    assert jobs["search"] == jobs["single"]
 
 
 @pytest.mark.parametrize(

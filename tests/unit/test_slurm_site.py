@@ -55,6 +55,8 @@ def test_training_goes_where_the_gpus_are(tmp_path: Path) -> None:
     train, single = cluster.jobs["train"], cluster.jobs["single"]
     assert (train.partition, train.gpus_per_node, train.processes_per_node, train.cpus_per_process) == ("gpu", 8, 8, 16)
     assert (single.partition, single.gpus_per_node) == ("cpu", 0)
+    search = cluster.jobs["search"]
+    assert (search.partition, search.gpus_per_node, search.processes_per_node) == ("gpu", 1, 1), "it measures times"
     assert cluster.time_limits["distill"] == "12:00:00"
 
 

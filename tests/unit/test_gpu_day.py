@@ -1,0 +1,34 @@
+"""The script for the first minutes on a GPU runs from end to end where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+from pipeline.bench import gpu_day
+from pipeline.bench.__main__ import main
+
+
+def test_every_part_comes_to_its_end_in_the_dry_mode(tmp_path):
+    assert main(["gpu-day", "--dry", "--write", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert [each["part"] for each in found] == list(gpu_day.SECONDS)
+    assert all(each["figures"] for each in found)
+    assert "## step: ok" in (tmp_path / "gpu_day.md").read_text()
+    assert sum(gpu_day.SECONDS.values()) <= 1.3 * gpu_day.LIMIT_S, "limits are not all reached in one day"
+
+
+def test_what_a_part_found_before_it_hung_is_kept_and_the_next_runs(tmp_path, monkeypatch, capsys):
+    def run(command, timeout, **options):
+        if "machine" in command:
+            raise subprocess.TimeoutExpired(
+                command, timeout, output=b'{"part": "machine", "figures": {"torch": "x"}}\n'
+            )
+        return subprocess.CompletedProcess(command, 1, "", "CUDA error: no kernel image")
+
+    monkeypatch.setattr(gpu_day.subprocess, "run", run)
+    assert main(["gpu-day", "--part", "machine", "--part", "shapes", "--write", str(tmp_path)]) == 2
+    machine, shapes = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert (machine["status"], machine["figures"]) == ("ok", {"torch": "x"})
+    assert (shapes["status"], shapes["said"]) == ("exit code 1", "CUDA error: no kernel image")
+    assert "not all parts came to their end: shapes" in capsys.readouterr().err

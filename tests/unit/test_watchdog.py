@@ -1,0 +1,49 @@
+"""What ranks read of each other while they wait, in a world of many. Real ranks: tests/distributed/test_stopping.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.training.watchdog import NUM_READ, Watchdog
+from pipeline.world import World
+
+SIZE = 64
+
+
+class Counting(Watchdog):
+    """Writes down whose files it reads."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(folder, World(rank, SIZE, 0, torch.device("cpu")), hang_timeout_s=60.0)
+        self.read: list[int] = []
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        self.read.append(rank)
+        return super()._read(rank)
+
+
+def test_ranks_that_wait_read_a_few_files_at_a_time_and_all_in_turn(tmp_path):
+    ranks = [Counting(tmp_path, rank) for rank in range(SIZE)]
+    for rank in ranks:
+        rank._beat()
+    one = ranks[5]
+    turns = math.ceil((SIZE - 1) / NUM_READ)
+    for _ in range(turns):
+        before = len(one.read)
+        assert one._look_around() is None
+        assert len(one.read) - before <= NUM_READ
+    assert sorted(one.read) == [rank for rank in range(SIZE) if rank != 5]
+    assert one.report().count("\n") == SIZE - 1, "a report is of all"
+
+
+def test_a_rank_that_has_left_is_found_by_all_within_one_round(tmp_path):
+    ranks = [Counting(tmp_path, rank) for rank in range(SIZE)]
+    for rank in ranks:
+        rank._beat(left="ValueError: a shard is missing" if rank._world.rank == 40 else None)
+    for rank in ranks[:3]:
+        said = [rank._look_around() for _ in range(math.ceil((SIZE - 1) / NUM_READ))]
+        assert [each for each in said if each] == ["rank 40 has left (ValueError: a shard is missing)"]
