@@ -32,8 +32,8 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
     "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scoring", "pipeline.curves", "pipeline.pictures",
     # teacher and modular layers, trained
-    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.model", "pipeline.checkpoints",
-    "pipeline.footprint", "pipeline.training",
+    "pipeline.kernels", "pipeline.families", "pipeline.beside", "pipeline.ordinary", "pipeline.model",
+    "pipeline.checkpoints", "pipeline.footprint", "pipeline.training",
     # the product and what is made of it
     "pipeline.library", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation", "pipeline.search",
     "pipeline.report",
