@@ -68,6 +68,7 @@ def test_only_what_the_language_uses_is_kept(original, trimmed, german):
     assert [new.convert_ids_to_tokens(i) for i in range(len(kept))] == old.convert_ids_to_tokens(kept)
     assert (new.pad_token_id, new.eos_token_id, new.unk_token_id) == (0, 1, 2)
     assert new.all_special_tokens == old.all_special_tokens
+    assert f"{len(kept):,} of its {summary['original_vocabulary_size']:,} tokens" in (folder / "README.md").read_text()
     saved = summary["original_bytes"] - summary["bytes"]
     rows = summary["original_vocabulary_size"] - len(kept)
     num_tables = len({*VOCABULARY} & load_file(folder / "model.safetensors").keys())
