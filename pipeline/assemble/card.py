@@ -71,7 +71,7 @@ def scores_of(run: RunDir, name: str) -> list[str]:
     quality, decoding = found["quality"], found["key"]["decoding"]
     signatures = quality.get("signatures", {})
     lines = [
-        f"On {quality['num_examples']} test examples, with {decoding['num_beams']} beams; 95 % intervals in brackets.",
+        f"On {quality['num_examples']} test examples, num_beams {decoding['num_beams']}; 95 % intervals in brackets.",
         "", "| metric | score | signature |", "|---|---|---|",
     ]  # fmt: skip
     for metric, value in quality.items():

@@ -46,18 +46,20 @@ class Parts:
     manifest: dict[str, Any] | None
     """Of the library; None where there is none."""
 
-    @staticmethod
-    def of(run: RunDir, *, library: bool = True) -> Parts:
-        """Read a run's teacher and, where asked for, its module library.
-
-        Raises:
-            What `load` does.
-        """
-        return Parts.load(run.teacher_model, run.library if library else None)
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What a checkpoint is made of."""
+        assert self.manifest is not None
+        return {name: self.manifest[name] for name in ("teacher_sha256", "modular_sha256")}
 
     @staticmethod
-    def load(teacher: Path, library: Path | None) -> Parts:
-        """Read a teacher's folder and a module library that was trained over it.
+    def of(run: RunDir, *, library: bool = True, dtype: torch.dtype = torch.float32) -> Parts:
+        """Read a run's teacher and, where asked for, its module library; raises what `load` does."""
+        return Parts.load(run.teacher_model, run.library if library else None, dtype=dtype)
+
+    @staticmethod
+    def load(teacher: Path, library: Path | None, *, dtype: torch.dtype = torch.float32) -> Parts:
+        """Read a teacher's folder and a module library that was trained over it, rounded to `dtype`.
 
         Raises:
             FileNotFoundError: no library.
@@ -65,13 +67,14 @@ class Parts:
         """
         check_weights(teacher)
         config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)  # an older name of `dtype`
         return Parts(
             folder=teacher,
-            config=config,
+            config={**config, "dtype": str(dtype).removeprefix("torch.")},
             family=family_of(config["model_type"]),
-            teacher=load_file(teacher / "model.safetensors"),
-            library=load_file(library / "modular.safetensors") if library else {},
-            models=ModuleLibrary.load(teacher, library),
+            teacher=_rounded(teacher / "model.safetensors", dtype),
+            library=_rounded(library / "modular.safetensors", dtype) if library else {},
+            models=ModuleLibrary.load(teacher, library, dtype=dtype),
             manifest=read_json(library / "library.json") if library else None,
         )
 
@@ -111,6 +114,10 @@ def write_checkpoint(
         write_card(temporary, card_of(assembly, kind=kind, dropped=dropped, library=library, scores=scores))
         write_settings(temporary, config)
         check_round_trip(temporary, parts.models.model_of(spans))
+
+
+def _rounded(file: Path, dtype: torch.dtype) -> Weights:
+    return {name: weight.to(dtype) for name, weight in load_file(file).items()}
 
 
 def _spans(tiling: Tiling, dropped: bool) -> tuple[Span, ...]:

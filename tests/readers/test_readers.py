@@ -62,11 +62,17 @@ def make_tokenizer(kind: str, folder: Path) -> None:
     write_tokenizer(raw, folder / "tokenizer")
 
 
-def exported(root: Path, kind: str, texts: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
-    """({folder: the model that it must be}, tokenizer) of assemblies of a random teacher, by the real writers."""
+def exported(root: Path, kind: str, texts: tuple[str, ...], strength: float = 1.0) -> tuple[dict[str, Any], Path]:
+    """({folder: the model that it must be}, tokenizer) of assemblies of a random teacher, by the real writers.
+
+    Args:
+        strength: factor of its matrices; with stronger ones what it writes depends on what it reads.
+    """
     make_tokenizer(kind, root)
     run = RunDir(root / "run")
     teacher = tiny_model(kind, 4, 4, vocab_size=300)
+    for parameter in teacher.parameters():
+        parameter.data *= strength if parameter.dim() == 2 else 1
     for name, value in GENERATION.items():
         setattr(teacher.generation_config, name, value)
     if kind.startswith("bart"):  # config.json has it, too, and transformers 4 may then go by config.json alone

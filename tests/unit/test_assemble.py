@@ -233,7 +233,7 @@ def test_a_folder_says_what_it_is_and_what_it_scored(tmp_path):
     assert scores_of(run, "e2x3-d3x2") == []  # of an evaluation that is not done
     write_atomic(run.stage("evaluate") / "stage.json", "{}")
     scores = scores_of(run, "e2x3-d3x2")
-    assert scores[0].startswith("On 8 test examples, with 4 beams")
+    assert scores[0].startswith("On 8 test examples, num_beams 4")
     assert scores[-1] == "| bleu | 31.5 (30 to 33) | nrefs:1 tok:13a |"
     write_checkpoint(Parts.of(run), Assembly.parse("e2x3-d3x2"), tmp_path / "out", scores=scores)
     assert scores[-1] in (tmp_path / "out" / "README.md").read_text()
