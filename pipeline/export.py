@@ -73,7 +73,7 @@ def export_command(arguments: Sequence[str]) -> None:
     run = RunDir(options.run)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    assemblies = _assemblies(run) if options.all else [Assembly.parse(options.assembly)]
+    assemblies = assemblies_of(run) if options.all else [Assembly.parse(options.assembly)]
     for folder, num_bytes in export(run, assemblies, form, options.out or run.root / "export"):
         print(f"{folder}: {num_bytes / 1e6:.1f} MB of weights")
 
@@ -86,7 +86,12 @@ def _form(to: str, quantization: str | None, dtype: str | None) -> Form:
     return Form(to, quantization or "float32", dtype or "fp32")
 
 
-def _assemblies(run: RunDir) -> list[Assembly]:
+def assemblies_of(run: RunDir) -> list[Assembly]:
+    """The teacher and the assemblies that stage assemble has made.
+
+    Raises:
+        FileNotFoundError: it has made none.
+    """
     found = read_json(run.systems)
     if found is None:
         raise FileNotFoundError(f"{run.systems} is missing: run stage assemble first, or name one with --assembly")
