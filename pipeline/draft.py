@@ -66,8 +66,8 @@ class Found:
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds a kept token."""
-        return 1e3 * self.seconds / self.num_tokens
+        """Milliseconds a kept token; prompt lookup may write nothing where generation settings force a last token."""
+        return 1e3 * self.seconds / self.num_tokens if self.num_tokens else float("inf")
 
 
 def draft_command(arguments: Sequence[str]) -> None:
@@ -193,7 +193,7 @@ def table(found: dict[Way, Found], num_examples: int) -> str:
     own = found[alone(found)].ms_per_token
     lines = [
         f"| {way.name} | {each.ms_per_token:.2f} | {own / each.ms_per_token:.2f} | "
-        f"{each.num_tokens / each.num_passes:.2f} | {each.num_equal} of {num_examples} |"
+        f"{each.num_tokens / max(1, each.num_passes):.2f} | {each.num_equal} of {num_examples} |"
         for way, each in found.items()
     ]
     head = "| way, tokens drafted at most | ms a token | speed | tokens a pass of the teacher | equal outputs |"
