@@ -113,8 +113,8 @@ def num_lower(folder: Path, sources: Sequence[str], ours: Outputs, theirs: Outpu
         labels = torch.tensor([[*ids, model.config.eos_token_id]])
         return -model(**tokenizer(source, return_tensors="pt"), labels=labels).loss.item()
 
-    pairs = [(source, *both) for source, *both in zip(sources, ours.ids, theirs.ids, strict=True) if both[0] != both[1]]
-    return sum(score(source, mine) < score(source, other) - 1e-3 for source, mine, other in pairs)
+    pairs = zip(sources, ours.ids, theirs.ids, strict=True)
+    return sum(score(text, mine) < score(text, other) - 1e-3 for text, mine, other in pairs if mine != other)
 
 
 def translated(folder: Path, sources: Sequence[str], num_beams: int, longest: int) -> Outputs:
@@ -125,7 +125,7 @@ def translated(folder: Path, sources: Sequence[str], num_beams: int, longest: in
     translator, tokenizer = ctranslate2.Translator(str(folder), intra_threads=1), AutoTokenizer.from_pretrained(folder)
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(list(sources)).input_ids]
     results = translator.translate_batch(pieces, beam_size=num_beams, max_decoding_length=longest, max_batch_size=BATCH)
-    rows = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+    rows: list[Any] = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
     return Outputs(tokenizer.batch_decode(rows, skip_special_tokens=True), rows, time.process_time() - started_at)
 
 
