@@ -16,6 +16,8 @@ evaluate   score and time all checkpoints in one batch
 report     make the table, scores.csv, report.html and the pictures
 compare    show what differs between two systems or two runs, and how surely
 choose     name, and export, the assembly that fits a budget of latency, bytes or quality
+export     write assemblies as ordinary folders, in half the bytes, or for the engine CTranslate2
+draft      find and write the assembly that makes the teacher itself faster, by writing ahead for it
 trim       remove the tokens that given texts never use from a T5 or mT5 folder
 doctor     check this machine or allocation, or (doctor FOLDER ...) whether model folders are what they say
 checkpoint list, verify or export the checkpoints of a run
@@ -54,6 +56,8 @@ TOOLS = {  # with options of their own
     "compare": "pipeline.report:compare_command",
     "choose": "pipeline.report:choose_command",
     "checkpoint": "pipeline.library:checkpoint_command",
+    "export": "pipeline.export:export_command",
+    "draft": "pipeline.draft:draft_command",
     "trim": "pipeline.trim:trim_command",
 }
 STAGES = ("run", "estimate", "fetch", "label", "doctor", *TRAINING, *PROGRAMS)

@@ -3,7 +3,7 @@
 Readers differ in what they go by. transformers 5 ties a T5's head to its embedding unless the file has another, scales
 its outputs unless `tie_word_embeddings` is false, and saves true whatever it read. transformers 4 believes that key: it
 throws a stored head away where it is true, and scales. So one function writes the key, from the weights that are there,
-and one check holds the whole of config.json against names, shapes and bytes in the files.
+and one check holds the whole of config.json against names, shapes and bytes in the files, and what lies beside it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from pipeline.beside import CONFIG, check_beside, read, write_generation
 from pipeline.families import Family, family_of
 from pipeline.spans import STACKS
-from pipeline.weights import same_bytes, shapes_of, weight_files
+from pipeline.weights import dtypes_of, same_bytes, shapes_of, weight_files
 
-CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 HEAD, TIED, SCALED = "lm_head.weight", "tie_word_embeddings", "scale_decoder_outputs"
 DERIVED = ("is_gated_act", "dense_act_fn")  # of feed_forward_proj; saved beside it, and then believed
 MUST_SCALE = {"t5": True, "mt5": False}  # whether transformers 5 scales the outputs of a head that is the embedding
+READ_IN_TWO_WAYS = {"tie_encoder_decoder": False, "is_encoder_decoder": True, "is_decoder": False}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # a config's word -> that of safetensors files
 
 
 def save_ordinary(model: PreTrainedModel, folder: Path) -> None:
     """Write a model's settings and its weights, in one file; raises what `write_settings` does."""
     model.save_pretrained(folder, max_shard_size="100TB")
-    write_settings(folder, _read(folder / CONFIG))
+    write_settings(folder, read(folder / CONFIG))
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -54,6 +57,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         if SCALED in written:
             written[SCALED] = bool(scaled)
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_generation(folder)
     check_ordinary(folder)
 
 
@@ -67,14 +71,31 @@ def check_ordinary(folder: Path) -> str:
         FileNotFoundError: there are no settings or no safetensors files.
         ValueError: the first contradiction, in one line.
     """
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no {CONFIG}")
-    settings = _read(folder / CONFIG)
-    family, shapes = family_of(settings.get("model_type", "")), _shapes(folder)
-    model = _without_weights(settings)
+    settings, shapes = _settings_of(folder), _shapes(folder)
+    model = check_weights(folder)
+    family = family_of(settings["model_type"])
+    _check_head(folder, settings, shapes, family.vocabulary_weights[0])
+    _check_readings(folder, settings, model)
+    check_beside(folder, settings)
+    depths = "+".join(str(len(family.layers(model, stack))) for stack in STACKS)
+    head = "a head of its own" if HEAD in shapes else "its embedding as head"
+    return f"{folder}: {settings['model_type']}, {depths} layers, {head}; {CONFIG} agrees with the weights"
+
+
+def check_weights(folder: Path) -> PreTrainedModel:
+    """Hold the sizes in config.json against names and shapes in the weights; the rest can be written anew.
+
+    Returns:
+        The model without memory.
+
+    Raises:
+        FileNotFoundError: there are no settings or no safetensors files.
+        ValueError: the first contradiction, in one line.
+    """
+    settings, shapes = _settings_of(folder), _shapes(folder)
+    family, model = family_of(settings["model_type"]), _without_weights(settings)
     check_shapes(model, family, shapes, str(folder))
-    embedding = family.vocabulary_weights[0]
-    if embedding not in shapes:
+    if (embedding := family.vocabulary_weights[0]) not in shapes:
         raise ValueError(f"{folder}: its weights lack {embedding}, by which readers know the embedding")
     needed = {name for name, _ in model.named_parameters()} - {*family.vocabulary_weights}
     if missing := sorted(needed - shapes.keys()):
@@ -82,11 +103,7 @@ def check_ordinary(folder: Path) -> str:
     for key in DERIVED:
         if (meant := getattr(model.config, key, None)) != settings.get(key, meant):
             raise ValueError(f"{folder}: {CONFIG} has {key} {settings[key]}, but its feed_forward_proj means {meant}")
-    _check_head(folder, settings, shapes, embedding)
-    _check_ids(folder, settings)
-    depths = "+".join(str(len(family.layers(model, stack))) for stack in STACKS)
-    head = "a head of its own" if HEAD in shapes else "its embedding as head"
-    return f"{folder}: {settings['model_type']}, {depths} layers, {head}; {CONFIG} agrees with the weights"
+    return model
 
 
 def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, list[int]], named: str) -> None:
@@ -133,17 +150,34 @@ def _check_head(folder: Path, settings: Mapping[str, Any], shapes: Mapping[str, 
         )
 
 
-def _check_ids(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Tokens that are named by number: within the vocabulary, and the one that a decoder starts with is among them."""
-    generation = _read(folder / GENERATION)
-    for name, told in ((CONFIG, settings), (GENERATION, generation)):
-        for key in (key for key in told if key.endswith("_token_id") and told[key] is not None):
-            ids = told[key] if isinstance(told[key], list) else [told[key]]
-            if any(not 0 <= each < settings["vocab_size"] for each in ids):
-                raise ValueError(f"{folder}: {name} has {key} {told[key]} beyond its {settings['vocab_size']} tokens")
-    for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
-        if settings.get(key) is None:
-            raise ValueError(f"{folder}: {CONFIG} names no {key}")
+def _check_readings(folder: Path, settings: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Keys that one reader takes for another model than the next one does."""
+    kind = type(model).__name__
+    if kind not in (settings.get("architectures") or [kind]):
+        raise ValueError(f"{folder}: {CONFIG} has architectures {settings['architectures']}, but this is a {kind}")
+    for key, wanted in READ_IN_TWO_WAYS.items():
+        if settings.get(key, wanted) != wanted:
+            raise ValueError(
+                f"{folder}: {CONFIG} has {key} {settings[key]}, which readers take or pass over: remove it"
+            )
+    for alias, key in type(model.config).attribute_map.items():
+        if settings.get(alias, settings.get(key)) != settings.get(key):
+            raise ValueError(f"{folder}: {CONFIG} has {alias} {settings[alias]} and {key} {settings.get(key)}")
+    told = {str(settings[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if settings.get(key)}
+    stored = {dtype for file in weight_files(folder) for dtype in dtypes_of(file)}
+    if told and {DTYPES.get(each) for each in told} != stored:
+        raise ValueError(
+            f"{folder}: {CONFIG} has dtype {', '.join(sorted(told))}, but the weights are {', '.join(sorted(stored))}: "
+            f"transformers 5 loads what it says, and 4 what is stored"
+        )
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no {CONFIG}")
+    settings = read(folder / CONFIG)
+    family_of(settings.get("model_type", ""))
+    return settings
 
 
 def _without_weights(settings: Mapping[str, Any]) -> PreTrainedModel:
@@ -159,7 +193,3 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     if not files:
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}")
     return {name: shape for file in files for name, shape in shapes_of(file).items()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

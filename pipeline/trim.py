@@ -25,6 +25,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from data_prep.publish import publishing_folder
+from pipeline.assemble import write_trimmed_card
 from pipeline.families import family_of
 from pipeline.ordinary import save_ordinary, write_settings
 from pipeline.pretrained import model_of
@@ -70,6 +71,7 @@ def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Pa
         "original_bytes": before,
         "bytes": (temporary / "model.safetensors").stat().st_size,
     }
+    write_trimmed_card(folder, temporary, len(kept), model.config.vocab_size)
     (temporary / "kept_ids.json").write_text(json.dumps({**summary, "original_id_of": kept}), encoding="utf-8")
     return summary
 

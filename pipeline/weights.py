@@ -21,6 +21,12 @@ def shapes_of(file: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in _entries(file)[0].items()}
 
 
+def dtypes_of(file: Path) -> set[str]:
+    """Types of the floating-point tensors in a safetensors file, by its own names, such as F32; raises what `shapes_of`
+    does."""
+    return {dtype for entry in _entries(file)[0].values() if "F" in (dtype := entry["dtype"])}
+
+
 def same_bytes(files: Sequence[Path], name: str, other: str) -> bool:
     """Whether two tensors of a model have the same shape, type and bytes; raises what `shapes_of` does."""
     places = {each: (file, *_entries(file)) for file in files for each in (name, other) if each in _entries(file)[0]}

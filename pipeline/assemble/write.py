@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from data_prep.publish import publishing_folder
+from pipeline.assemble.card import card_of, write_card
+from pipeline.beside import fault_of_tokenizer
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
-from pipeline.ordinary import write_settings
-from pipeline.rundir import RunDir
+from pipeline.ordinary import check_weights, write_settings
+from pipeline.rundir import RunDir, read_json
 from pipeline.spans import STACKS, Assembly, Span, Tiling, kept_layers
-from pipeline.tokenizer import copy_tokenizer
+from pipeline.tokenizer import copy_tokenizer, write_tokenizer
 
 Weights = dict[str, torch.Tensor]
 
@@ -40,33 +43,49 @@ class Parts:
     library: Weights
     models: ModuleLibrary
     """The same in memory: what a checkpoint must compute."""
+    manifest: dict[str, Any] | None
+    """Of the library; None where there is none."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What a checkpoint is made of."""
+        assert self.manifest is not None
+        return {name: self.manifest[name] for name in ("teacher_sha256", "modular_sha256")}
 
     @staticmethod
-    def of(run: RunDir, *, library: bool = True) -> Parts:
-        """Read a run's teacher and, where asked for, its module library.
+    def of(run: RunDir, *, library: bool = True, dtype: torch.dtype = torch.float32) -> Parts:
+        """Read a run's teacher and, where asked for, its module library; raises what `load` does."""
+        return Parts.load(run.teacher_model, run.library if library else None, dtype=dtype)
+
+    @staticmethod
+    def load(teacher: Path, library: Path | None, *, dtype: torch.dtype = torch.float32) -> Parts:
+        """Read a teacher's folder and a module library that was trained over it, rounded to `dtype`.
 
         Raises:
             FileNotFoundError: no library.
-            ValueError: a library that is damaged or of another teacher.
+            ValueError: a teacher that says of itself what it is not, or a library that is damaged or of another one.
         """
-        return Parts.load(run.teacher_model, run.library if library else None)
-
-    @staticmethod
-    def load(teacher: Path, library: Path | None) -> Parts:
-        """Read a teacher's folder and a module library that was trained over it; raises what `of` does."""
+        check_weights(teacher)
         config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)  # an older name of `dtype`
         return Parts(
             folder=teacher,
-            config=config,
+            config={**config, "dtype": str(dtype).removeprefix("torch.")},
             family=family_of(config["model_type"]),
-            teacher=load_file(teacher / "model.safetensors"),
-            library=load_file(library / "modular.safetensors") if library else {},
-            models=ModuleLibrary.load(teacher, library),
+            teacher=_rounded(teacher / "model.safetensors", dtype),
+            library=_rounded(library / "modular.safetensors", dtype) if library else {},
+            models=ModuleLibrary.load(teacher, library, dtype=dtype),
+            manifest=read_json(library / "library.json") if library else None,
         )
 
 
-def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped: bool = False) -> None:
+def write_checkpoint(
+    parts: Parts, assembly: Assembly, folder: Path, *, dropped: bool = False, scores: Sequence[str] = ()
+) -> None:
     """Publish one assembly as a Hugging Face folder; with `dropped`, teacher layers alone at the same depth.
+
+    Args:
+        scores: lines for its model card.
 
     Raises:
         ValueError: what was written contradicts itself, or does not compute what it was written from; nothing is
@@ -87,9 +106,18 @@ def write_checkpoint(parts: Parts, assembly: Assembly, folder: Path, *, dropped:
         generation = parts.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy2(generation, temporary / generation.name)
-        copy_tokenizer(parts.folder, temporary)
+        if fault_of_tokenizer(parts.folder):  # as earlier versions of this project saved it
+            write_tokenizer(parts.folder, temporary)
+        else:
+            copy_tokenizer(parts.folder, temporary)
+        kind, library = config["model_type"], parts.manifest
+        write_card(temporary, card_of(assembly, kind=kind, dropped=dropped, library=library, scores=scores))
         write_settings(temporary, config)
         check_round_trip(temporary, parts.models.model_of(spans))
+
+
+def _rounded(file: Path, dtype: torch.dtype) -> Weights:
+    return {name: weight.to(dtype) for name, weight in load_file(file).items()}
 
 
 def _spans(tiling: Tiling, dropped: bool) -> tuple[Span, ...]:

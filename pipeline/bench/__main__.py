@@ -11,6 +11,7 @@ BENCHES = {
     "ablation": "pipeline.bench.ablation",
     "data": "pipeline.bench.data",
     "checkpoint": "pipeline.bench.checkpoint",
+    "engines": "pipeline.bench.engines",
     "evaluate": "pipeline.bench.evaluate",
     "full-size": "pipeline.bench.full_size",
     "gpu-day": "pipeline.bench.gpu_day",

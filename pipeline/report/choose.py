@@ -137,7 +137,7 @@ def export(run: RunDir, row: Row, folder: Path) -> None:
     Raises:
         ValueError: the folder is not empty.
     """
-    from pipeline.assemble import Parts, write_checkpoint  # late: only an export needs torch
+    from pipeline.assemble import Parts, scores_of, write_checkpoint  # late: only an export needs torch
 
     check_empty(folder, "--export")
-    write_checkpoint(Parts.of(run), Assembly.parse(row.assembly), folder)
+    write_checkpoint(Parts.of(run), Assembly.parse(row.assembly), folder, scores=scores_of(run, row.name))

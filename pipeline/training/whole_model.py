@@ -20,7 +20,7 @@ from pipeline.data import MicroBatch
 from pipeline.families import family_of
 from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
 from pipeline.model import Draws, GlobalCounts, LossTerms, Objectives, task_loss
-from pipeline.ordinary import save_ordinary
+from pipeline.ordinary import check_ordinary, save_ordinary
 from pipeline.rundir import Stage
 from pipeline.spans import STACKS
 from pipeline.tokenizer import copy_tokenizer
@@ -86,10 +86,15 @@ def save_trained(model: PreTrainedModel, stage: Stage, target: Path, tokenizer: 
 
 
 def save_model(model: PreTrainedModel, target: Path, tokenizer: Path) -> None:
-    """Publish a model and its tokenizer as a Hugging Face folder with one file of weights."""
+    """Publish a model and its tokenizer as a Hugging Face folder with one file of weights.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
     with publishing_folder(target) as temporary:
         save_ordinary(model, temporary)
         copy_tokenizer(tokenizer, temporary)
+        check_ordinary(temporary)
 
 
 @dataclass(frozen=True)

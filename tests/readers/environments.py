@@ -17,6 +17,7 @@ PACKAGES = {  # version of transformers -> what its folder holds; "": the one th
         "transformers==4.57.6", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23", "requests", "urllib3", "idna",
         "certifi", "charset-normalizer",
     ),
+    "5.24.0": ("transformers==5.24.0",),
     "": (),
 }  # fmt: skip
 

@@ -3,8 +3,8 @@
     python -I read.py REQUEST ANSWER [PATH ...]
 
 REQUEST is JSON: {"texts", "folders", "max_new_tokens"}; ANSWER becomes what torch.save makes of {folder: {"ids",
-"logits", "greedy", "beams", "words"}}, with the reader's version under "version". Each PATH goes first where modules
-are sought.
+"logits", "greedy", "beams", "words", "told"}}, with the reader's version under "version"; "told" is what the folder's
+own generation settings give. Each PATH goes first where modules are sought.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ for folder in request["folders"]:
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
         logits = model(**inputs, decoder_input_ids=target_BT).logits
+    told = model.generate(**inputs)
     outputs = [
         model.generate(**inputs, num_beams=num_beams, do_sample=False, max_new_tokens=request["max_new_tokens"])
         for num_beams in (1, 4)
     ]
     ids = [tokenizer(text).input_ids for text in request["texts"]]
     words = [tokenizer.batch_decode(each, skip_special_tokens=True) for each in outputs]
-    answer[folder] = {"ids": ids, "logits": logits, "greedy": outputs[0], "beams": outputs[1], "words": words}
+    answer[folder] = {
+        "ids": ids, "logits": logits, "greedy": outputs[0], "beams": outputs[1], "words": words, "told": told,
+    }  # fmt: skip
 torch.save(answer, answer_path)

@@ -1,11 +1,14 @@
-"""Every reader makes the same model of an exported folder: ids, logits, greedy and beam outputs.
+"""Every reader makes the same model of an exported folder: ids, logits, greedy and beam outputs, and what the folder's
+own generation settings give.
 
-A sample is in `make test`. `make test-readers` fetches the readers, once, and compares everything.
+The readers are transformers 4.57.6, the installed version and the newest (see environments.py). A sample is in `make
+test`. `make test-readers` fetches them, once, and compares everything.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -17,12 +20,14 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
+from transformers import AutoModelForSeq2SeqLM
 
 from data_prep.tokenizer import load_tokenizer, write_tokenizer
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.rundir import RunDir
 from pipeline.spans import Assembly
 from pipeline.training import save_model
+from pipeline.trim import trim
 from tests.readers.environments import PACKAGES, place_of
 from tests.tiny import KINDS, tiny_model
 from tests.unit.test_modular import modular_of, perturb
@@ -32,11 +37,12 @@ ASSEMBLIES = ("e1x4-d1x4", "e2x2-d4", "e4-d1x4")  # the teacher's own, both stac
 TEXTS = ["the garden is green", "a house stands in the old garden", "green", "the old house is a house"]
 READ = Path(__file__).with_name("read.py")
 MAX_NEW_TOKENS = 10
+GENERATION = {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2, "min_length": 4, "max_length": 9}
 
 
 def make_tokenizer(kind: str, folder: Path) -> None:
     """A tokenizer of the family's kind with at most 300 tokens, as data preparation writes it."""
-    raw, corpus = folder / "raw", TEXTS * 8
+    raw, corpus = folder / "raw", TEXTS * 8 + ["".join(word) for word in itertools.permutations("abcdef", 4)]
     raw.mkdir(parents=True)
     if kind.startswith("bart"):
         pieces = tokenizers.ByteLevelBPETokenizer()
@@ -47,7 +53,7 @@ def make_tokenizer(kind: str, folder: Path) -> None:
     else:
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus), model_writer=model, vocab_size=60, hard_vocab_limit=False, pad_id=0,
+            sentence_iterator=iter(corpus), model_writer=model, vocab_size=200, hard_vocab_limit=False, pad_id=0,
             eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
         )  # fmt: skip
         (raw / "spiece.model").write_bytes(model.getvalue())
@@ -56,11 +62,21 @@ def make_tokenizer(kind: str, folder: Path) -> None:
     write_tokenizer(raw, folder / "tokenizer")
 
 
-def exported(root: Path, kind: str, texts: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
-    """({folder: the model that it must be}, tokenizer) of assemblies of a random teacher, by the real writers."""
+def exported(root: Path, kind: str, texts: tuple[str, ...], strength: float = 1.0) -> tuple[dict[str, Any], Path]:
+    """({folder: the model that it must be}, tokenizer) of assemblies of a random teacher, by the real writers.
+
+    Args:
+        strength: factor of its matrices; with stronger ones what it writes depends on what it reads.
+    """
     make_tokenizer(kind, root)
     run = RunDir(root / "run")
     teacher = tiny_model(kind, 4, 4, vocab_size=300)
+    for parameter in teacher.parameters():
+        parameter.data *= strength if parameter.dim() == 2 else 1
+    for name, value in GENERATION.items():
+        setattr(teacher.generation_config, name, value)
+    if kind.startswith("bart"):  # config.json has it, too, and transformers 4 may then go by config.json alone
+        teacher.config.forced_eos_token_id = teacher.generation_config.forced_eos_token_id = 3
     save_model(teacher, run.teacher_model, root / "tokenizer")
     modular = modular_of(teacher, granularities=((2, 4), (2, 4)))
     perturb(modular)
@@ -71,6 +87,19 @@ def exported(root: Path, kind: str, texts: tuple[str, ...]) -> tuple[dict[str, A
         write_checkpoint(parts, Assembly.parse(text), root / text)
         models[str(root / text)] = parts.models.assembly(Assembly.parse(text))
     return models, root / "tokenizer"
+
+
+def trimmed(root: Path, kind: str, text: str) -> tuple[dict[str, Any], Path]:
+    """The same of an assembly without the tokens that TEXTS never use."""
+    models, _ = exported(root, kind, (text,))
+    (folder,) = map(Path, models)
+    trim(folder, TEXTS, root / "trimmed")
+    assert vocabulary_of(root / "trimmed") < vocabulary_of(folder)
+    return {str(root / "trimmed"): AutoModelForSeq2SeqLM.from_pretrained(root / "trimmed")}, root / "trimmed"
+
+
+def vocabulary_of(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
 def read(root: Path, version: str, folders: list[str]) -> dict[str, Any]:
@@ -88,13 +117,14 @@ def read(root: Path, version: str, folders: list[str]) -> dict[str, Any]:
     return found
 
 
-def check(root: Path, kind: str, version: str, texts: tuple[str, ...]) -> None:
-    models, tokenizer_folder = exported(root, kind, texts)
+def check(root: Path, version: str, models: dict[str, Any], tokenizer_folder: Path) -> None:
+    """Hold what a reader makes of folders against these models and this tokenizer."""
     found = read(root, version, list(models))
     tokenizer = load_tokenizer(tokenizer_folder)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    target_BT = torch.randint(300, (len(TEXTS), 9), generator=torch.Generator().manual_seed(0))
+    vocabulary_size = next(iter(models.values())).config.vocab_size
+    target_BT = torch.randint(vocabulary_size, (len(TEXTS), 9), generator=torch.Generator().manual_seed(0))
     for folder, model in models.items():
         theirs = found[folder]
         assert theirs["ids"] == [tokenizer(text).input_ids for text in TEXTS]
@@ -105,6 +135,7 @@ def check(root: Path, kind: str, version: str, texts: tuple[str, ...]) -> None:
             model.generate(**inputs, num_beams=num_beams, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
             for num_beams in (1, 4)
         ]
+        assert torch.equal(theirs["told"], model.generate(**inputs))
         assert torch.equal(theirs["greedy"], outputs[0])
         assert torch.equal(theirs["beams"], outputs[1])
         assert theirs["words"] == [tokenizer.batch_decode(each, skip_special_tokens=True) for each in outputs]
@@ -113,11 +144,19 @@ def check(root: Path, kind: str, version: str, texts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("version", PACKAGES)
 @pytest.mark.parametrize("kind", ["v1.1", "bart"])
 def test_a_sample_is_read_alike(tmp_path, kind, version):
-    check(tmp_path, kind, version, ASSEMBLIES[1:2])
+    check(tmp_path, version, *exported(tmp_path, kind, ASSEMBLIES[1:2]))
 
 
 @pytest.mark.readers
 @pytest.mark.parametrize("version", PACKAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family_is_read_alike(tmp_path, kind, version):
-    check(tmp_path, kind, version, ASSEMBLIES)
+    check(tmp_path, version, *exported(tmp_path, kind, ASSEMBLIES))
+
+
+@pytest.mark.readers
+@pytest.mark.parametrize("version", PACKAGES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bart")])
+def test_a_trimmed_folder_is_read_alike(tmp_path, kind, version):
+    """trim takes SentencePiece unigrams, which BARTs do not have."""
+    check(tmp_path, version, *trimmed(tmp_path, kind, ASSEMBLIES[1]))

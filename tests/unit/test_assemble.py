@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
+from pipeline.assemble import scores_of
 from pipeline.assemble import write as assemble
 from pipeline.assemble.requests import requested_assemblies
 from pipeline.assemble.systems import describe
 from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.config.recipe import AssembleConfig, DistillConfig, Recipe
+from pipeline.rundir.files import write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly, modular_spans, tilings
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
@@ -209,3 +211,29 @@ def test_either_stack_may_be_the_deeper_one(tmp_path, text):
         for use_cache in (True, False)
     )
     assert torch.equal(with_cache, without)
+
+
+def test_a_folder_says_what_it_is_and_what_it_scored(tmp_path):
+    run, _ = make_run(tmp_path, "v1.1")
+    write_checkpoint(Parts.of(run), Assembly.parse("e2x3-d3x2"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    library = json.loads((run.library / "library.json").read_text())
+    for text in ("`e2x3-d3x2`", "3 + 2 layers", "5 of them", library["teacher_sha256"][:16], "from_pretrained"):
+        assert text in card
+    assert "Scores" not in card
+    quality = {
+        "bleu": 31.5,
+        "bleu_low": 30,
+        "bleu_high": 33,
+        "num_examples": 8,
+        "signatures": {"bleu": "nrefs:1|tok:13a"},
+    }
+    found = {"quality": quality, "key": {"decoding": {"num_beams": 4}}}
+    write_atomic(run.stage("evaluate") / "scores" / "e2x3-d3x2.json", json.dumps(found))
+    assert scores_of(run, "e2x3-d3x2") == []  # of an evaluation that is not done
+    write_atomic(run.stage("evaluate") / "stage.json", "{}")
+    scores = scores_of(run, "e2x3-d3x2")
+    assert scores[0].startswith("On 8 test examples, num_beams 4")
+    assert scores[-1] == "| bleu | 31.5 (30 to 33) | nrefs:1 tok:13a |"
+    write_checkpoint(Parts.of(run), Assembly.parse("e2x3-d3x2"), tmp_path / "out", scores=scores)
+    assert scores[-1] in (tmp_path / "out" / "README.md").read_text()

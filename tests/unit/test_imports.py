@@ -33,14 +33,16 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scripts", "pipeline.scoring", "pipeline.curves",
     "pipeline.pictures",
     # teacher and modular layers, trained
-    "pipeline.kernels", "pipeline.families", "pipeline.ordinary", "pipeline.pretrained", "pipeline.model",
+    "pipeline.kernels", "pipeline.families", "pipeline.beside", "pipeline.ordinary", "pipeline.pretrained",
+    "pipeline.model",
     "pipeline.checkpoints", "pipeline.footprint", "pipeline.training",
     # the product and what is made of it
-    "pipeline.library", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation", "pipeline.search",
-    "pipeline.report",
+    "pipeline.library", "pipeline.assemble", "pipeline.engines", "pipeline.decoding", "pipeline.evaluation",
+    "pipeline.search", "pipeline.report",
     # commands
     "pipeline.teacher", "pipeline.distill", "pipeline.baselines", "pipeline.recover", "pipeline.label", "pipeline.trim",
-    "pipeline.planning", "pipeline.launch", "pipeline.run", "pipeline.doctor", "pipeline.bench", "pipeline.__main__",
+    "pipeline.export", "pipeline.draft", "pipeline.planning", "pipeline.launch", "pipeline.run", "pipeline.doctor",
+    "pipeline.bench", "pipeline.__main__",
     # the same on a cluster
     "slurm.stages", "slurm.cluster", "slurm.controller", "slurm.render", "slurm.discover", "slurm.cause",
     "slurm.starts", "slurm.check", "slurm.doctor", "slurm.submit", "slurm.status", "slurm.sweep", "slurm.__main__",
@@ -57,6 +59,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
     "sacrebleu": "pipeline.scoring",
     "sentencepiece": "data_prep.encode",
     "matplotlib": "pipeline.pictures",
+    "ctranslate2": "pipeline.engines.ctranslate",
 }
 
 PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic, and the tokenizer of record

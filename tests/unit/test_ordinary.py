@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
+from pipeline.__main__ import main
+from pipeline.assemble import Parts, write_checkpoint
 from pipeline.ordinary import check_ordinary, save_ordinary, write_settings
+from pipeline.spans import Assembly
+from pipeline.training import save_model
+from tests.evaluated import train_tokenizer
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
 
 
@@ -79,7 +85,7 @@ CONTRADICTIONS = {
     "a BART's head of its own, said to be tied": ("bart-scaled", {"tie_word_embeddings": True}, "set it to false"),
     "a head that is not there": ("v1.0", {"tie_word_embeddings": False}, "no lm_head.weight"),
     "a BART's head that is not there": ("bart", {"tie_word_embeddings": False}, "no lm_head.weight"),
-    "a scaled head of its own": ("v1.1", {"scale_decoder_outputs": True}, "readers go by one or the other"),
+    "a scaled head of its own": ("v1.1", {"scale_decoder_outputs": True}, "readers go by one or the other|to false"),
     "a tied head, not scaled": ("v1.0", {"scale_decoder_outputs": False}, "readers go by one or the other"),
     "an encoder less deep": ("v1.1", {"num_layers": 1}, r"says nothing of layer encoder\.block\.1"),
     "a deeper encoder": ("v1.1", {"num_layers": 3}, r"lack encoder\.block\.2\..* asks for"),
@@ -97,18 +103,94 @@ CONTRADICTIONS = {
     "a BART's positions": ("bart", {"max_position_embeddings": 64}, "embed_positions.weight has shape"),
     "a start token beyond": ("v1.1", {"decoder_start_token_id": 64}, "beyond its 64 tokens"),
     "no start token": ("v1.1", {"decoder_start_token_id": None}, "names no decoder_start_token_id"),
+    "an alias of the depth": ("v1.1", {"num_hidden_layers": 1}, r"says nothing of layer encoder\.block\.1"),
+    "an alias of the heads": (
+        "bart",
+        {"num_attention_heads": 2},
+        "num_attention_heads 2 and encoder_attention_heads 4",
+    ),
+    "another class": ("v1.1", {"architectures": ["T5EncoderModel"]}, "but this is a T5ForConditionalGeneration"),
+    "stacks that share weights": ("v1.1", {"tie_encoder_decoder": True}, "has tie_encoder_decoder True"),
+    "a decoder alone": ("bart", {"is_encoder_decoder": False}, "has is_encoder_decoder False"),
+    "another type": ("v1.1", {"dtype": "bfloat16"}, "has dtype bfloat16, but the weights are F32"),
+    "another type by the older key": (
+        "v1.1",
+        {"torch_dtype": "float16"},
+        "has dtype float16, float32, but the weights",
+    ),
+    "beams in one file": ("v1.1", {"num_beams": 4}, "has num_beams 4, but generation_config.json None"),
+    "another forced end": ("bart", {"forced_eos_token_id": 3}, "forced_eos_token_id 3, but generation_config.json 2"),
+    "another end": ("v1.1", {"eos_token_id": 3}, "eos_token_id 3, but generation_config.json 1"),
 }
+WRITTEN_ANEW = (  # by assemble, from the weights
+    "a head of its own, said to be tied", "a head that is not there", "a tied head, not scaled",
+)  # fmt: skip
+
+
+def refusal(capsys, folder):
+    """What `doctor FOLDER` says in its one line."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", str(folder)])
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    return told
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_settings_that_contradict_the_weights_are_refused(tmp_path, name):
+def test_settings_that_contradict_the_weights_are_refused(tmp_path, capsys, name):
     kind, settings, message = CONTRADICTIONS[name]
-    save_ordinary(tiny_model(kind, 2, 1), tmp_path)
-    check_ordinary(tmp_path)
-    damage(tmp_path, **settings)
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    save_ordinary(tiny_model(kind, 2, 1), teacher)
+    damage(teacher, **settings)
+    assert re.search(message, refusal(capsys, teacher))
+    if name in WRITTEN_ANEW:
+        write_checkpoint(Parts.load(teacher, None), Assembly.parse("e1x2-d1"), out)
+        check_ordinary(out)
+        return
     with pytest.raises(ValueError, match=message) as refused:
-        check_ordinary(tmp_path)
+        write_checkpoint(Parts.load(teacher, None), Assembly.parse("e1x2-d1"), out)
     assert "\n" not in str(refused.value)
+    assert not out.exists()
+
+
+BESIDE = {
+    "from the model's settings": ("generation_config", {"_from_model_config": True}, "may pass it over: remove it"),
+    "a forbidden token beyond": ("generation_config", {"suppress_tokens": [3, 64]}, "beyond its 64 tokens"),
+    "another start": ("generation_config", {"decoder_start_token_id": 5}, "decoder_start_token_id 0, but generation_"),
+    "a list where 4 wants names": ("tokenizer_config", {"extra_special_tokens": ["<x>"]}, "a list of extra_special"),
+    "a class that 4 lacks": ("tokenizer_config", {"tokenizer_class": "TokenizersBackend"}, "cannot read"),
+    "another padding": ("tokenizer_config", {"pad_token": "<unk>"}, "<unk>, which is token 2, but config.json pad_"),
+    "another end of text": ("tokenizer_config", {"eos_token": "<pad>"}, "<pad>, which is token 0, but config.json e"),
+    "a token numbered twice": (
+        "tokenizer_config", {"added_tokens_decoder": {"9": {"content": "</s>"}}}, "</s> as token 9, but tokenizer.json",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_files_beside_the_settings_that_contradict_them_are_refused(tmp_path, capsys, name):
+    file, settings, message = BESIDE[name]
+    train_tokenizer(tmp_path / "tokenizer", ["a b c d", "b a d c"]).save_pretrained(tmp_path / "tokenizer")
+    save_model(tiny_model("v1.1", 2, 1), tmp_path / "teacher", tmp_path / "tokenizer")
+    check_ordinary(tmp_path / "teacher")
+    path = tmp_path / "teacher" / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert re.search(message, refusal(capsys, tmp_path / "teacher"))
+    parts, out = Parts.load(tmp_path / "teacher", None), tmp_path / "out"
+    if name in ("from the model's settings", "a list where 4 wants names", "a class that 4 lacks"):
+        write_checkpoint(parts, Assembly.parse("e1x2-d1"), out)  # as earlier versions wrote them: made right
+        check_ordinary(out)
+        return
+    with pytest.raises(ValueError, match=message) as refused:
+        write_checkpoint(parts, Assembly.parse("e1x2-d1"), out)
+    assert "\n" not in str(refused.value)
+    assert not out.exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    train_tokenizer(tmp_path / "tokenizer", ["a b c d e f g", "b a d c"]).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer\.json has token \d+, but config\.json vocab_size 8"):
+        save_model(tiny_model("v1.1", 2, 1, vocab_size=8), tmp_path / "model", tmp_path / "tokenizer")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

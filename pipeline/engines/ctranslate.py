@@ -1,0 +1,167 @@
+"""CTranslate2, which serves encoder-decoders on CPUs and GPUs several times as fast as transformers.
+
+Its own converter writes the model. What it takes for granted of transformers 4 is said to it here: that a T5 scales its
+outputs where its config calls the head tied (version 5 calls every T5's so), that a BART's config has
+`normalize_before`, and that a tokenizer has as many tokens as the model. Then log-probabilities of the converted model
+are held against the checkpoint's.
+
+Shapes: B examples, S source tokens, T target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from pipeline.tokenizer import copy_tokenizer
+
+INSTALL = "pip install ctranslate2==4.8.5"
+QUANTIZATIONS = (
+    "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32",
+)  # fmt: skip
+TOLERANCE = 2e-3  # of a log-probability in fp32: sums in another order
+GENERATION = {  # generation_config.json's names of what translate_batch takes
+    "num_beams": "beam_size", "length_penalty": "length_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "repetition_penalty": "repetition_penalty", "min_length": "min_decoding_length",
+}  # fmt: skip
+SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
+
+
+def is_missing() -> bool:
+    """Whether the package is not installed."""
+    try:
+        return find_spec("ctranslate2") is None
+    except ValueError:  # a module that says nothing of where it is from
+        return True
+
+
+def refuse_missing() -> None:
+    """Say what to install.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if is_missing():
+        raise ValueError(f"--to ctranslate2 needs the package ctranslate2, which is not installed: {INSTALL}")
+
+
+def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
+    """Write a checkpoint into a folder as a CTranslate2 model, with its tokenizer.
+
+    Args:
+        folder: is there and has no model in it.
+        quantization: one of QUANTIZATIONS.
+
+    Returns:
+        How the folder is used, as code.
+
+    Raises:
+        ValueError: what CTranslate2 makes of the checkpoint computes something else.
+    """
+    converter = _converter(checkpoint)
+    for name, text in _files(converter, folder, quantization).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    copy_tokenizer(checkpoint, folder)
+    if quantization == "float32":
+        check_scores(checkpoint, folder)
+    return _loading(checkpoint)
+
+
+def _files(converter: Any, folder: Path, quantization: str) -> dict[str, str]:
+    """Convert beside `folder`, since the converter wants no folder to be there; move the model in; return the rest."""
+    made = folder / "made"
+    converter.convert(str(made), quantization=quantization)
+    (made / "model.bin").rename(folder / "model.bin")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in made.iterdir()}
+    for path in made.iterdir():
+        path.unlink()
+    made.rmdir()
+    return texts
+
+
+def _converter(checkpoint: Path) -> Any:
+    """CTranslate2's converter for a checkpoint, told what it would take from it in the wrong way."""
+    from ctranslate2.converters import TransformersConverter  # late: it need not be installed
+
+    class Converter(TransformersConverter):
+        def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
+            model = super().load_model(model_class, model_name_or_path, **options)
+            config = model.config
+            if hasattr(config, "scale_decoder_outputs"):  # a T5's, by which version 5 of transformers scales
+                config.tie_word_embeddings = config.scale_decoder_outputs
+            elif config.model_type == "mt5":
+                config.tie_word_embeddings = False  # never scales
+            elif config.model_type == "bart":
+                config.normalize_before = False
+            return model
+
+        def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
+            tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
+            num_tokens = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+            tokenizer.add_tokens([f"<unused_{index}>" for index in range(len(tokenizer), num_tokens)])
+            return tokenizer
+
+    return Converter(str(checkpoint))
+
+
+@torch.no_grad()
+def check_scores(checkpoint: Path, folder: Path) -> None:
+    """Hold that a converted model gives random texts the log-probabilities that its checkpoint gives them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    import ctranslate2
+
+    translator = ctranslate2.Translator(str(folder), device="cpu", intra_threads=torch.get_num_threads())
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32).eval()
+    words = _vocabulary(folder)
+    start = model.config.decoder_start_token_id
+    generator = torch.Generator().manual_seed(0)
+    for source_length, target_length in zip(SOURCE_LENGTHS, TARGET_LENGTHS, strict=True):
+        source_S, target_T = (
+            torch.randint(len(words), (length,), generator=generator) for length in (source_length, target_length)
+        )
+        inputs_T = torch.cat([torch.tensor([start]), target_T])
+        logits_TV = model(input_ids=source_S[None], decoder_input_ids=inputs_T[None]).logits[0, :-1]
+        ours_T = logits_TV.float().log_softmax(-1).gather(1, target_T[:, None])[:, 0]
+        (scored,) = translator.score_batch([[words[i] for i in source_S]], [[words[i] for i in target_T]])
+        apart = (ours_T - torch.tensor(scored.log_probs[:target_length])).abs().max().item()
+        if not apart <= TOLERANCE:
+            raise ValueError(
+                f"{checkpoint}: what CTranslate2 makes of it gives log-probabilities up to {apart:.2g} apart: not "
+                f"published; install the version of requirements.txt"
+            )
+
+
+def _vocabulary(folder: Path) -> list[str]:
+    return json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
+
+
+def _loading(checkpoint: Path) -> str:
+    """How the folder is used, with what generation_config.json says in CTranslate2's words."""
+    path = checkpoint / "generation_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    options = {theirs: told[ours] for ours, theirs in GENERATION.items() if told.get(ours) is not None}
+    options = {"beam_size": 1, **options, "max_decoding_length": told.get("max_new_tokens") or 128}
+    lines = [f"options = {options}"]
+    if told.get("forced_bos_token_id") is not None:
+        token = AutoTokenizer.from_pretrained(checkpoint).convert_ids_to_tokens(told["forced_bos_token_id"])
+        lines.append(f"options['target_prefix'] = [[{token!r}]] * len(texts)")
+    code = [
+        "import ctranslate2",
+        "from transformers import AutoTokenizer",
+        'folder, texts = ".", ["a text"]  # this folder',
+        "translator, tokenizer = ctranslate2.Translator(folder), AutoTokenizer.from_pretrained(folder)",
+        "pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts).input_ids]",
+        *lines,
+        "for result in translator.translate_batch(pieces, **options):",
+        "    ids = tokenizer.convert_tokens_to_ids(result.hypotheses[0])",
+        "    print(tokenizer.decode(ids, skip_special_tokens=True))",
+    ]
+    return "".join(f"    {line}\n" for line in code)

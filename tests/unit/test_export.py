@@ -1,0 +1,139 @@
+"""What export writes computes what the checkpoint computes: CTranslate2's log-probabilities and greedy outputs."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from pipeline import export as exporting
+from pipeline.__main__ import main
+from pipeline.engines import ctranslate
+from pipeline.ordinary import check_ordinary
+from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, exported
+from tests.tiny import KINDS
+
+ASSEMBLIES = ("e2x2-d4", "e4-d1x4")  # both stacks changed, the decoder deeper
+NEEDS_ENGINE = pytest.mark.skipif(ctranslate.is_missing(), reason=f"no CTranslate2 here: {ctranslate.INSTALL}")
+
+
+def run_export(root, *arguments):
+    main(["export", "--run", str(root / "run"), *arguments])
+
+
+def engine_outputs(folder, num_beams):
+    """Outputs as ids without special tokens, by CTranslate2."""
+    import ctranslate2
+
+    translator, tokenizer = ctranslate2.Translator(str(folder)), AutoTokenizer.from_pretrained(folder)
+    pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(TEXTS).input_ids]
+    results = translator.translate_batch(pieces, beam_size=num_beams, max_decoding_length=MAX_NEW_TOKENS)
+    vocabulary = {
+        piece: index for index, piece in enumerate(json.loads((folder / "shared_vocabulary.json").read_text()))
+    }
+    return [[vocabulary[piece] for piece in result.hypotheses[0]] for result in results]
+
+
+def plain_outputs(folder, num_beams):
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    model.generation_config = type(model.generation_config)(
+        decoder_start_token_id=model.config.decoder_start_token_id, eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )  # fmt: skip
+    rows = model.generate(**inputs, num_beams=num_beams, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)[:, 1:].tolist()
+    ended = [row[: row.index(model.config.eos_token_id)] if model.config.eos_token_id in row else row for row in rows]
+    return ended
+
+
+@NEEDS_ENGINE
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctranslate2_writes_what_generate_writes(tmp_path, kind):
+    models, _ = exported(tmp_path, kind, ASSEMBLIES, strength=3.0 if kind.startswith("bart") else 1.0)
+    for folder, text in zip(models, ASSEMBLIES, strict=True):
+        run_export(tmp_path, "--assembly", text, "--to", "ctranslate2")
+        converted = tmp_path / "run" / "export" / "ctranslate2-float32" / text
+        assert engine_outputs(converted, 1) == plain_outputs(folder, 1)
+        assert len({tuple(row) for row in plain_outputs(folder, 1)}) > 1
+        assert f"`{text}`" in (converted / "README.md").read_text()
+
+
+@NEEDS_ENGINE
+@pytest.mark.parametrize(("kind", "setting"), [("v1.1", "scale_decoder_outputs"), ("mt5", "tie_word_embeddings")])
+def test_a_converted_model_that_scales_what_it_should_not_is_never_published(tmp_path, monkeypatch, kind, setting):
+    exported(tmp_path, kind, ASSEMBLIES[:1])
+
+    def misled(checkpoint):
+        converter = real(checkpoint)
+        load = converter.load_model
+
+        def load_model(*arguments, **options):
+            model = load(*arguments, **options)
+            model.config.tie_word_embeddings = True  # as transformers 5 has it, whatever the file says
+            return model
+
+        converter.load_model = load_model
+        return converter
+
+    real = ctranslate._converter
+    monkeypatch.setattr(ctranslate, "_converter", misled)
+    with pytest.raises(ValueError, match=r"gives log-probabilities up to .* apart: not published"):
+        exporting.export_command(["--run", str(tmp_path / "run"), "--assembly", ASSEMBLIES[0], "--to", "ctranslate2"])
+    assert list((tmp_path / "run" / "export" / "ctranslate2-float32").iterdir()) == []
+
+
+@NEEDS_ENGINE
+def test_all_assemblies_are_exported_once_in_fewer_bytes(tmp_path, capsys):
+    exported(tmp_path, "v1.1", ASSEMBLIES)
+    run = tmp_path / "run"
+    systems = [{"assembly": text, "kind": kind} for text, kind in
+               (("e1x4-d1x4", "teacher"), ("e2x2-d4", "assembly"), ("e2x2-d4", "dropped"))]  # fmt: skip
+    (run / "assemble").mkdir()
+    (run / "assemble" / "systems.json").write_text(json.dumps({"systems": systems}))
+    run_export(tmp_path, "--all", "--to", "ctranslate2", "--quantization", "int8")
+    folders = sorted((run / "export" / "ctranslate2-int8").iterdir())
+    assert [folder.name for folder in folders] == ["e1x4-d1x4", "e2x2-d4"]
+    made = {folder: (folder / "model.bin").stat().st_mtime_ns for folder in folders}
+    (folders[1] / "export.json").unlink()  # as if it had not been made
+    capsys.readouterr()
+    run_export(tmp_path, "--all", "--to", "ctranslate2", "--quantization", "int8")
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    again = {folder: (folder / "model.bin").stat().st_mtime_ns for folder in folders}
+    assert (made[folders[0]] == again[folders[0]], made[folders[1]] == again[folders[1]]) == (True, False)
+    assert [path.name for path in (run / "export" / "ctranslate2-int8").iterdir() if "tmp" in path.name] == []
+
+
+def test_a_folder_in_half_the_bytes_is_ordinary(tmp_path):
+    models, _ = exported(tmp_path, "v1.1", ASSEMBLIES[:1])
+    run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--dtype", "bf16", "--out", str(tmp_path / "out"))
+    folder = tmp_path / "out" / "folder-bf16" / ASSEMBLIES[0]
+    assert "2+1 layers" in check_ordinary(folder)
+    weights, whole = load_file(folder / "model.safetensors"), load_file(f"{next(iter(models))}/model.safetensors")
+    assert all(torch.equal(weights[name], whole[name].to(torch.bfloat16)) for name in whole)
+    assert (folder / "model.safetensors").stat().st_size < 0.6 * sum(weight.nbytes for weight in whole.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantization", "int8"], "--quantization int8 is for --to ctranslate2"),
+        (["--to", "ctranslate2", "--dtype", "bf16"], "write --quantization bfloat16"),
+        (["--run", "nowhere"], "is no model folder"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        exporting.export_command(["--assembly", "e1x2-d1x2", *arguments])
+
+
+def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    exported(tmp_path, "v1.0", ASSEMBLIES[:1])
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # then importing it raises
+    with pytest.raises(SystemExit, match="2"):
+        run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", "ctranslate2")
+    assert "needs the package ctranslate2, which is not installed: pip install ctranslate2==" in capsys.readouterr().err
