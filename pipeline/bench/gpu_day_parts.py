@@ -41,7 +41,7 @@ LARGE: dict[str, Any] = {
     "shapes": 20, "steps": 4, "new_tokens": 32,
 }  # fmt: skip
 TINY: dict[str, Any] = {
-    "model": {"num_layers": 2, "d_model": 64, "d_ff": 64}, "tokens": (48,), "source": 16, "target": 8, "shapes": 2,
+    "model": {"num_layers": 2, "d_model": 64, "d_ff": 64}, "tokens": (96,), "source": 48, "target": 8, "shapes": 2,
     "steps": 1, "new_tokens": 2,
 }  # fmt: skip
 VOCABULARY = 32128
@@ -66,7 +66,8 @@ def shapes(world: World, size: dict[str, Any]) -> Figures:
     """One layer on many shapes, each for the first time: planning of attention, and copies of biases in short rows."""
     model = T5ForConditionalGeneration(t5(**{**size["model"], "num_layers": 1}, vocab_size=64))
     family, layer = family_of("t5"), model.encoder.block[0]
-    shared = family.take_shared(model.requires_grad_(False)).to(world.device, torch.bfloat16)
+    shared: Any = family.take_shared(model.requires_grad_(False))
+    shared.to(world.device, torch.bfloat16)
     layer = layer.to(world.device, torch.bfloat16).requires_grad_(True)
     found: Figures = {}
     for name, cudnn, aligned, first in (
@@ -200,7 +201,8 @@ def decoding(world: World, size: dict[str, Any]) -> Figures:
     found: Figures = {}
     for dtype in ("checkpoint", "tf32", "bfloat16"):
         wanted = weights_in(dtype) or torch.float32
-        model: Any = T5ForConditionalGeneration(t5(**size["model"])).to(world.device, wanted).eval()
+        model: Any = T5ForConditionalGeneration(t5(**size["model"])).eval()
+        model.to(world.device, wanted)
         ids_BS = torch.randint(2, VOCABULARY, (16, size["source"]), device=world.device)
         count = size["new_tokens"]
         options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
