@@ -23,7 +23,7 @@ from pipeline.model import Draws, GlobalCounts, LossTerms, Objectives, task_loss
 from pipeline.ordinary import check_ordinary, save_ordinary
 from pipeline.rundir import Stage
 from pipeline.spans import STACKS
-from pipeline.tokenizer import copy_tokenizer
+from pipeline.tokenizer import write_tokenizer
 from pipeline.training.loop import Task
 
 
@@ -93,7 +93,7 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: Path) -> None:
     """
     with publishing_folder(target) as temporary:
         save_ordinary(model, temporary)
-        copy_tokenizer(tokenizer, temporary)
+        write_tokenizer(tokenizer, temporary)
         check_ordinary(temporary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -171,7 +172,8 @@ def test_a_micro_batch_without_targets_weighs_nothing():
     from pipeline.model.losses import GlobalCounts, Objectives
 
     batch = random_batch(0, num_examples=1)
-    batch.labels_BT[:] = -100  # as pipeline.data fills a step up: a source, but no target
+    # as pipeline.data fills a step up: a source, but no target
+    batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, -100), places_N=None)
     modular = modular_of(tiny_t5())
     objectives, counts = Objectives(LossConfig()), GlobalCounts(7, 1)
     outputs = modular(batch, [Assembly.parse("e6-d6")], objectives.wanted(0, counts))

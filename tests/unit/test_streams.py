@@ -142,9 +142,8 @@ def test_an_example_counts_alike_wherever_it_stands():
     modular, draws = model_of("v1.1"), [Assembly.parse(text) for text in DRAWS["pure"]]
     objectives = Objectives(LossConfig(**WEIGHTS))
     batch = random_batch(2, num_examples=3, longest=7)
-    flipped = dataclasses.replace(
-        batch, **{name: getattr(batch, name).flip(0) for name in ("source_BS", "source_mask_BS", "labels_BT")}
-    )
+    sides = {name: getattr(batch, name).flip(0) for name in ("source_BS", "source_mask_BS", "labels_BT")}
+    flipped = dataclasses.replace(batch, **sides, places_N=None)
     totals = [
         objectives.replacing_terms(0, modular(each, draws, objectives.wanted(0, COUNTS)), COUNTS).total
         for each in (batch, flipped)

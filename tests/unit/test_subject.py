@@ -22,7 +22,11 @@ def test_a_score_names_the_type_that_it_was_decoded_in_where_that_is_not_the_che
     )
     keys = {
         dtype: Subject(
-            dataclasses.replace(Recipe(), evaluate=EvaluateConfig(dtype=dtype)), RunDir(tmp_path), [system], [], "test"
+            dataclasses.replace(Recipe(), evaluate=EvaluateConfig(dtype=dtype)),
+            RunDir(tmp_path),
+            [system],
+            [{"source": "a", "target": "b"}],
+            "test",
         ).key(system)
         for dtype in ("checkpoint", "tf32", "bfloat16")
     }
