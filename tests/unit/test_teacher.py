@@ -25,6 +25,9 @@ def test_trained_weights_are_written_and_an_untied_head_stays_untied(tmp_path, m
     tokenizer.mkdir()
     train_sentencepiece([f"{number} words" for number in range(300)], 40, False, tokenizer / "spiece.model")
     trained, start = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
+    for each in (trained, start):  # as the tokenizer numbers them
+        each.config.pad_token_id, each.config.eos_token_id = 0, 1
+        each.generation_config.pad_token_id, each.generation_config.eos_token_id = 0, 1
     for (_, ours), (_, theirs) in zip(start.named_buffers(), trained.named_buffers(), strict=True):
         ours.copy_(theirs)  # BART's logits bias, which does not train
     weights = {f"model.{name}": parameter.detach() for name, parameter in trained.named_parameters()}
