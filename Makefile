@@ -47,8 +47,8 @@ bench-gpu: .venv/installed  ## run the tests and benchmarks that need an NVIDIA 
 	done; \
 	$(BIN)/python -m pipeline.bench step --part gpu --write pipeline/bench/results || status=1; exit $$status
 
-gpu-day: .venv/installed  ## learn what a CPU cannot tell, in six minutes of one NVIDIA GPU: DRY=--dry tries it anywhere
-	$(BIN)/python -m pipeline.bench gpu-day $(DRY) --write pipeline/bench/results
+gpu-day: .venv/installed  ## learn what a CPU cannot tell, in six minutes of one NVIDIA GPU: DRY=1 tries it anywhere
+	$(BIN)/python -m pipeline.bench gpu-day $(if $(DRY),--dry,--write pipeline/bench/results)
 
 doctor: .venv/installed  ## check this machine: packages, ranks, MPI, kernels
 	$(BIN)/python -m pipeline doctor

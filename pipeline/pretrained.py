@@ -18,9 +18,10 @@ from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.families import FAMILIES, family_of
+from pipeline.ordinary import HEAD
 from pipeline.weights import same_bytes, shapes_of, weight_files
 
-EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+EMBEDDING = "shared.weight"
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ LINES_KEPT = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", choices=SECONDS, action="append", help="only these, in the order of the list")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on any device, in one process: does it run?")
-    parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument("--write", type=Path, default=Path("runs/gpu_day"), metavar="DIR", help="where results go")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
     for group in [names] if arguments.dry else [[name] for name in names]:
         limit_s = LIMIT_S if arguments.dry else min(SECONDS[group[0]], deadline - time.monotonic())
         found += _run(group, limit_s, dry=arguments.dry)
-        _write(found, arguments.write)
+        _write(found, arguments.write, dry=arguments.dry)
     failed = [each["part"] for each in found if each["status"] != "ok"]
     print(f"results: {arguments.write / 'gpu_day.md'}")
     if failed:
@@ -76,9 +76,10 @@ def _text(output: str | bytes | None) -> str:
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
-def _write(found: Sequence[dict[str, Any]], folder: Path) -> None:
+def _write(found: Sequence[dict[str, Any]], folder: Path, *, dry: bool) -> None:
     (folder / "gpu_day.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    lines = ["# A day on a GPU", "", f"{hardware()}, {datetime.now(UTC):%Y-%m-%d}", ""]
+    title = "# A day on a GPU" + (", dry: tiny sizes, whose figures say nothing" if dry else "")
+    lines = [title, "", f"{hardware()}, {datetime.now(UTC):%Y-%m-%d}", ""]
     for each in found:
         lines += [f"## {each['part']}: {each['status']}, {each['seconds']:.0f} s", ""]
         lines += [f"- {name}: {_shown(value)}" for name, value in each["figures"].items()]

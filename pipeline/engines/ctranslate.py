@@ -34,10 +34,7 @@ SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
 
 def is_missing() -> bool:
     """Whether the package is not installed."""
-    try:
-        return find_spec("ctranslate2") is None
-    except ValueError:  # a module that says nothing of where it is from
-        return True
+    return find_spec("ctranslate2") is None
 
 
 def refuse_missing() -> None:

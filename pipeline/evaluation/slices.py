@@ -258,11 +258,8 @@ class _Plain:
     """Decodes one folder with transformers' own generate."""
 
     def __init__(self, subject: Subject, system: System, model: Any, tokenizer: Any) -> None:
-        self.model, self.num_beams, self.max_new_tokens = (
-            model,
-            subject.recipe.evaluate.num_beams,
-            subject.longest(system)[2],
-        )
+        self.model, self.num_beams = model, subject.recipe.evaluate.num_beams
+        self.max_new_tokens = subject.longest(system)[2]
         self.sources, self.references = (tokenize(tokenizer, subject, side, system) for side in ("source", "target"))
         self.wording = Wording(tokenizer, subject.reference_texts)
 

@@ -76,11 +76,7 @@ def _check_ranks(recipe: Recipe) -> None:
                 f"{name}.batch.micro_batches_per_step is {batch.micro_batches_per_step}, which launch.num_ranks "
                 f"{num_ranks} does not divide: make it a multiple of {num_ranks}"
             )
-    if not torch.cuda.is_available():
-        return
-    if num_ranks > torch.cuda.device_count():
-        raise ValueError(f"launch.num_ranks is {num_ranks}, but this machine has {torch.cuda.device_count()} GPUs")
-    if not dist.is_nccl_available():
+    if torch.cuda.is_available() and not dist.is_nccl_available():
         raise ValueError("this torch has CUDA but not NCCL: install a build of torch with NCCL")
 
 
@@ -126,21 +122,20 @@ def _check_teacher(recipe: Recipe, folder: Path) -> None:
     config = _read_model_config(folder)
     _check_weights(folder)
     _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
-    check_lengths(config_of(folder), recipe)
+    check_lengths(config, recipe)
     check_fit(Planned.of(recipe), folder)
     refuse_unknown(generation_settings(folder), folder)
 
 
-def _read_model_config(folder: Path) -> dict[str, Any]:
+def _read_model_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
-    config = settings_of(folder)
-    needed = [family_of(config["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
-    if missing := [name for name in needed if name not in config]:
+    settings = settings_of(folder)
+    needed = [family_of(settings["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
+    if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
-    config_of(folder)
-    return config
+    return config_of(folder)
 
 
 def _check_weights(folder: Path) -> None:
@@ -155,13 +150,19 @@ def _check_weights(folder: Path) -> None:
             raise FileNotFoundError(f"teacher.folder {folder} lacks {', '.join(missing)}, which {found[0]} names")
 
 
-def _check_tokenizer(teacher: Path, tokenizer: Path, config: dict[str, Any]) -> None:
+def _check_tokenizer(teacher: Path, tokenizer: Path, config: Any) -> None:
     own = check_tokenizer(tokenizer)
-    if len(own) > config["vocab_size"]:
+    if len(own) > config.vocab_size:
         raise ValueError(
             f"data.tokenizer {tokenizer} has {len(own)} tokens, the teacher's embedding only "
-            f"{config['vocab_size']}: give the teacher's own tokenizer"
+            f"{config.vocab_size}: give the teacher's own tokenizer"
         )
+    for name in ("pad_token_id", "eos_token_id"):
+        ours, theirs = getattr(own, name), getattr(config, name)
+        if ours != theirs and not (isinstance(theirs, list) and ours in theirs):
+            raise ValueError(
+                f"data.tokenizer {tokenizer} has {name} {ours}, but the teacher's config.json {theirs}: make them agree"
+            )
     if not set(tokenizer_files(teacher)) - NAMES_ALONE or teacher.resolve() == tokenizer.resolve():
         return
     for name in ("spiece.model", "tokenizer.json"):

@@ -14,7 +14,9 @@ def test_every_part_comes_to_its_end_in_the_dry_mode(tmp_path):
     found = json.loads((tmp_path / "gpu_day.json").read_text())
     assert [each["part"] for each in found] == list(gpu_day.SECONDS)
     assert all(each["figures"] for each in found)
-    assert "## step: ok" in (tmp_path / "gpu_day.md").read_text()
+    text = (tmp_path / "gpu_day.md").read_text()
+    assert "dry: tiny sizes" in text.splitlines()[0]
+    assert "## step: ok" in text
     assert sum(gpu_day.SECONDS.values()) <= 1.3 * gpu_day.LIMIT_S, "limits are not all reached in one day"
 
 
