@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.beside import CONFIG, check_beside, read, write_generation
-from pipeline.families import Family, family_of
+from pipeline.families import Family, family_of, stored_weights
 from pipeline.spans import STACKS
 from pipeline.weights import dtypes_of, same_bytes, shapes_of, weight_files
 
@@ -97,7 +97,7 @@ def check_weights(folder: Path) -> PreTrainedModel:
     check_shapes(model, family, shapes, str(folder))
     if (embedding := family.vocabulary_weights[0]) not in shapes:
         raise ValueError(f"{folder}: its weights lack {embedding}, by which readers know the embedding")
-    needed = {name for name, _ in model.named_parameters()} - {*family.vocabulary_weights}
+    needed = stored_weights(model).keys() - {*family.vocabulary_weights, *family.computed_weights}
     if missing := sorted(needed - shapes.keys()):
         raise ValueError(f"{folder}: its weights lack {missing[0]}, which {CONFIG} asks for")
     for key in DERIVED:

@@ -80,9 +80,10 @@ def model_of(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     model, found = AutoModelForSeq2SeqLM.from_pretrained(
         folder, config=config_of(folder), local_files_only=True, dtype=dtype or "auto", output_loading_info=True
     )
-    if missing := sorted(found["missing_keys"]):
+    family = FAMILIES.get(model.config.model_type)
+    if missing := sorted({*found["missing_keys"]} - {*(family.computed_weights if family else ())}):
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
-    if model.config.model_type in FAMILIES and EMBEDDING in family_of(model.config.model_type).vocabulary_weights:
+    if family and EMBEDDING in family.vocabulary_weights:
         _take_stored_embedding(model, folder)
     return model
 

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import torch
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
+    CONFIG_MAPPING,
+    AutoModelForSeq2SeqLM,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
@@ -16,8 +16,15 @@ from transformers import (
 )
 
 from pipeline.data import MicroBatch
+from pipeline.families import decoder_inputs
 
-KINDS = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled"]
+KINDS = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled", "mbart", "pegasus", "m2m_100", "marian"]
+SPECIAL = {  # ids as their public models order them, with padding 0 where the batches here have it
+    "mbart": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "forced_eos_token_id": 1},
+    "m2m_100": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "activation_function": "relu"},
+    "pegasus": {"activation_function": "relu"},
+    "marian": {"activation_function": "swish"},
+}
 SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 
 
@@ -43,34 +50,46 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
 def tiny_bart(
     kind: str = "bart", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64
 ):
-    """A random model: "bart" (tied head) or "bart-scaled" (embeddings scaled, every head and embedding its own)."""
+    """A random model with layer norms: "bart" (tied head), "bart-scaled" (embeddings scaled, every head and embedding
+    its own), or one of SPECIAL."""
     torch.manual_seed(seed)
     stacks = {
         f"{stack}_{name}": value
         for stack in ("encoder", "decoder")
         for name, value in {"ffn_dim": 48, "attention_heads": 4, "layerdrop": 0.9}.items()
     }
-    config = BartConfig(
+    special = dict(SPECIAL.get(kind, {}))
+    if kind in ("mbart", "m2m_100"):
+        special["decoder_start_token_id"] = special["eos_token_id"]
+    if kind == "marian":
+        special |= {"pad_token_id": vocab_size - 1, "decoder_start_token_id": vocab_size - 1}
+    config = CONFIG_MAPPING[kind.removesuffix("-scaled")](
         vocab_size=vocab_size,
         d_model=32,
         dropout=0.0,
+        attention_dropout=0.0,
         max_position_embeddings=40,
         encoder_layers=num_layers,
         decoder_layers=num_decoder_layers,
-        scale_embedding=kind == "bart-scaled",
-        tie_word_embeddings=kind == "bart",
+        scale_embedding=kind != "bart",
+        tie_word_embeddings=kind != "bart-scaled",
         **stacks,
+        **special,
     )
-    model = BartForConditionalGeneration(config)
+    model = AutoModelForSeq2SeqLM.from_config(config)
     for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+        if parameter.requires_grad:  # sinusoids stay what they are
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+    if kind == "marian":
+        model.generation_config.bad_words_ids = [[config.pad_token_id]]
     return model.eval()
 
 
 def tiny_model(kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64):
     """A random model of one of KINDS."""
-    make = tiny_bart if kind.startswith("bart") else tiny_t5
+    make = tiny_t5 if kind in ("v1.0", "v1.1", "mt5") else tiny_bart
     return make(kind, num_layers, num_decoder_layers, seed, vocab_size)
 
 
@@ -80,7 +99,7 @@ def hf_logits(model, batch: MicroBatch) -> torch.Tensor:
         return model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+            decoder_input_ids=decoder_inputs(model.config, batch.labels_BT),
         ).logits[batch.labels_BT != -100]
 
 

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from pipeline.families.bart import BartFamily
-from pipeline.families.base import Family, KeysValues, StackInputs, empty_bias, sizes_of
+from pipeline.families.base import (
+    Family,
+    KeysValues,
+    StackInputs,
+    decoder_inputs,
+    empty_bias,
+    sizes_of,
+    stored_weights,
+)
 from pipeline.families.capture import QueriesKeys, captured
+from pipeline.families.m2m_100 import M2M100Family
+from pipeline.families.marian import MarianFamily
+from pipeline.families.mbart import MBartFamily
+from pipeline.families.pegasus import PegasusFamily
 from pipeline.families.t5 import T5Family, new_t5, t5_config
 
-FAMILIES: dict[str, Family] = {"t5": T5Family(), "mt5": T5Family(), "bart": BartFamily()}
+FAMILIES: dict[str, Family] = {
+    "t5": T5Family(),
+    "mt5": T5Family(),
+    "bart": BartFamily(),
+    "mbart": MBartFamily(),
+    "pegasus": PegasusFamily(),
+    "m2m_100": M2M100Family(),
+    "marian": MarianFamily(),
+}
 
 
 def family_of(model_type: str) -> Family:
@@ -28,9 +48,11 @@ __all__ = [
     "QueriesKeys",
     "StackInputs",
     "captured",
+    "decoder_inputs",
     "empty_bias",
     "family_of",
     "new_t5",
     "sizes_of",
+    "stored_weights",
     "t5_config",
 ]

@@ -114,6 +114,8 @@ class Family(Protocol):
     """Names of the weights with one entry for each token of the vocabulary."""
     position_weights: ClassVar[tuple[str, ...]]
     """Names of the weights with one row for each position."""
+    computed_weights: ClassVar[tuple[str, ...]]
+    """Names of the weights that transformers computes where a file does not have them."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""
@@ -172,12 +174,20 @@ class Family(Protocol):
         """Learning-rate factor of a parameter, by its name and the model's Hugging Face config."""
 
 
-def shift_right(labels_BT: torch.Tensor, *, start_id: int, pad_id: int) -> torch.Tensor:
-    """Labels moved one to the right behind the start token; padding labels become the pad token."""
+def decoder_inputs(config: Any, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Decoder input ids of labels for a Hugging Face config, [B, T]: the labels moved one to the right behind the start
+    token, as in decoding; padding labels become the pad token."""
     shifted_BT = torch.roll(labels_BT, 1, dims=1)
-    shifted_BT = shifted_BT.masked_fill(shifted_BT == IGNORED_LABEL, pad_id)
-    shifted_BT[:, 0] = start_id
+    shifted_BT = shifted_BT.masked_fill(shifted_BT == IGNORED_LABEL, config.pad_token_id or 0)
+    shifted_BT[:, 0] = config.decoder_start_token_id
     return shifted_BT
+
+
+def stored_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint of a Hugging Face model holds, each once."""
+    kept = model.state_dict().keys() - set(model._keys_to_ignore_on_save or ())
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: weight for name, weight in named if name in kept}
 
 
 def set_layer_index(layer: nn.Module, index: int) -> None:

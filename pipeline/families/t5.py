@@ -16,7 +16,7 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pipeline.families.attention import attend, attend_across, heads
-from pipeline.families.base import KeysValues, SelfCache, StackInputs, empty_bias, set_layer_index, shift_right
+from pipeline.families.base import KeysValues, SelfCache, StackInputs, decoder_inputs, empty_bias, set_layer_index
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 
@@ -81,14 +81,13 @@ class T5Shared(nn.Module):
         config = model.config
         scaled = getattr(config, "scale_decoder_outputs", False)
         self.head = VocabularyHead(model.lm_head, config.d_model**-0.5 if scaled else 1.0)
-        self.pad_id = int(config.pad_token_id or 0)
-        self.start_id = int(config.decoder_start_token_id)
+        self.config: Any = config
 
     def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_BL)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
-        return shift_right(labels_BT, start_id=self.start_id, pad_id=self.pad_id)
+        return decoder_inputs(self.config, labels_BT)
 
     def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
         return self.bias[stack](mask_BL)
@@ -129,6 +128,7 @@ class T5Family:
     )
 
     position_weights: ClassVar[tuple[str, ...]] = ()
+    computed_weights: ClassVar[tuple[str, ...]] = ()
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return getattr(model, stack).block

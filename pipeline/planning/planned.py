@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 from data_prep.hub import local_folder
 from pipeline.assemble import Baseline, baselines_of, one_granularity, theseus_settings
 from pipeline.config import DistillConfig, Recipe
-from pipeline.families import family_of, t5_config
+from pipeline.families import family_of, stored_weights, t5_config
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.footprint import Sizes, sizes_of
 from pipeline.model import ModularLeaf, ModularModel, Sampler, TeacherLeaf
@@ -120,8 +120,7 @@ class Planned:
     def checkpoint_sizes(self) -> ModelSizes:
         """Of the teacher and of every assembly, as folders in fp32."""
         model = self.model()
-        weights = dict(model.named_parameters()) | dict(model.named_buffers())
-        return model_sizes_of(weights, family_of(model.config.model_type))
+        return model_sizes_of(stored_weights(model), family_of(model.config.model_type))
 
 
 def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from data_prep.publish import publishing_folder
 from pipeline.checkpoints import checkpoints, full_weights
 from pipeline.config import LossConfig
 from pipeline.data import MicroBatch
-from pipeline.families import family_of
+from pipeline.families import decoder_inputs, family_of
 from pipeline.kernels import HeadLoss, HeadObjective, distribution_loss
 from pipeline.model import Draws, GlobalCounts, LossTerms, Objectives, task_loss
 from pipeline.ordinary import check_ordinary, save_ordinary
@@ -45,7 +45,7 @@ class TeacherModel(nn.Module):
         logits_BTV = self.model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
-            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+            decoder_input_ids=decoder_inputs(self.model.config, batch.labels_BT),
             use_cache=False,
         ).logits
         return TeacherOutputs(task_loss(at_labels(logits_BTV, batch), batch.labels_N), batch.labels_N)
@@ -128,7 +128,7 @@ class DistilledModel(nn.Module):
         inputs = {
             "input_ids": batch.source_BS,
             "attention_mask": batch.source_mask_BS,
-            "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+            "decoder_input_ids": decoder_inputs(self.model.config, batch.labels_BT),
             "use_cache": False,
         }
         with torch.no_grad():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM
+from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from pipeline.families import StackInputs, family_of
 from pipeline.model.huggingface import load_model
@@ -26,11 +27,12 @@ def parts(model):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kind):
-    """T5: plain embeddings. BART: scaled or not, learned positions from offset 2, a norm of each stack's own."""
+    """T5: plain embeddings. BART and its kin: scaled or not, learned positions from offset 2 or sinusoids, a norm of
+    each stack's own or none."""
     model = tiny_model(kind)
     _, shared, _ = parts(model)
     batch = random_batch(6)
-    ids_BT = model.prepare_decoder_input_ids_from_labels(batch.labels_BT)
+    ids_BT = shift_tokens_right(batch.labels_BT, model.config.pad_token_id, model.config.decoder_start_token_id)
     assert torch.equal(shared.decoder_inputs(batch.labels_BT), ids_BT)
     outputs = model(input_ids=batch.source_BS, decoder_input_ids=ids_BT, output_hidden_states=True)
     assert torch.equal(shared.embed("encoder", batch.source_BS), outputs.encoder_hidden_states[0])
@@ -42,7 +44,7 @@ def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kin
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_follows_the_last_layer_is_the_models_own(kind):
-    """Final norm (T5) or none (BART); tied and untied heads; v1.0's scale; BART's bias."""
+    """Final norm or none (BART, Marian); tied and untied heads; v1.0's scale; BART's bias."""
     model = tiny_model(kind)
     _, shared, _ = parts(model)
     ends = []
@@ -54,7 +56,7 @@ def test_what_follows_the_last_layer_is_the_models_own(kind):
     logits = shared.logits(shared.finish("decoder", ends[0][batch.labels_BT != -100]))
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert tied == (kind in ("v1.0", "bart"))
+    assert tied == (kind not in ("v1.1", "mt5", "bart-scaled"))
 
 
 def test_only_t5_1_0_scales_its_states_before_the_head():

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.families import family_of
+from pipeline.families import decoder_inputs, family_of
 from pipeline.kernels import HeadObjective, distances, position_bias
 from pipeline.model.modular import ModularModel, Wanted
 from pipeline.spans.spans import Assembly, Span, teacher_assembly
@@ -72,7 +72,7 @@ def test_local_phase_pairs_are_the_teachers_own_states(kind):
         hf = model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+            decoder_input_ids=decoder_inputs(model.config, batch.labels_BT),
             output_hidden_states=True,
         )
     modular = modular_of(model)
@@ -226,7 +226,7 @@ def test_attention_pairs_are_the_attentions_of_the_unmodified_model(kind):
         hf = model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch.labels_BT),
+            decoder_input_ids=decoder_inputs(model.config, batch.labels_BT),
             output_attentions=True,
         )
     modular = modular_of(model)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import pipeline.spans
-from pipeline.families import family_of, sizes_of
+from pipeline.families import family_of, sizes_of, stored_weights
+from pipeline.ordinary import save_ordinary
 from pipeline.spans.sizes import ModelSizes, preset_table, t5_sizes
 from pipeline.spans.spans import Assembly, teacher_assembly
 from tests.tiny import KINDS, tiny_model
@@ -28,11 +30,12 @@ DOCUMENTED = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["e1x6-d1x6", "e2x3-d6", "e6-d1x4.2"])
-def test_sizes_are_those_of_real_models(kind, text):
+def test_sizes_are_those_of_real_models(tmp_path, kind, text):
     model, assembly = tiny_model(kind), Assembly.parse(text)
-    sizes = sizes_of(dict(model.named_parameters()) | dict(model.named_buffers()), family_of(model.config.model_type))
+    sizes = sizes_of(stored_weights(model), family_of(model.config.model_type))
     real = tiny_model(kind, assembly.encoder.num_layers, assembly.decoder.num_layers)
-    counts = {n: tensor.numel() for n, tensor in (*real.named_parameters(), *real.named_buffers())}
+    save_ordinary(real, tmp_path)
+    counts = {name: tensor.numel() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     assert sizes.num_layers == (6, 6)
     assert sizes.parameters(assembly) == sum(counts.values())
     embeddings = sum(n for name, n in counts.items() if any(w in name for w in ("shared", "embed_", "lm_head", "bias")

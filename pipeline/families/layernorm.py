@@ -1,0 +1,217 @@
+"""What BART, mBART, Pegasus, M2M100 and Marian have in common, on the installed transformers' own layer classes: layer
+norms before or behind each part of a layer, positions that enter with the embeddings, attention scores that are scaled.
+
+Shapes: B examples, S source tokens, T target tokens, L tokens of a stack, D model width, H heads, K width of a head, N
+tokens, V vocabulary; in cached decoding R rows and Q new tokens of each.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from pipeline.families.attention import attend, attend_across, heads
+from pipeline.families.base import KeysValues, SelfCache, StackInputs, decoder_inputs, empty_bias, set_layer_index
+from pipeline.families.capture import Projections
+from pipeline.families.head import VocabularyHead
+
+
+class LearnedPositions(nn.Module):
+    """Positions of BART and mBART: a trained table, in which the first position has row 2."""
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table: Any = table
+
+    def forward(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor | None) -> torch.Tensor:
+        """What is added to tokens at these positions [R or 1, Q], None where they are 0, 1, ...; [R or 1, Q, D]."""
+        if positions_RQ is None:
+            return self.table(ids_RQ)
+        # guesses may reach behind the last position; they are never kept
+        positions_RQ = positions_RQ.clamp(max=self.table.num_embeddings - self.table.offset - 1)
+        return self.table(ids_RQ, position_ids=positions_RQ)[0]  # the table adds a dimension in front
+
+
+class LayerNormShared(nn.Module):
+    """Embeddings, norms outside the layers and the head: frozen, and used by teacher and student alike.
+
+    Positions enter here, not in the layers, so a layer can stand anywhere.
+
+    Args:
+        positions: makes what is added to tokens at positions (see LearnedPositions) of a stack's own table.
+    """
+
+    def __init__(self, model: nn.Module, positions: type[nn.Module]) -> None:
+        super().__init__()
+        inner: Any = model.get_submodule("model")
+        stacks: dict[str, Any] = {"encoder": inner.encoder, "decoder": inner.decoder}
+        self.tokens = nn.ModuleDict({name: stack.embed_tokens for name, stack in stacks.items()})
+        self.positions = nn.ModuleDict({name: positions(stack.embed_positions) for name, stack in stacks.items()})
+        self.norm = nn.ModuleDict(
+            {name: getattr(stack, "layernorm_embedding", nn.Identity()) for name, stack in stacks.items()}
+        )
+        self.final_norm = nn.ModuleDict(
+            {name: getattr(stack, "layer_norm", nn.Identity()) for name, stack in stacks.items()}
+        )
+        self.scale = getattr(inner.decoder, "embed_scale", 1.0)  # of stacks whose embeddings do not scale themselves
+        self.head = VocabularyHead(cast(Any, model).lm_head, bias_1V=getattr(model, "final_logits_bias", None))
+        self.config: Any = model.config
+
+    def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
+        return self._embed(stack, ids_BL, None)
+
+    def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
+        return self._embed("decoder", ids_RQ, positions_RQ)
+
+    def _embed(self, stack: str, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor | None) -> torch.Tensor:
+        tokens_RQD = self.tokens[stack](ids_RQ) * self.scale
+        return self.norm[stack](tokens_RQD + self.positions[stack](ids_RQ, positions_RQ))
+
+    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+        keys_T = torch.arange(num_keys, device=positions_RQ.device)
+        return self._masked(keys_T <= positions_RQ[:, None, :, None])
+
+    def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
+        return decoder_inputs(self.config, labels_BT)
+
+    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
+        visible = mask_BL[:, None, None, :]
+        if stack == "decoder":
+            positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+            visible = visible & (positions_L[None, :] <= positions_L[:, None])
+        return self._masked(visible)
+
+    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> None:
+        return None  # positions are in the embeddings
+
+    def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
+        return self._masked(mask_BS[:, None, None, :])
+
+    def _masked(self, visible: torch.Tensor) -> torch.Tensor:
+        bias = empty_bias(visible.shape, self.head.weight.dtype, visible.device).zero_()
+        return bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
+
+    def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        return self.final_norm[stack](hidden_BLD)
+
+    def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
+        return self.head(normed_ND)
+
+
+class LayerNormFamily:
+    """See pipeline.families.base.Family. A family of this kind says what differs by these two."""
+
+    norm_first: ClassVar[bool]
+    """Whether a layer's parts norm what they read, or the sum of what they read and write."""
+    positions: ClassVar[type[nn.Module]] = LearnedPositions
+
+    depth_keys: ClassVar[dict[str, str]] = {"encoder": "encoder_layers", "decoder": "decoder_layers"}
+    vocabulary_weights: ClassVar[tuple[str, ...]] = (
+        "model.shared.weight",
+        "lm_head.weight",
+        "model.encoder.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+        "final_logits_bias",
+    )
+    position_weights: ClassVar[tuple[str, ...]] = (
+        "model.encoder.embed_positions.weight",
+        "model.decoder.embed_positions.weight",
+    )
+    computed_weights: ClassVar[tuple[str, ...]] = ()
+
+    def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
+        return cast(nn.ModuleList, model.get_submodule(f"model.{stack}.layers"))
+
+    def layer_prefix(self, stack: str) -> str:
+        return f"model.{stack}.layers."
+
+    def is_shared_weight(self, name_in_layer: str) -> bool:
+        return False
+
+    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
+        return {"encoder_layers": num_layers[0], "decoder_layers": num_layers[1]}
+
+    def max_positions(self, config: Any) -> int | None:
+        return config.max_position_embeddings
+
+    def disable_layer_drop(self, model: nn.Module) -> None:
+        config: Any = model.config
+        config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+        for stack in ("encoder", "decoder"):
+            cast(Any, model.get_submodule(f"model.{stack}")).layerdrop = 0.0
+
+    def take_shared(self, model: nn.Module) -> LayerNormShared:
+        return LayerNormShared(model, self.positions)
+
+    def call_layer(
+        self,
+        layer: nn.Module,
+        hidden_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        inputs: StackInputs,
+    ) -> torch.Tensor:
+        if encoded_BSD is None:
+            return layer(hidden_BLD, inputs.self_bias)
+        return layer(hidden_BLD, inputs.self_bias, encoded_BSD, encoder_attention_mask=inputs.cross_bias)
+
+    def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
+        attention: Any = cast(Any, layer).encoder_attn
+        width = attention.head_dim
+        each = (attention.k_proj, attention.v_proj)
+        keys_BHSK, values_BHSK = (heads(project(encoded_BSD), width).contiguous() for project in each)
+        return KeysValues(keys_BHSK, values_BHSK)
+
+    def call_cached(
+        self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
+    ) -> torch.Tensor:
+        block = cast(Any, layer)
+
+        attention = block.self_attn
+        width, scale = attention.head_dim, attention.scaling
+        read_RQD = self._before(block.self_attn_layer_norm, hidden_RQD)
+        keys_RHQK, values_RHQK = (heads(each(read_RQD), width) for each in (attention.k_proj, attention.v_proj))
+        seen = cache.extend(KeysValues(keys_RHQK, values_RHQK))
+        attended_RQX = attend(heads(attention.q_proj(read_RQD), width), seen, inputs.self_bias, scale)
+        hidden_RQD = self._behind(block.self_attn_layer_norm, hidden_RQD + attention.out_proj(attended_RQX))
+
+        attention = block.encoder_attn
+        queries_RHQK = heads(attention.q_proj(self._before(block.encoder_attn_layer_norm, hidden_RQD)), width)
+        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale)
+        hidden_RQD = self._behind(block.encoder_attn_layer_norm, hidden_RQD + attention.out_proj(attended_RQX))
+
+        read_RQD = self._before(block.final_layer_norm, hidden_RQD)
+        forwarded_RQD = block.fc2(block.activation_fn(block.fc1(read_RQD)))
+        return self._behind(block.final_layer_norm, hidden_RQD + forwarded_RQD)
+
+    def _before(self, norm: nn.Module, hidden_RQD: torch.Tensor) -> torch.Tensor:
+        return norm(hidden_RQD) if self.norm_first else hidden_RQD
+
+    def _behind(self, norm: nn.Module, hidden_RQD: torch.Tensor) -> torch.Tensor:
+        return hidden_RQD if self.norm_first else norm(hidden_RQD)
+
+    def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
+        set_layer_index(layer, index)
+
+    def set_layers(self, model: nn.Module, encoder: nn.ModuleList, decoder: nn.ModuleList) -> None:
+        config: Any = copy.deepcopy(model.config)
+        config.update(self.depth_entries((len(encoder), len(decoder))))
+        inner: Any = model.get_submodule("model")
+        inner.encoder.layers, inner.decoder.layers = encoder, decoder
+        for part in (model, inner, inner.encoder, inner.decoder):
+            part.config = config
+
+    def attentions(self, layer: nn.Module) -> dict[str, Projections]:
+        found = {"self": cast(Any, layer).self_attn}
+        if hasattr(layer, "encoder_attn"):
+            found["cross"] = layer.encoder_attn
+        return {
+            name: Projections(each.q_proj, each.k_proj, each.num_heads, each.head_dim, each.scaling)
+            for name, each in found.items()
+        }
+
+    def lr_factor(self, name: str, config: Any) -> float:
+        """1 for all: scores are scaled and all weights start alike, so AdamW needs no help."""
+        return 1.0
