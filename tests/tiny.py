@@ -19,6 +19,7 @@ from pipeline.data import MicroBatch
 from pipeline.families import decoder_inputs
 
 KINDS = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled", "mbart", "pegasus", "m2m_100", "marian"]
+NORM_FIRST = ("mbart", "pegasus", "m2m_100")
 SPECIAL = {  # ids as their public models order them, with padding 0 where the batches here have it
     "mbart": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "forced_eos_token_id": 1},
     "m2m_100": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "activation_function": "relu"},
@@ -77,11 +78,13 @@ def tiny_bart(
         **special,
     )
     model = AutoModelForSeq2SeqLM.from_config(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # sinusoids stay what they are
             parameter.data += 0.1 * torch.randn_like(parameter)
+            # so strong that what is written depends on what is read
+            parameter.data *= 3 if kind in NORM_FIRST and ".layers." in name and parameter.dim() == 2 else 1
     if hasattr(model, "final_logits_bias"):
-        model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+        model.final_logits_bias += torch.randn_like(model.final_logits_bias) * (0.2 if kind in SPECIAL else 1)
     if kind == "marian":
         model.generation_config.bad_words_ids = [[config.pad_token_id]]
     return model.eval()

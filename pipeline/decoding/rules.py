@@ -18,7 +18,7 @@ UNDERSTOOD = {
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
     "num_beams", "length_penalty", "early_stopping", "do_sample", "use_cache", "transformers_version",
     "_from_model_config", "repetition_penalty", "no_repeat_ngram_size", "min_length", "forced_bos_token_id",
-    "forced_eos_token_id",
+    "forced_eos_token_id", "bad_words_ids", "renormalize_logits",
 }  # fmt: skip
 # what neither greedy decoding nor beam search goes by
 WITHOUT_EFFECT = {
@@ -107,6 +107,8 @@ def _processors(config: Any, eos_ids: list[int], max_new_tokens: int, device: st
         found.append(transformers.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.no_repeat_ngram_size:
         found.append(transformers.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.bad_words_ids:
+        found.append(transformers.NoBadWordsLogitsProcessor(config.bad_words_ids, eos_ids))
     if config.min_length:
         found.append(transformers.MinLengthLogitsProcessor(config.min_length, eos_ids, device=device))
     if config.forced_bos_token_id is not None:
@@ -114,4 +116,6 @@ def _processors(config: Any, eos_ids: list[int], max_new_tokens: int, device: st
     if config.forced_eos_token_id is not None:
         ends = config.forced_eos_token_id
         found.append(transformers.ForcedEOSTokenLogitsProcessor(1 + max_new_tokens, ends, device=device))
+    if config.renormalize_logits:
+        found.append(transformers.LogitNormalization())
     return transformers.LogitsProcessorList(found) if found else None

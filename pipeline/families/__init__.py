@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from pipeline.families.bart import BartFamily
 from pipeline.families.base import (
     Family,
@@ -30,6 +34,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def refuse_uncarried(settings: Mapping[str, Any], place: Path) -> None:
+    """Refuse a config.json that asks for what its family does not carry.
+
+    Raises:
+        ValueError: a model type that no family knows, or a key, in one line.
+    """
+    if refusal := family_of(settings.get("model_type", "")).keys.refusal(settings):
+        raise ValueError(f"{place} {refusal}")
+
+
 def family_of(model_type: str) -> Family:
     """The family of a Hugging Face `model_type`.
 
@@ -52,6 +66,7 @@ __all__ = [
     "empty_bias",
     "family_of",
     "new_t5",
+    "refuse_uncarried",
     "sizes_of",
     "stored_weights",
     "t5_config",

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.data import IGNORED_LABEL
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
+from pipeline.families.keys import Keys
 from pipeline.spans import STACKS, ModelSizes
 
 ROW_ALIGNMENT = 16
@@ -108,6 +109,8 @@ class Shared(Protocol):
 class Family(Protocol):
     """Knowledge of one model family; holds no state."""
 
+    keys: ClassVar[Keys]
+    """Which keys of a config.json are carried."""
     depth_keys: ClassVar[dict[str, str]]
     """Config key to read the number of layers from, by stack."""
     vocabulary_weights: ClassVar[tuple[str, ...]]

@@ -17,6 +17,7 @@ from pipeline.families.attention import attend, attend_across, heads
 from pipeline.families.base import KeysValues, SelfCache, StackInputs, decoder_inputs, empty_bias, set_layer_index
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
+from pipeline.families.keys import Keys
 
 
 class LearnedPositions(nn.Module):
@@ -101,9 +102,18 @@ class LayerNormShared(nn.Module):
         return self.head(normed_ND)
 
 
-class LayerNormFamily:
-    """See pipeline.families.base.Family. A family of this kind says what differs by these two."""
+CARRIED = (
+    "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads",
+    "decoder_attention_heads", "encoder_layerdrop", "decoder_layerdrop", "activation_function", "dropout",
+    "attention_dropout", "activation_dropout", "init_std", "scale_embedding", "max_position_embeddings",
+    "num_attention_heads", "hidden_size",
+)  # fmt: skip
 
+
+class LayerNormFamily:
+    """See pipeline.families.base.Family. A family of this kind says what differs by the first three."""
+
+    keys: ClassVar[Keys]
     norm_first: ClassVar[bool]
     """Whether a layer's parts norm what they read, or the sum of what they read and write."""
     positions: ClassVar[type[nn.Module]] = LearnedPositions

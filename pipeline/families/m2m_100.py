@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pipeline.families.layernorm import LayerNormFamily
+from pipeline.families.keys import Keys
+from pipeline.families.layernorm import CARRIED, LayerNormFamily
 
 
 class SinusoidsBehindPadding(nn.Module):
@@ -29,5 +30,14 @@ class SinusoidsBehindPadding(nn.Module):
 
 
 class M2M100Family(LayerNormFamily):
+    keys: ClassVar[Keys] = Keys.of(
+        CARRIED,
+        normalize_before=(True,),
+        normalize_embedding=(False,),
+        add_final_layer_norm=(True,),
+        static_position_embeddings=(True,),
+        add_bias_logits=(False,),
+        tie_word_embeddings=(True,),
+    )
     norm_first: ClassVar[bool] = True
     positions: ClassVar[type[nn.Module]] = SinusoidsBehindPadding

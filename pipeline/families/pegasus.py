@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pipeline.families.layernorm import LayerNormFamily
+from pipeline.families.keys import Keys
+from pipeline.families.layernorm import CARRIED, LayerNormFamily
 
 
 class SinusoidalTable(nn.Module):
@@ -27,6 +28,16 @@ class SinusoidalTable(nn.Module):
 
 
 class PegasusFamily(LayerNormFamily):
+    keys: ClassVar[Keys] = Keys.of(
+        CARRIED,
+        normalize_before=(True,),
+        normalize_embedding=(False,),
+        add_final_layer_norm=(True,),
+        static_position_embeddings=(True,),
+        add_bias_logits=(False,),
+        tie_word_embeddings=(True,),
+        extra_pos_embeddings=(1,),
+    )
     norm_first: ClassVar[bool] = True
     positions: ClassVar[type[nn.Module]] = SinusoidalTable
     computed_weights: ClassVar[tuple[str, ...]] = LayerNormFamily.position_weights

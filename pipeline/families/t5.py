@@ -19,6 +19,7 @@ from pipeline.families.attention import attend, attend_across, heads
 from pipeline.families.base import KeysValues, SelfCache, StackInputs, decoder_inputs, empty_bias, set_layer_index
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
+from pipeline.families.keys import Keys
 
 
 class PositionBias(nn.Module):
@@ -119,6 +120,15 @@ class T5Shared(nn.Module):
 class T5Family:
     """See pipeline.families.base.Family."""
 
+    keys: ClassVar[Keys] = Keys.of(
+        (
+            "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "decoder_layers",
+            "feed_forward_proj", "is_gated_act", "dense_act_fn", "dropout_rate", "layer_norm_epsilon",
+            "initializer_factor", "relative_attention_num_buckets", "relative_attention_max_distance",
+            "scale_decoder_outputs", "hidden_size", "num_attention_heads", "head_dim",
+        ),
+        harmless=("n_positions",),
+    )  # fmt: skip
     depth_keys: ClassVar[dict[str, str]] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "shared.weight",

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.config import Recipe
-from pipeline.families import family_of
+from pipeline.families import family_of, refuse_uncarried
 from pipeline.pretrained import model_of, settings_of
 
 
@@ -32,11 +32,13 @@ def load_model(folder: Path) -> PreTrainedModel:
     """A supported encoder-decoder from a local folder, in fp32.
 
     Raises:
-        ValueError: not a model that a family knows, or weights are missing, which transformers would draw at random.
+        ValueError: not a model that a family carries, or weights are missing, which transformers would draw at random.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    family = family_of(settings_of(folder)["model_type"])
+    settings = settings_of(folder)
+    refuse_uncarried(settings, folder / "config.json")
+    family = family_of(settings["model_type"])
     model = model_of(folder, torch.float32)
     family.disable_layer_drop(model)
     return model

@@ -22,7 +22,7 @@ from pipeline.assemble import assembly_to_recover, baselines_of, requested_assem
 from pipeline.config import Recipe
 from pipeline.decoding import generation_settings, refuse_unknown
 from pipeline.evaluation import read_peers
-from pipeline.families import family_of
+from pipeline.families import family_of, refuse_uncarried
 from pipeline.footprint import AUTO, read_ds_config
 from pipeline.model import check_lengths
 from pipeline.planning.disk import check_disk
@@ -135,7 +135,11 @@ def _read_model_config(folder: Path) -> Any:
     needed = [family_of(settings["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
     if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
-    return config_of(folder)
+    refuse_uncarried(settings, path)
+    config: Any = config_of(folder)
+    if config.decoder_start_token_id is None:
+        raise ValueError(f"{path} names no decoder_start_token_id: add the token that outputs begin with")
+    return config
 
 
 def _check_weights(folder: Path) -> None:

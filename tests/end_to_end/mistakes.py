@@ -154,6 +154,17 @@ BEFORE_ANY_WORK = {
         "says nothing of layer encoder.block.5 ", break_it=edit("teacher/config.json", num_layers=5)
     ),
     "weights of another width": Mistake("but config.json says", break_it=edit("teacher/config.json", d_model=32)),
+    "settings that nobody has looked at": Mistake(
+        "config.json has attention_type 'sparse', which is not known to be carried",
+        break_it=edit("teacher/config.json", attention_type="sparse"),
+    ),
+    "stacks that share weights": Mistake(
+        "config.json has tie_encoder_decoder True, which is not carried for t5: only False is",
+        break_it=edit("teacher/config.json", tie_encoder_decoder=True),
+    ),
+    "no start token": Mistake(
+        "names no decoder_start_token_id", break_it=edit("teacher/config.json", decoder_start_token_id=None)
+    ),
     "settings cut": Mistake("lacks num_layers, d_model", break_it=text("teacher/config.json",
                                                                    '{"model_type": "t5", "vocab_size": 48}')),
     "settings with a word for a number": Mistake(
@@ -179,8 +190,8 @@ BEFORE_ANY_WORK = {
         "--baseline.methods [theseus] --baseline.optim.num_steps 2 --baseline.ratios [1.2]",
     ),
     "settings of generation": Mistake(
-        "generation_config.json has bad_words_ids, max_time, which decoding here does not carry: give a copy",
-        break_it=edit("teacher/generation_config.json", bad_words_ids=[[5]], max_time=3.0, temperature=0.3),
+        "generation_config.json has guidance_scale, max_time, which decoding here does not carry: give a copy",
+        break_it=edit("teacher/generation_config.json", guidance_scale=2.0, max_time=3.0, temperature=0.3),
     ),
     "settings of generation damaged": Mistake(
         "generation_config.json cannot be read", break_it=text("teacher/generation_config.json", "{")

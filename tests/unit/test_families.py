@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from pipeline.families import StackInputs, family_of
@@ -75,9 +76,10 @@ def test_position_bias_is_taken_out_of_block_0_and_only_there():
     }
 
 
-def test_bart_never_drops_a_layer_in_training(tmp_path):
+@pytest.mark.parametrize("kind", ["bart", "m2m_100"])
+def test_no_layer_is_dropped_in_training(tmp_path, kind):
     """The checkpoint asks for layer drop at 0.9: without the guard hardly a layer of a training step would run."""
-    model = tiny_bart()
+    model = tiny_bart(kind)
     model.save_pretrained(tmp_path)
     batch = random_batch(8)
     torch.manual_seed(0)
@@ -89,9 +91,71 @@ def test_bart_never_drops_a_layer_in_training(tmp_path):
     assert torch.equal(hf_logits(again, batch), hf_logits(model, batch))
 
 
-def test_longest_texts():
-    assert family_of("bart").max_positions(tiny_bart().config) == 40
+@pytest.mark.parametrize("kind", ["bart", "mbart", "pegasus", "m2m_100", "marian"])
+def test_longest_texts(kind):
+    assert family_of(kind).max_positions(tiny_model(kind).config) == 40
+
+
+def test_relative_positions_have_no_end():
     assert family_of("mt5").max_positions(tiny_t5("mt5").config) is None
+
+
+BOTH = " attention_heads ffn_dim layerdrop layers"  # of encoder and decoder
+FAIRSEQ = """activation_dropout activation_function architectures attention_dropout bos_token_id d_model
+    decoder_start_token_id dropout eos_token_id init_std is_encoder_decoder max_length max_position_embeddings
+    model_type num_beams num_hidden_layers pad_token_id scale_embedding transformers_version use_cache vocab_size"""
+STYLES = """ add_bias_logits add_final_layer_norm classif_dropout classifier_dropout gradient_checkpointing id2label
+    label2id normalize_before normalize_embedding static_position_embeddings _num_labels forced_eos_token_id"""
+KEYS = {  # of the public config.json files; values are those of transformers where it knows the key
+    "bart": FAIRSEQ + STYLES + " early_stopping forced_bos_token_id no_repeat_ngram_size task_specific_params prefix",
+    "mbart": FAIRSEQ + STYLES + " output_past tokenizer_class early_stopping _name_or_path task_specific_params",
+    "pegasus": FAIRSEQ + STYLES + " extra_pos_embeddings force_bos_token_to_be_generated length_penalty",
+    "m2m_100": FAIRSEQ + " early_stopping gradient_checkpointing tokenizer_class torch_dtype",
+    "marian": FAIRSEQ + STYLES + " bad_words_ids decoder_vocab_size share_encoder_decoder_embeddings _name_or_path",
+    "t5": """architectures d_ff d_kv d_model decoder_start_token_id dropout_rate eos_token_id feed_forward_proj
+        n_positions initializer_factor is_encoder_decoder layer_norm_epsilon model_type num_decoder_layers num_heads
+        num_layers output_past pad_token_id relative_attention_num_buckets relative_attention_max_distance
+        task_specific_params
+        tie_word_embeddings transformers_version use_cache vocab_size dense_act_fn is_gated_act tokenizer_class""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_every_key_of_a_public_config_is_on_one_of_three_lists(kind):
+    keys = family_of(kind).keys
+    public = KEYS[kind].split()
+    if kind != "t5":
+        public += [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in BOTH.split()]
+    for key in public:
+        assert (key in keys.carried) + (key in keys.harmless) + (key in keys.only or key in keys.equal) >= 1, key
+        assert not (key in keys.only and key in keys.carried | keys.harmless)
+    assert keys.refusal(CONFIG_MAPPING[kind]().to_dict()) is None
+
+
+REFUSED = {
+    "norms elsewhere": ("bart", {"normalize_before": True}),
+    "no norms elsewhere": ("mbart", {"normalize_before": False}),
+    "learned positions": ("pegasus", {"static_position_embeddings": False}),
+    "no norm behind the last layer": ("m2m_100", {"add_final_layer_norm": False}),
+    "two vocabularies": ("marian", {"share_encoder_decoder_embeddings": False}),
+    "two vocabularies of other sizes": ("marian", {"decoder_vocab_size": 65}),
+    "a head of its own": ("m2m_100", {"tie_word_embeddings": False}),
+    "sparse attention": ("pegasus", {"attention_type": "block_sparse"}),
+    "stacks that share weights": ("mbart", {"tie_encoder_decoder": True}),
+    "fewer bits": ("t5", {"quantization_config": {"bits": 4}}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_family_does_not_carry_is_refused_by_its_key(tmp_path, name):
+    kind, settings = REFUSED[name]
+    tiny_model("v1.1" if kind == "t5" else kind, 1, 1).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    (key,) = settings
+    with pytest.raises(ValueError, match=f"config.json has {key} ") as refused:
+        load_model(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 class AttentionCalls(TorchDispatchMode):

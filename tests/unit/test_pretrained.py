@@ -15,7 +15,7 @@ from pipeline.model import load_model
 from pipeline.ordinary import save_ordinary
 from pipeline.pretrained import config_of, model_of
 from pipeline.trim import trim
-from tests.tiny import tiny_model
+from tests.tiny import hf_logits, random_batch, tiny_model
 
 NAMES = {"encoder": "encoder.embed_tokens.weight", "decoder": "decoder.embed_tokens.weight"}
 
@@ -53,6 +53,21 @@ def test_an_embedding_under_another_name_is_the_embedding(tmp_path: Path, kind: 
     ids = torch.tensor([[5, 6, 7]])
     wanted = tiny_model(kind, 2, 2)(input_ids=ids, decoder_input_ids=ids).logits
     torch.testing.assert_close(model_of(again)(input_ids=ids, decoder_input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", ["pegasus", "marian"])
+def test_sinusoids_that_a_file_lacks_are_computed(tmp_path: Path, kind: str) -> None:
+    weights = saved(tmp_path, kind)
+    store(tmp_path, {name: weight for name, weight in weights.items() if "embed_positions" not in name})
+    assert torch.equal(
+        hf_logits(load_model(tmp_path), random_batch(0)), hf_logits(tiny_model(kind, 2, 2), random_batch(0))
+    )
+    lacking = {
+        name: weight for name, weight in weights.items() if "decoder.layer_norm" not in name and "fc1" not in name
+    }
+    store(tmp_path, lacking)
+    with pytest.raises(ValueError, match=r"such as model\.decoder\.layer"):
+        load_model(tmp_path)
 
 
 def test_two_embeddings_are_refused_by_name(tmp_path: Path) -> None:
