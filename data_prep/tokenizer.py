@@ -171,6 +171,16 @@ def check_tokenizer(source: Path) -> PreTrainedTokenizerBase:
                 f"{source}: the tokenizer has no {kind} token: name it in {TOKENIZER_CONFIG}, or give the tokenizer of "
                 f"a seq2seq model"
             )
+    if code := getattr(tokenizer, "src_lang", None):
+        raise ValueError(
+            f"{source}: the tokenizer begins every text with the code of one language ({code}), sources and targets "
+            f"alike; codes by record are not carried: use a model without them"
+        )
+    if getattr(tokenizer, "spm_target", None) is not None:
+        raise ValueError(
+            f"{source}: the tokenizer cuts targets into pieces of their own (target.spm), which is not carried: use a "
+            f"model with one set of pieces"
+        )
     ids = tokenizer("a").input_ids
     if not ids or ids[-1] != tokenizer.eos_token_id:
         raise ValueError(

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from pipeline.families import family_of
 from pipeline.tokenizer import copy_tokenizer
 
 INSTALL = "pip install ctranslate2==4.8.5"
 QUANTIZATIONS = (
     "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32",
 )  # fmt: skip
+AUTO = "AutoTokenizer"
 TOLERANCE = 2e-3  # of a log-probability in fp32: sums in another order
 GENERATION = {  # generation_config.json's names of what translate_batch takes
     "num_beams": "beam_size", "length_penalty": "length_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
@@ -93,8 +95,11 @@ def _converter(checkpoint: Path) -> Any:
                 config.tie_word_embeddings = config.scale_decoder_outputs
             elif config.model_type == "mt5":
                 config.tie_word_embeddings = False  # never scales
-            elif config.model_type == "bart":
-                config.normalize_before = False
+            for key, values in family_of(config.model_type).keys.only.items():
+                if values and not hasattr(config, key):  # what transformers takes for granted of the family
+                    setattr(config, key, values[0])
+            # one that names none is taken for an mBART-25's, whose texts begin with a language
+            config.tokenizer_class = getattr(config, "tokenizer_class", None) or AUTO
             return model
 
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
@@ -125,7 +130,7 @@ def check_scores(checkpoint: Path, folder: Path) -> None:
             torch.randint(len(words), (length,), generator=generator) for length in (source_length, target_length)
         )
         inputs_T = torch.cat([torch.tensor([start]), target_T])
-        logits_TV = model(input_ids=source_S[None], decoder_input_ids=inputs_T[None]).logits[0, :-1]
+        logits_TV = model(input_ids=source_S[None], decoder_input_ids=inputs_T[None]).logits[0, :-1, : len(words)]
         ours_T = logits_TV.float().log_softmax(-1).gather(1, target_T[:, None])[:, 0]
         (scored,) = translator.score_batch([[words[i] for i in source_S]], [[words[i] for i in target_T]])
         apart = (ours_T - torch.tensor(scored.log_probs[:target_length])).abs().max().item()

@@ -15,7 +15,7 @@ from pipeline.__main__ import main
 from pipeline.engines import ctranslate
 from pipeline.ordinary import check_ordinary
 from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, exported
-from tests.tiny import KINDS
+from tests.tiny import OWN_TOKENIZER
 
 ASSEMBLIES = ("e2x2-d4", "e4-d1x4")  # both stacks changed, the decoder deeper
 NEEDS_ENGINE = pytest.mark.skipif(ctranslate.is_missing(), reason=f"no CTranslate2 here: {ctranslate.INSTALL}")
@@ -52,7 +52,7 @@ def plain_outputs(folder, num_beams):
 
 
 @NEEDS_ENGINE
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OWN_TOKENIZER)
 def test_ctranslate2_writes_what_generate_writes(tmp_path, kind):
     models, _ = exported(tmp_path, kind, ASSEMBLIES, strength=3.0 if kind.startswith("bart") else 1.0)
     for folder, text in zip(models, ASSEMBLIES, strict=True):
