@@ -87,7 +87,6 @@ def tiny_bart(
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias += torch.randn_like(model.final_logits_bias) * (0.2 if kind in SPECIAL else 1)
     if kind == "marian":
-        model.get_input_embeddings().weight.data[config.pad_token_id] = 0  # as in public ones
         model.generation_config.bad_words_ids = [[config.pad_token_id]]
     return model.eval()
 
