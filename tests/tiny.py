@@ -86,7 +86,7 @@ def tiny_bart(
             parameter.data *= 3 if kind in NORM_FIRST and ".layers." in name and parameter.dim() == 2 else 1
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias += torch.randn_like(model.final_logits_bias) * (0.2 if kind in SPECIAL else 1)
-    if kind == "marian":
+    if kind in ("marian", "m2m_100"):  # padding within an M2M100's text counts as a position only with a cache
         model.generation_config.bad_words_ids = [[config.pad_token_id]]
     return model.eval()
 
