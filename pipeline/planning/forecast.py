@@ -185,6 +185,14 @@ def distill_flops(recipe: Recipe) -> float:
     return per_micro_batch * settings.batch.micro_batches_per_step * settings.optim.num_steps
 
 
+def baseline_flops(recipe: Recipe) -> float:
+    """The same of training every baseline of the recipe, one after the other."""
+    planned = Planned.of(recipe)
+    tokens = _tokens(recipe, recipe.distill.batch)
+    per_micro_batch = sum(training_flops(planned.baseline_sizes(each), *tokens) for each in planned.baselines)
+    return per_micro_batch * recipe.distill.batch.micro_batches_per_step * recipe.baseline.optim.num_steps
+
+
 def _table(costs: list[TrainingCost], hours: list[float]) -> list[str]:
     rows = [
         [
