@@ -171,7 +171,9 @@ def _files_of(folder: Path) -> dict[str, Any]:
         ValueError: no such folder.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        adapter = folder / "adapter_config.json"
+        instead = f", but an adapter ({adapter.name}): merge it into its model" if adapter.is_file() else ""
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json{instead}")
     return {
         path.name: sha256_of(path) if path.stat().st_size < 2**20 else path.stat().st_size
         for path in files_in(folder, "*")
