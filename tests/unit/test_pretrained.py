@@ -122,7 +122,7 @@ def test_a_setting_of_generation_that_is_1_or_true_is_one(tmp_path: Path, settin
 
 def test_settings_of_generation_that_do_nothing_and_equal_numbers_are_taken(tmp_path: Path) -> None:
     told = {"guidance_scale": 1, "num_return_sequences": 1, "bad_words_ids": None, "suppress_tokens": [], "top_k": 5}
-    numbers = {"min_length": 5.0, "eos_token_id": [1, 5], "repetition_penalty": 2, "forced_bos_token_id": 4.0}
+    numbers = {"min_length": 5.0, "eos_token_id": [1, 5], "repetition_penalty": 2}
     (tmp_path / "generation_config.json").write_text(json.dumps(told | numbers))
     config = generation_settings(tmp_path)
     refuse_unknown(config, tmp_path)
