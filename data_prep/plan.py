@@ -20,7 +20,7 @@ from data_prep.corruption import segment_tokens, span_counts
 from data_prep.encode import SPIECE, TOKENIZER_CONFIG, TOKENIZER_JSON, Encoder, train_sentencepiece, write_plain_t5
 from data_prep.hub import data_files, local_folder, names_data
 from data_prep.partition import Unit
-from data_prep.publish import make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
+from data_prep.publish import files_in, make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
 from data_prep.shards import FORMAT_VERSION
 from data_prep.sources import ArrowFile, Fields, Record, open_input
 from data_prep.textfile import Piece, TextFile
@@ -277,7 +277,7 @@ def make_tokenizer_folder(out: Path, plan: Plan, anew: bool = False) -> dict[str
     _publish_folder(folder, made_from, fill)
     encoder = Encoder(folder, plan.config.max_source_tokens, plan.config.max_target_tokens)
     used = TOKENIZER_JSON if encoder.info.kind == "tokenizers" else TOKENIZER_CONFIG
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != _MADE_FROM}
+    files = {path.name: sha256_of(path) for path in files_in(folder, "*") if path.name != _MADE_FROM}
     return {**asdict(encoder.info), "file": f"{TOKENIZER}/{used}", "files": files}
 
 

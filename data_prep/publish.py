@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _TEMPORARY = ".tmp-"
+_KEPT_BY_NFS = ".nfs"  # begins the name under which a client keeps a file that was removed while somebody has it open
 
 
 def fsync_folder(folder: Path) -> None:
@@ -41,10 +43,28 @@ def is_temporary(path: Path) -> bool:
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left under `folder`."""
     for path in [path for path in folder.rglob(f"*{_TEMPORARY}*") if is_temporary(path)]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that nothing rests on. What cannot go yet, such as a folder on NFS of which a backup has
+    a file open, stays for a later start to remove: it is never a reason to end work or to refuse it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or that name and a number behind it where a leftover has it that cannot be removed."""
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(1)))
+    return next(each for name in names if not os.path.lexists(each := path.with_name(name)))
+
+
+def files_in(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """Files under a folder in order, without those that NFS keeps until their last reader is done."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(_KEPT_BY_NFS))
 
 
 @contextlib.contextmanager
@@ -100,9 +120,9 @@ def make_folder(folder: Path) -> None:
 def publishing_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, published as `folder` at the end of the block; an older one, and what killed
     processes left of it, go. After an exception in the block everything is as it was before."""
-    temporary = temporary_name(folder)
     for leftover in folder.parent.glob(f"{folder.name}{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
+    temporary = unused_name(temporary_name(folder))
     with _named(folder, within=temporary):
         temporary.mkdir(parents=True)
         try:
@@ -114,13 +134,19 @@ def publishing_folder(folder: Path) -> Iterator[Path]:
                 finally:
                     os.close(descriptor)
             fsync_folder(temporary)
-            if folder.exists():
-                os.rename(folder, folder.with_name(f"{temporary.name}-old"))
-            os.rename(temporary, folder)
-            fsync_folder(folder.parent)
+            replace_folder(temporary, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(folder.with_name(f"{temporary.name}-old"), ignore_errors=True)
+            discard(temporary)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a folder that is whole its name, durably; one that has the name now goes."""
+    old = unused_name(temporary_name(folder))
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    fsync_folder(folder.parent)
+    discard(old)
 
 
 def sha256_of(path: Path) -> str:

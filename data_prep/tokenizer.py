@@ -58,9 +58,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} holds no tokenizer: it needs tokenizer.json or spiece.model")
     for name in files:
         refuse_pointer(folder / name)
+    _refuse_other_kinds(folder / TOKENIZER_CONFIG)
     with _quiet():
         try:
             tokenizer = _load(folder, set(files))
+            tokenizer("a")  # some settings are first looked at here
         except Exception as error:  # the tokenizers' own libraries raise any kind
             text = " ".join(str(error).split())
             raise ValueError(
@@ -70,6 +72,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if getattr(tokenizer, kind) is None and token in tokenizer.get_vocab():
             setattr(tokenizer, kind, token)
     return tokenizer
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Hold the settings of a tokenizer against the kinds that transformers goes by: its own errors name no key.
+
+    Raises:
+        ValueError: names file and key.
+    """
+    try:
+        told = _json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} is no JSON object, but a {type(told).__name__}")
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "tokenizer_class": ((str,), "the name of a class"),
+        "model_max_length": ((int, float), "a number"),
+        "extra_ids": ((int,), "a whole number"),
+        "added_tokens_decoder": ((dict,), "an object with a token for each id"),
+        **{f"{kind}_token": ((str, dict), "a token") for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")},
+    }
+    for key, (allowed, words) in kinds.items():
+        value = told.get(key)
+        wrong = value is not None and (isinstance(value, bool) or not isinstance(value, allowed))
+        if key == "added_tokens_decoder" and not wrong:
+            wrong = not all(number.isdecimal() and _is_token(each) for number, each in (value or {}).items())
+        if wrong or (isinstance(value, dict) and key != "added_tokens_decoder" and not _is_token(value)):
+            raise ValueError(f"{path} has {key} {value!r}: it must be {words}")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
 
 
 @contextmanager

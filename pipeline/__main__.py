@@ -19,6 +19,7 @@ choose     name, and export, the assembly that fits a budget of latency, bytes o
 export     write assemblies as ordinary folders, in half the bytes, or for the engine CTranslate2
 draft      find and write the assembly that makes the teacher itself faster, by writing ahead for it
 trim       remove the tokens that given texts never use from a T5 or mT5 folder
+study      hold one run for all sizes against a run for each, at equal cost
 doctor     check this machine or allocation, or (doctor FOLDER ...) whether model folders are what they say
 checkpoint list, verify or export the checkpoints of a run
 bench      measure against named baselines (also: python -m pipeline.bench)
@@ -59,6 +60,7 @@ TOOLS = {  # with options of their own
     "export": "pipeline.export:export_command",
     "draft": "pipeline.draft:draft_command",
     "trim": "pipeline.trim:trim_command",
+    "study": "pipeline.study:study_command",
 }
 STAGES = ("run", "estimate", "fetch", "label", "doctor", *TRAINING, *PROGRAMS)
 

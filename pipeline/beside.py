@@ -40,15 +40,19 @@ def check_beside(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: the first contradiction, in one line.
     """
     generation = read(folder / GENERATION)
-    _check_ids(folder, settings, generation)
+    check_ids(folder, settings, generation)
     if (folder / GENERATION).is_file():
         _check_generation(folder, settings, generation)
     if (folder / TOKENIZER_CONFIG).is_file():
         _check_tokenizer(folder, settings)
 
 
-def _check_ids(folder: Path, settings: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-    """Tokens that are named by number: within the vocabulary, and those that generation needs are among them."""
+def check_ids(folder: Path, settings: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """Hold the tokens that are named by number against the vocabulary; those that generation needs must be among them.
+
+    Raises:
+        ValueError: names file and key.
+    """
     for name, told in ((CONFIG, settings), (GENERATION, generation)):
         for key in (key for key in told if key.endswith("_token_id") or key in LISTS_OF_IDS):
             if any(not 0 <= each < settings["vocab_size"] for each in _ids(told[key])):
@@ -123,5 +127,17 @@ def _ids(value: Any) -> list[int]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The JSON object in a file; an empty one where there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} is no JSON object, but a {type(told).__name__}")
+    return told

@@ -109,7 +109,7 @@ def _storage(run_dir: Path) -> str:
     """What checkpoints need: write, fsync, rename, and a folder that can be synced."""
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as folder:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-", ignore_cleanup_errors=True) as folder:
             temporary, final = Path(folder) / "probe.tmp", Path(folder) / "probe"
             data = os.urandom(2**20) * (PROBE_BYTES // 2**20)
             started_at = time.perf_counter()

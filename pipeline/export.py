@@ -123,7 +123,8 @@ def _write(
         if form.to == "folder":
             write_checkpoint(parts, assembly, temporary, scores=scores)
         else:
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp-") as scratch:
+            place, prefix = folder.parent, f"{folder.name}.tmp-"
+            with tempfile.TemporaryDirectory(dir=place, prefix=prefix, ignore_cleanup_errors=True) as scratch:
                 checkpoint = Path(scratch) / "checkpoint"
                 write_checkpoint(parts, assembly, checkpoint)
                 loading = to_ctranslate2(checkpoint, temporary, form.quantization)

@@ -26,6 +26,9 @@ WEIGHTS = "model.safetensors"
 HEAD, TIED, SCALED = "lm_head.weight", "tie_word_embeddings", "scale_decoder_outputs"
 DERIVED = ("is_gated_act", "dense_act_fn")  # of feed_forward_proj; saved beside it, and then believed
 MUST_SCALE = {"t5": True, "mt5": False}  # whether transformers 5 scales the outputs of a head that is the embedding
+QUANTIZED, ADAPTER = "quantization_config", "adapter_config.json"
+ADAPTED = (".lora_", ".base_layer.", ".adapter")
+WRITE_NO_TEXTS = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
 READ_IN_TWO_WAYS = {"tie_encoder_decoder": False, "is_encoder_decoder": True, "is_decoder": False}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # a config's word -> that of safetensors files
 
@@ -93,17 +96,49 @@ def check_weights(folder: Path) -> PreTrainedModel:
         ValueError: the first contradiction, in one line.
     """
     settings, shapes = _settings_of(folder), _shapes(folder)
-    family, model = family_of(settings["model_type"]), _without_weights(settings)
+    told = {key: value for key, value in settings.items() if key not in DERIVED}
+    family, model = family_of(settings["model_type"]), empty_model(told, folder)
     check_shapes(model, family, shapes, str(folder))
     if (embedding := family.vocabulary_weights[0]) not in shapes:
         raise ValueError(f"{folder}: its weights lack {embedding}, by which readers know the embedding")
     needed = stored_weights(model).keys() - {*family.vocabulary_weights, *family.computed_weights}
     if missing := sorted(needed - shapes.keys()):
         raise ValueError(f"{folder}: its weights lack {missing[0]}, which {CONFIG} asks for")
+    check_kind(folder, settings)
+    return model
+
+
+def check_kind(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Hold config.json against itself, and against what stands in a folder of a whole model that writes texts.
+
+    Raises:
+        ValueError: the first contradiction, in one line with file and key.
+    """
+    told = {key: value for key, value in settings.items() if key not in DERIVED}
+    model = empty_model(told, folder)
     for key in DERIVED:
         if (meant := getattr(model.config, key, None)) != settings.get(key, meant):
             raise ValueError(f"{folder}: {CONFIG} has {key} {settings[key]}, but its feed_forward_proj means {meant}")
-    return model
+    if settings.get(QUANTIZED):
+        raise ValueError(
+            f"{folder}: {CONFIG} has {QUANTIZED}, so its weights are no plain numbers: take the model before that"
+        )
+    if (folder / ADAPTER).is_file():
+        raise ValueError(f"{folder} has an adapter ({ADAPTER}) that would be passed over: merge it into the weights")
+    for key, wanted in READ_IN_TWO_WAYS.items():
+        if settings.get(key, wanted) != wanted:
+            raise ValueError(
+                f"{folder}: {CONFIG} has {key} {settings[key]}, which readers take or pass over: remove it"
+            )
+    for alias, key in type(model.config).attribute_map.items():
+        if settings.get(alias, settings.get(key)) != settings.get(key):
+            raise ValueError(f"{folder}: {CONFIG} has {alias} {settings[alias]} and {key} {settings.get(key)}")
+    for key in ("dtype", "torch_dtype"):
+        if str(settings.get(key) or "auto").removeprefix("torch.") not in (*DTYPES, "float64", "auto"):
+            raise ValueError(f"{folder}: {CONFIG} has {key} {settings[key]}: choose one of {', '.join(DTYPES)}")
+    kinds = settings.get("architectures") or []
+    if not isinstance(kinds, list) or any(str(kind).endswith(WRITE_NO_TEXTS) for kind in kinds):
+        raise ValueError(f"{folder}: {CONFIG} has architectures {kinds}: a model that writes texts is needed")
 
 
 def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, list[int]], named: str) -> None:
@@ -115,9 +150,17 @@ def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, lis
     Raises:
         ValueError: a layer is missing or left over, or a weight has another shape.
     """
-    found = {name.removeprefix("model."): shape for name, shape in found.items()}
-    wanted = {name.removeprefix("model."): list(weight.shape) for name, weight in model.state_dict().items()}
+    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    if any(name.startswith("model.") for name in wanted):  # transformers takes names without it, too
+        wanted = {name.removeprefix("model."): shape for name, shape in wanted.items()}
+        found = {name.removeprefix("model."): shape for name, shape in found.items()}
     prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
+
+    computed = getattr(family, "computed_weights", ())
+    needed = {name for name, _ in model.named_parameters()} - {*family.vocabulary_weights, *computed}
+    needed = {name.removeprefix("model.") for name in needed}
+    if adapted := sorted(name for name in found if any(part in name for part in ADAPTED)):
+        raise ValueError(f"{named}: its weights have {adapted[0]}, of an adapter: merge that into the weights")
 
     def layers(names: Iterable[str]) -> set[str]:
         each = {prefix: {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
@@ -127,7 +170,7 @@ def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, lis
     for name, shape in sorted(wanted.items()):
         if found.get(name, shape) != shape:
             raise ValueError(f"{named}: {name} has shape {found[name]}, but {CONFIG} says {shape}")
-        if name.startswith(prefixes) and name not in found:
+        if name not in found and (name.startswith(prefixes) or name in needed):
             raise ValueError(f"{named}: its weights lack {name}, which {CONFIG} asks for")
     if left_over := sorted(layers(found) - layers(wanted)):
         raise ValueError(f"{named}: {CONFIG} says nothing of layer {left_over[0]} among its weights")
@@ -155,14 +198,6 @@ def _check_readings(folder: Path, settings: Mapping[str, Any], model: PreTrained
     kind = type(model).__name__
     if kind not in (settings.get("architectures") or [kind]):
         raise ValueError(f"{folder}: {CONFIG} has architectures {settings['architectures']}, but this is a {kind}")
-    for key, wanted in READ_IN_TWO_WAYS.items():
-        if settings.get(key, wanted) != wanted:
-            raise ValueError(
-                f"{folder}: {CONFIG} has {key} {settings[key]}, which readers take or pass over: remove it"
-            )
-    for alias, key in type(model.config).attribute_map.items():
-        if settings.get(alias, settings.get(key)) != settings.get(key):
-            raise ValueError(f"{folder}: {CONFIG} has {alias} {settings[alias]} and {key} {settings.get(key)}")
     told = {str(settings[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if settings.get(key)}
     stored = {dtype for file in weight_files(folder) for dtype in dtypes_of(file)}
     if told and {DTYPES.get(each) for each in told} != stored:
@@ -180,12 +215,19 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _without_weights(settings: Mapping[str, Any]) -> PreTrainedModel:
-    """The model that settings describe, with names and shapes and no memory."""
-    told = {key: value for key, value in settings.items() if key not in DERIVED}
-    config = CONFIG_MAPPING[settings["model_type"]].from_dict(told)
-    with torch.device("meta"):
-        return AutoModelForSeq2SeqLM.from_config(config)
+def empty_model(settings: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+    """The model that the settings of a folder describe, with names and shapes and no memory.
+
+    Raises:
+        ValueError: they describe none, in one line.
+    """
+    try:
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
+        with torch.device("meta"):
+            return AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # settings that do not fit their class raise any kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{folder / CONFIG} does not describe a model ({reason})") from error
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

@@ -5,9 +5,11 @@ Strangers' folders come this way; what the pipeline writes is right already (ord
 
 from __future__ import annotations
 
-import json
 import typing
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.beside import CONFIG, read
 from pipeline.families import FAMILIES, family_of
-from pipeline.ordinary import HEAD
-from pipeline.weights import same_bytes, shapes_of, weight_files
+from pipeline.ordinary import HEAD, TIED
+from pipeline.weights import names_of_index, refuse_packed, shapes_of, weight_files
 
-EMBEDDING = "shared.weight"
+EMBEDDING, BIN = "shared.weight", "pytorch_model.bin"
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -30,16 +33,20 @@ def settings_of(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: no model of transformers has these settings; names file and field.
     """
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {each.name: each.type for each in fields(CONFIG_MAPPING[settings["model_type"]])}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is not the settings of a Hugging Face model ({type(error).__name__})") from error
-    for name, value in settings.items():
-        if name in wanted:
-            settings[name] = _of_kind(value, wanted[name])
-    return settings
+    path = folder / CONFIG
+    told = read(path)
+    kind = told.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        said = f"its model_type is {kind!r}" if "model_type" in told else "it names no model_type"
+        raise ValueError(f"{path} is not the settings of a Hugging Face model: {said}")
+    wanted = {each.name: each for each in fields(CONFIG_MAPPING[kind])}
+    return {
+        name: _of_kind(value, wanted[name].type) if name in wanted else value
+        for name, value in told.items()
+        if value is not None
+        or name not in wanted
+        or wanted[name].default is not None  # null is as if it were not there
+    }
 
 
 def _of_kind(value: Any, wanted: Any) -> Any:
@@ -92,22 +99,73 @@ def model_of(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 def _take_stored_embedding(model: Any, folder: Path) -> None:
     """Give the model the embedding and the head that its files have: without the name that transformers goes by, it
     takes the one for the other."""
-    places = {name: file for file in weight_files(folder) for name in shapes_of(file)}
-    head = places.get(HEAD)
-    names = family_of(model.config.model_type).vocabulary_weights
-    stored = [name for name in names if name in places and name != HEAD]
-    if not stored:
+    stored = _stored(folder)
+    names = [each for each in family_of(model.config.model_type).vocabulary_weights if each in stored and each != HEAD]
+    check_embedding(folder, settings_of(folder), stored)
+    if not names:
         return
-    for other in stored[1:]:
-        if not same_bytes(list(dict.fromkeys(places.values())), stored[0], other):
-            raise ValueError(f"{folder}: {stored[0]} and {other} are two embeddings; use a model with one")
-    embedding = nn.Parameter(_tensor(places[stored[0]], stored[0]).to(model.dtype))
+    found = stored[names[0]]()
+    for other in names[1:]:
+        if not torch.equal(found, stored[other]()):
+            raise ValueError(f"{folder}: {names[0]} and {other} are two embeddings; use a model with one")
+    embedding = nn.Parameter(found.to(model.dtype))
     for module in (model.get_input_embeddings(), model.get_encoder().embed_tokens, model.get_decoder().embed_tokens):
         if not torch.equal(module.weight, embedding):
             module.weight = embedding
-    weight = nn.Parameter(_tensor(head, HEAD).to(model.dtype)) if head else model.get_input_embeddings().weight
+    head = stored.get(HEAD)
+    weight = nn.Parameter(head().to(model.dtype)) if head else model.get_input_embeddings().weight
     if not torch.equal(model.lm_head.weight, weight):
         model.lm_head.weight = weight
+
+
+def check_embedding(folder: Path, settings: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Refuse weights whose only matrix of the vocabulary is a head of its own: transformers takes it for both.
+
+    Raises:
+        ValueError: names the weight that lacks.
+    """
+    family, kind = FAMILIES.get(settings["model_type"]), settings["model_type"]
+    if not family or EMBEDDING not in family.vocabulary_weights or settings.get(TIED, kind != "mt5"):
+        return
+    if HEAD in names and not any(name in names for name in family.vocabulary_weights if name != HEAD):
+        raise ValueError(
+            f"{folder} lacks {EMBEDDING}: its config.json has {TIED} false, so {HEAD} is not the embedding"
+        )
+
+
+def shapes_in(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the weights of a model by name, from what its files announce; none where it has no weights.
+
+    Raises:
+        ValueError: a file is damaged, or its weights are quantised.
+    """
+    if files := weight_files(folder):
+        for file in files:
+            refuse_packed(file)
+        return {name: shape for file in files for name, shape in shapes_of(file).items()}
+    return {name: list(weight.shape) for name, weight in _pickled(folder).items()}
+
+
+def _stored(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """What reads each weight of a model, by name."""
+    if files := weight_files(folder):
+        return {name: partial(_tensor, file, name) for file in files for name in shapes_of(file)}
+    return {name: partial(torch.Tensor.clone, weight) for name, weight in _pickled(folder).items()}
+
+
+def _pickled(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of pytorch_model.bin or of the files that its index names, mapped into memory and not read."""
+    index = folder / f"{BIN}.index.json"
+    names = [BIN] if (folder / BIN).is_file() else names_of_index(index) if index.is_file() else []
+    weights: dict[str, torch.Tensor] = {}
+    for file in (folder / name for name in names):
+        try:
+            weights |= torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        except Exception as error:  # a pickle that is damaged raises any kind
+            raise ValueError(f"{file} is damaged or no weights of PyTorch: fetch it again") from error
+    if strange := [name for name, weight in weights.items() if not isinstance(weight, torch.Tensor)]:
+        raise ValueError(f"{folder}: {BIN} has {strange[0]}, which is no weight: save the model's state_dict alone")
+    return weights
 
 
 def _tensor(file: Path, name: str) -> torch.Tensor:

@@ -7,12 +7,11 @@ while their scores fell too, and scores near zero move by chance.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.publish import fsync_folder
+from data_prep.publish import discard, replace_folder
 from pipeline.assemble import Parts, assembly_to_recover, check_granularities, stacks_of, write_checkpoint
 from pipeline.config import Recipe
 from pipeline.data import IGNORED_LABEL, evaluation_batches
@@ -39,7 +38,7 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
         return
     start, tuned = stage.folder / "start", stage.folder / "tuned"
     if world.is_main:
-        shutil.rmtree(run.recovered_model, ignore_errors=True)
+        discard(run.recovered_model)
         write_checkpoint(Parts.of(run), assembly, start)
     world.barrier()
     trainer = Trainer(
@@ -56,12 +55,11 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
             f"loss {before.loss:.3f} -> {after.loss:.3f}"
         )
         if after.is_worse_than(before):
-            shutil.rmtree(tuned)
+            discard(tuned)
             stage.publish([], started_at=started_at, extra=scores)
             print(f"{line}: worse, so nothing is published")
             return
-        tuned.rename(run.recovered_model)
-        fsync_folder(stage.folder)
+        replace_folder(tuned, run.recovered_model)
         stage.publish([run.recovered_model], started_at=started_at, extra=scores)
         print(f"{line}: {run.recovered_model}")
 

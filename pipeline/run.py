@@ -42,7 +42,7 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
         return
     run.root.mkdir(parents=True, exist_ok=True)
     started_at = time.monotonic()
-    with _lock(run):
+    with lock(run):
         write_recipe(recipe, run)
         for name in order:
             _bring_up_to_date(name, recipe, run, extend=extend, verbose=verbose)
@@ -119,7 +119,7 @@ def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> Non
         raise SystemExit(result.returncode if result.returncode > 0 else 1)
 
 
-def _lock(run: RunDir) -> IO[str]:
+def lock(run: RunDir) -> IO[str]:
     """Hold the run directory against a second `run`; the lock goes with this process, and its children do too."""
     file = open(run.root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 held while the run lasts
     try:

@@ -27,6 +27,17 @@ def dtypes_of(file: Path) -> set[str]:
     return {dtype for entry in _entries(file)[0].values() if "F" in (dtype := entry["dtype"])}
 
 
+def refuse_packed(file: Path) -> None:
+    """Refuse a safetensors file whose weights mean something only with the scales of a library for quantised models.
+
+    Raises:
+        ValueError: names the first of them; or what `shapes_of` raises.
+    """
+    for name, entry in _entries(file)[0].items():
+        if entry["dtype"] in ("I8", "U8") or entry["dtype"].startswith("F8"):
+            raise ValueError(f"{file} has {name} in {entry['dtype']}: quantised; take the model before that")
+
+
 def same_bytes(files: Sequence[Path], name: str, other: str) -> bool:
     """Whether two tensors of a model have the same shape, type and bytes; raises what `shapes_of` does."""
     places = {each: (file, *_entries(file)) for file in files for each in (name, other) if each in _entries(file)[0]}
@@ -62,5 +73,18 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [path for path in [folder / "model.safetensors"] if path.is_file()]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
+    return [folder / name for name in names_of_index(index)]
+
+
+def names_of_index(path: Path) -> list[str]:
+    """The files of weights that an index names, sorted.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        names = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+        "".join(names)  # all are texts
+        return names
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged or no index of weights: fetch it again") from None

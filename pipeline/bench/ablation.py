@@ -50,6 +50,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "draws-coarsest": ("--distill.draws", "[sampled,coarsest]"),
     "draws-sampled": ("--distill.draws", "[sampled,sampled,sampled,sampled]"),
     "draws-one": ("--distill.draws", "[sampled]"),
+    "draws-pure": ("--distill.draws", "[sampled,pure]"),
     "draws-pure-alone": ("--distill.draws", "[pure]"),
     "local-sixth": ("--distill.local_steps", "{sixth}"),
     "draws-coarsest-local-sixth": ("--distill.draws", "[sampled,coarsest]", "--distill.local_steps", "{sixth}"),

@@ -1,4 +1,4 @@
-"""Draws that share a micro-batch: what two to four of them cost beside one, of the step benchmark.
+"""Draws that share a micro-batch: what two to five of them cost beside one, of the step benchmark.
 
 Shapes: B examples, S source tokens, T target tokens.
 """
@@ -38,6 +38,7 @@ DRAWS = {
     2: ("sampled", "coarsest"),
     3: ("sampled", "coarsest", "pure-3"),
     4: ("sampled", "pure"),
+    5: ("sampled", "crossed", "coarsest"),
 }
 RECIPES = ("t5_large", "mt5_large")
 NUM_MICRO_BATCHES = 200

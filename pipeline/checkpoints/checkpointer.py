@@ -6,7 +6,6 @@ threads of all ranks write, exchange checksums over a process group of their own
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.publish import fsync_folder
+from data_prep.publish import discard, fsync_folder
 from pipeline.checkpoints.format import (
     FORMAT_VERSION,
     Slice,
@@ -110,8 +109,8 @@ class Checkpointer:
         self._error: BaseException | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            for abandoned in folder.glob(".*.tmp"):
-                shutil.rmtree(abandoned)
+            for abandoned in folder.glob(".*.tmp*"):
+                discard(abandoned)
         world.barrier()
 
     def save(self, engine: Sharded, state: TrainState, validation: Mapping[str, float] | None = None) -> None:

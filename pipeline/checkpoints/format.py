@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from data_prep.publish import sha256_of
+from data_prep.publish import discard, sha256_of, unused_name
 
 FORMAT_VERSION = 2
 CHUNK_BYTES = 2**24
@@ -154,10 +153,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a published checkpoint so that no reader ever sees a part of it."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = unused_name(checkpoint.with_name(f".{checkpoint.name}.old.tmp"))
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    discard(hidden)
 
 
 def seal(manifest: dict[str, Any]) -> bytes:

@@ -27,12 +27,14 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 class _Parser(ArgumentParser):
+    settings: type[Any] = Recipe
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(_one_line(str(ex or message)))
+        raise ValueError(_one_line(str(ex or message), self.settings))
 
     def dump(self, cfg: Namespace, **kwargs: Any) -> str:
         """Settings as a recipe, which every other command takes, too: without the options of this command alone."""
-        own = vars(cfg).keys() - {field.name for field in dataclasses.fields(Recipe)}
+        own = vars(cfg).keys() - {field.name for field in dataclasses.fields(self.settings)}
         recipe = cfg.clone()
         for name in own:
             del recipe[name]
@@ -41,12 +43,18 @@ class _Parser(ArgumentParser):
 
 def recipe_parser(program: str, description: str) -> ArgumentParser:
     """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""
+    return settings_parser(program, description, Recipe)
+
+
+def settings_parser(program: str, description: str, settings: type[Any]) -> ArgumentParser:
+    """The same with the fields of any settings dataclass."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"{program} --config RECIPE [--any.field value ...]"
     parser = _Parser(prog=program, usage=usage, description=description, allow_abbrev=False)
+    parser.settings = settings
     parser.add_argument("--config", action="config", help="A YAML file, or a name in pipeline/recipes/; repeatable.")
     parser.add_argument("--verbose", action="store_true", help="Show the traceback of an error.")
-    parser.add_class_arguments(Recipe, as_group=False)
+    parser.add_class_arguments(settings, as_group=False)
     return parser
 
 
@@ -56,7 +64,7 @@ def parse_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Reci
     Raises:
         ValueError: an unknown key, a value of the wrong type or out of range, a missing file.
     """
-    parsed = parser.parse_args(_with_recipe_paths(arguments))
+    parsed = parser.parse_args(with_recipe_paths(arguments))
     check_limits(Recipe, parsed)  # here with full names, before a section by itself says "num_steps"
     if not parsed.name or "/" in parsed.name:
         raise ValueError(f"name is {parsed.name!r}: give a name without a slash, and the folder as run_dir")
@@ -122,7 +130,7 @@ def field_names(config_class: type[Any], prefix: str = "") -> list[str]:
     return names
 
 
-def _with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
     """Names of recipes after --config become paths."""
     resolved = list(arguments)
     for index, argument in enumerate(resolved):
@@ -133,7 +141,7 @@ def _with_recipe_paths(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, settings: type[Any]) -> str:
     """A parser's message in one line, with the nearest field where a key is unknown."""
     line = " ".join(message.split())
     wrong = re.fullmatch(
@@ -147,7 +155,7 @@ def _one_line(message: str) -> str:
     unknown = unknown or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", line)
     if unknown:
         key = ".".join(filter(None, (unknown.groupdict().get("group"), unknown["key"])))
-        near = difflib.get_close_matches(key, [*field_names(Recipe), "config", "extend", "verbose"], n=1)
+        near = difflib.get_close_matches(key, [*field_names(settings), "config", "extend", "verbose"], n=1)
         line = f"unknown field {key!r}" + (f": did you mean {near[0]}?" if near else ": see --help")
     return line
 

@@ -215,7 +215,7 @@ class DistillConfig(Settings):
     to 1 at the end of the ramp, or rises to 1 over it),
     coarse-to-fine, fine-to-coarse (stratified over some granularities: the coarsest or the finest at first, one more
     in each equal part of the ramp, all of them after it)."""
-    draws: tuple[str, ...] = identity((SAMPLED, PURE), before=(SAMPLED,))
+    draws: tuple[str, ...] = identity((SAMPLED, CROSSED, COARSEST), before=(SAMPLED,))
     """Assemblies that share a micro-batch of the replacing phase and one pass of the teacher. The loss is their mean.
     Choose from sampled (as `sampler` says; several of these are sampled independently), coarsest (the assembly with the
     fewest layers), pure (every granularity throughout, an assembly each), pure-3 (granularity 3 throughout), crossed

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from data_prep.publish import discard
 from pipeline.families import family_of
 from pipeline.tokenizer import copy_tokenizer
 
@@ -77,9 +78,7 @@ def _files(converter: Any, folder: Path, quantization: str) -> dict[str, str]:
     converter.convert(str(made), quantization=quantization)
     (made / "model.bin").rename(folder / "model.bin")
     texts = {path.name: path.read_text(encoding="utf-8") for path in made.iterdir()}
-    for path in made.iterdir():
-        path.unlink()
-    made.rmdir()
+    discard(made)
     return texts
 
 

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import sha256_of
+from data_prep.publish import files_in, sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
@@ -199,4 +199,4 @@ def folder_hashes(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json): run stage assemble again")
     for weights in folder.glob("*.safetensors"):
         shapes_of(weights)  # refuses what is cut off
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: sha256_of(path) for path in files_in(folder, "*")}

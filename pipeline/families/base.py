@@ -135,8 +135,9 @@ class Family(Protocol):
     def max_positions(self, config: Any) -> int | None:
         """Tokens of the longest text that a model with this Hugging Face config takes; None where any length goes."""
 
-    def disable_layer_drop(self, model: nn.Module) -> None:
-        """Make training use every layer in every step: random depth is the draws' business, and ranks must agree."""
+    def prepare_for_training(self, model: nn.Module) -> None:
+        """Make training use every layer in every step: random depth is the draws' business, and ranks must agree. What
+        the model computes in several operations where torch has one is computed in one."""
 
     def take_shared(self, model: nn.Module) -> Shared:
         """What is neither a teacher layer nor a modular layer, as one module; takes it out of the layers."""

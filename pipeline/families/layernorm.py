@@ -147,7 +147,7 @@ class LayerNormFamily:
     def max_positions(self, config: Any) -> int | None:
         return config.max_position_embeddings
 
-    def disable_layer_drop(self, model: nn.Module) -> None:
+    def prepare_for_training(self, model: nn.Module) -> None:
         config: Any = model.config
         config.encoder_layerdrop = config.decoder_layerdrop = 0.0
         for stack in ("encoder", "decoder"):

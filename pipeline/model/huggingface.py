@@ -29,7 +29,7 @@ def check_lengths(config: PreTrainedConfig, recipe: Recipe) -> None:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A supported encoder-decoder from a local folder, in fp32.
+    """A supported encoder-decoder from a local folder, in fp32, ready for training.
 
     Raises:
         ValueError: not a model that a family carries, or weights are missing, which transformers would draw at random.
@@ -40,5 +40,5 @@ def load_model(folder: Path) -> PreTrainedModel:
     refuse_uncarried(settings, folder / "config.json")
     family = family_of(settings["model_type"])
     model = model_of(folder, torch.float32)
-    family.disable_layer_drop(model)
+    family.prepare_for_training(model)
     return model

@@ -5,7 +5,6 @@ Mistakes in the data itself are found by the data stage, which comes first.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
 from pipeline.assemble import assembly_to_recover, baselines_of, requested_assemblies
+from pipeline.beside import GENERATION, check_ids, read
 from pipeline.config import Recipe
 from pipeline.decoding import generation_settings, refuse_unknown
 from pipeline.evaluation import read_peers
@@ -33,6 +33,7 @@ from pipeline.scoring import check_bleu_tokenizer
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
 from pipeline.tokenizer import check_tokenizer, load_tokenizer, refuse_pointer, tokenizer_files
+from pipeline.weights import names_of_index
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
 NAMES_ALONE = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # no vocabulary in them
@@ -50,10 +51,9 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     _check_run_directory(run)
     _check_parts(recipe)
     check_bleu_tokenizer(recipe.evaluate.bleu_tokenizer)
-    for refusal in read_peers(recipe.evaluate.folders)[1]:
-        raise ValueError(refusal)
+    check_peers(recipe)
     if recipe.teacher.folder:
-        _check_teacher(recipe, local_folder(recipe.teacher.folder))
+        check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
     _check_granularities(recipe, planned.stacks)
     requested_assemblies(recipe, planned.stacks)
@@ -117,14 +117,41 @@ def check_micro_batches(recipe: Recipe, run: RunDir) -> None:
             )
 
 
-def _check_teacher(recipe: Recipe, folder: Path) -> None:
-    """The folder that a recipe names as its teacher."""
+def check_peers(recipe: Recipe) -> None:
+    """Refuse the first of evaluate.folders that could not be scored.
+
+    Raises:
+        ValueError: why.
+    """
+    for refusal in read_peers(recipe.evaluate.folders)[1]:
+        raise ValueError(refusal)
+
+
+def check_teacher(recipe: Recipe, folder: Path, *, whole: bool = True) -> None:
+    """Check the folder that a recipe names as its teacher, and the tokenizer beside it.
+
+    Args:
+        whole: False where weights and tokenizer may not be there yet; those that are there are checked.
+
+    Raises:
+        ValueError, FileNotFoundError: the first mistake, with its file.
+    """
     config = _read_model_config(folder)
-    _check_weights(folder)
-    _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
+    if whole or any((folder / name).is_file() for name in WEIGHTS):
+        _check_weights(folder)
+        check_fit(Planned.of(recipe), folder)
+    if whole or _has_tokenizer(recipe):
+        _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
     check_lengths(config, recipe)
-    check_fit(Planned.of(recipe), folder)
     refuse_unknown(generation_settings(folder), folder)
+    check_ids(folder, config.to_dict(), read(folder / GENERATION))
+
+
+def _has_tokenizer(recipe: Recipe) -> bool:
+    try:
+        return bool(tokenizer_files(local_folder(recipe.data.tokenizer)))
+    except FileNotFoundError:
+        return False
 
 
 def _read_model_config(folder: Path) -> Any:
@@ -148,8 +175,7 @@ def _check_weights(folder: Path) -> None:
         raise FileNotFoundError(f"teacher.folder {folder} holds no weights: it needs {WEIGHTS[0]} or {WEIGHTS[2]}")
     refuse_pointer(folder / found[0])
     if found[0].endswith(".index.json"):
-        index = json.loads((folder / found[0]).read_text(encoding="utf-8"))
-        missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
+        missing = [name for name in names_of_index(folder / found[0]) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"teacher.folder {folder} lacks {', '.join(missing)}, which {found[0]} names")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.hub import data_files, names_data
+from data_prep.publish import files_in
 from pipeline.assemble import requested_assemblies
 from pipeline.config import LoopConfig, Recipe
 from pipeline.footprint import BYTES_IN_CHECKPOINT, GIB
@@ -79,7 +80,7 @@ def _inputs(names: Iterable[str]) -> Iterable[Path]:
 
 
 def _size(path: Path) -> int:
-    return sum(each.stat().st_size for each in (path.rglob("*") if path.is_dir() else [path]) if each.is_file())
+    return sum(each.stat().st_size for each in (files_in(path) if path.is_dir() else [path]) if each.is_file())
 
 
 def check_disk(planned: Planned, run: RunDir) -> None:

@@ -24,6 +24,7 @@ from pipeline.footprint import (
     useful_flops,
 )
 from pipeline.model import Sampler
+from pipeline.planning.checks import check_peers, check_teacher
 from pipeline.planning.disk import bytes_of_stages
 from pipeline.planning.planned import Planned
 
@@ -72,7 +73,10 @@ def estimate(
             raise ValueError(f"--{name} must be above 0, not {value:g}")
     if not 0 < share <= 1:
         raise ValueError(f"--share must lie above 0 and up to 1, not {share:g}")
+    check_peers(recipe)
     planned = Planned.of(recipe)
+    if planned.folder:
+        check_teacher(recipe, planned.folder, whole=False)
     machine = Machine(num_nodes * gpus_per_node, gpus_per_node, gib * GIB, is_gpu=True)
     costs = costs_of(planned, machine)
     num_layers, stages = planned.stacks.num_layers, bytes_of_stages(planned)
@@ -183,6 +187,14 @@ def distill_flops(recipe: Recipe) -> float:
     planned, settings = Planned.of(recipe), recipe.distill
     per_micro_batch = _modular_flops(recipe, planned, planned.distill_sizes, settings)
     return per_micro_batch * settings.batch.micro_batches_per_step * settings.optim.num_steps
+
+
+def baseline_flops(recipe: Recipe) -> float:
+    """The same of training every baseline of the recipe, one after the other."""
+    planned = Planned.of(recipe)
+    tokens = _tokens(recipe, recipe.distill.batch)
+    per_micro_batch = sum(training_flops(planned.baseline_sizes(each), *tokens) for each in planned.baselines)
+    return per_micro_batch * recipe.distill.batch.micro_batches_per_step * recipe.baseline.optim.num_steps
 
 
 def _table(costs: list[TrainingCost], hours: list[float]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from data_prep.hub import local_folder
 from pipeline.assemble import Baseline, baselines_of, one_granularity, theseus_settings
@@ -19,12 +19,12 @@ from pipeline.families import family_of, stored_weights, t5_config
 from pipeline.families import sizes_of as model_sizes_of
 from pipeline.footprint import Sizes, sizes_of
 from pipeline.model import ModularLeaf, ModularModel, Sampler, TeacherLeaf
-from pipeline.ordinary import HEAD, check_shapes
+from pipeline.ordinary import HEAD, TIED, check_kind, check_shapes, empty_model
 from pipeline.planning.public_models import public_config
-from pipeline.pretrained import config_of, settings_of
+from pipeline.pretrained import check_embedding, config_of, settings_of, shapes_in
 from pipeline.spans import ModelSizes, Stacks
 from pipeline.training import DistilledModel, full_model_task
-from pipeline.weights import shapes_of, weight_files
+from pipeline.weights import weight_files
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Planned:
     """The head is not tied to the embedding."""
     source: str
     """Where the settings come from, for people."""
+    folder: Path | None = None
+    """Where they were read, if they were."""
 
     @staticmethod
     def of(recipe: Recipe) -> Planned:
@@ -60,7 +62,8 @@ class Planned:
             return Planned(recipe, settings, settings.get("tie_word_embeddings") is False, source)
         config_of(folder)  # refuses what does not fit
         settings = settings_of(folder)
-        return Planned(recipe, settings, _has_own_head(folder, settings), name)
+        check_kind(folder, settings)
+        return Planned(recipe, settings, _has_own_head(folder, settings), name, folder)
 
     @property
     def stacks(self) -> Stacks:
@@ -77,10 +80,7 @@ class Planned:
         """The teacher, or a model of its kind with other numbers of layers, without memory for its weights."""
         family = family_of(self.settings["model_type"])
         entries = family.depth_entries(num_layers or self.stacks.num_layers)
-        settings = {key: value for key, value in {**self.settings, **entries}.items() if key != "model_type"}
-        with torch.device("meta"):
-            config = CONFIG_MAPPING[self.settings["model_type"]](**settings)
-            model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # as it is loaded
+        model: Any = empty_model({**self.settings, **entries}, Path(self.source))
         if self.has_own_head:  # transformers ties until weights are loaded
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         return model
@@ -128,17 +128,22 @@ def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:
     files = weight_files(folder)
     if not files:
         return settings.get("tie_word_embeddings") is False
-    names = {name for file in files for name in shapes_of(file)}
+    names = shapes_in(folder)
     return HEAD in names and any(name.endswith(("shared.weight", "embed_tokens.weight")) for name in names)
 
 
 def check_fit(planned: Planned, folder: Path) -> None:
-    """Hold the names and shapes that a teacher's safetensors files announce against its settings.
+    """Hold the names and shapes that a teacher's weights announce against its settings.
 
     Raises:
         ValueError: a layer is missing or left over, a weight has another shape, or a file is damaged.
     """
-    found = {name: shape for file in weight_files(folder) for name, shape in shapes_of(file).items()}
+    found = shapes_in(folder)
     if found:
         family = family_of(planned.settings["model_type"])
         check_shapes(planned.model(), family, found, f"teacher.folder {folder}")
+        check_embedding(folder, planned.settings, found)
+        if (
+            planned.settings.get(TIED) is False and HEAD not in found
+        ):  # transformers 4 would draw it, 5 take the embedding
+            raise ValueError(f"{folder} lacks {HEAD}, which its config.json says is not the embedding ({TIED} false)")

@@ -29,6 +29,15 @@ class Scored:
     test_sha256: str
     bleu_tokenizer: str = "13a"
 
+    @property
+    def outputs(self) -> list[str]:
+        return [record["output"] for record in self.records]
+
+    @property
+    def references(self) -> References:
+        texts = [each.get("references") or [each["reference"]] for each in self.records]
+        return References(texts, [], self.bleu_tokenizer)
+
 
 def compare_command(arguments: Sequence[str]) -> None:
     """Parse the command line and print the comparison.
@@ -54,11 +63,17 @@ def compare_command(arguments: Sequence[str]) -> None:
 
 def _system(text: str, default: Path) -> Scored:
     folder, _, name = text.rpartition(":")
-    return _scored(RunDir(Path(folder) if folder else default), name)
+    return scored(RunDir(Path(folder) if folder else default), name)
 
 
-def _scored(run: RunDir, name: str) -> Scored:
-    rows = _rows(run)
+def scored(run: RunDir, name: str) -> Scored:
+    """A system of a run that has been evaluated.
+
+    Raises:
+        FileNotFoundError: the run has not been.
+        ValueError: it has no such system.
+    """
+    rows = systems_of(run)
     if name not in rows:
         near = difflib.get_close_matches(name, rows, n=3)
         raise ValueError(f"{run.root} has no system {name}: " + (f"did you mean {', '.join(near)}?" if near else
@@ -69,7 +84,8 @@ def _scored(run: RunDir, name: str) -> Scored:
     return Scored(rows[name], read_jsonl(folder / "outputs" / f"{name}.jsonl"), score["key"]["test"], tokenizer)
 
 
-def _rows(run: RunDir) -> dict[str, Row]:
+def systems_of(run: RunDir) -> dict[str, Row]:
+    """What a run has scored, by name."""
     if not run.scores.is_file():
         raise FileNotFoundError(f"{run.scores} is missing: run stage evaluate first")
     return {row.name: row for row in read_rows(run.scores)[0]}
@@ -84,10 +100,7 @@ def significance(a: Scored, b: Scored) -> float:
     ids = [[record["id"] for record in each.records] for each in (a, b)]
     if a.test_sha256 != b.test_sha256 or ids[0] != ids[1]:
         raise ValueError(f"{a.row.name} and {b.row.name} were not scored on the same examples: evaluate them again")
-    texts = [each.get("references") or [each["reference"]] for each in a.records]
-    references = References(texts, [], a.bleu_tokenizer)
-    outputs = [[record["output"] for record in each.records] for each in (a, b)]
-    return p_values(references, outputs[0], {"b": outputs[1]})["b"]
+    return p_values(a.references, a.outputs, {"b": b.outputs})["b"]
 
 
 def compare_systems(a: Scored, b: Scored, num_examples: int, console: Console) -> None:
@@ -132,7 +145,7 @@ def changes(a: Scored, b: Scored) -> list[int]:
 
 def compare_runs(a: Path, b: Path, console: Console) -> None:
     """BLEU of every system that both runs have."""
-    rows = [_rows(RunDir(folder)) for folder in (a, b)]
+    rows = [systems_of(RunDir(folder)) for folder in (a, b)]
     common = [name for name in rows[0] if name in rows[1]]
     if not common:
         raise ValueError(f"{a} and {b} have no system of the same name")
@@ -140,7 +153,7 @@ def compare_runs(a: Path, b: Path, console: Console) -> None:
     for column in ("system", "BLEU A", "BLEU B", "B - A", "p", "changed", "ms A", "ms B"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for name in common:
-        x, y = (_scored(RunDir(folder), name) for folder in (a, b))
+        x, y = (scored(RunDir(folder), name) for folder in (a, b))
         table.add_row(
             name, f"{x.row.bleu:.1f}", f"{y.row.bleu:.1f}", f"{y.row.bleu - x.row.bleu:+.1f}",
             f"{significance(x, y):.3f}", str(len(changes(x, y))),

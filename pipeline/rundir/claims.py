@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.processes import process_start
+from data_prep.publish import discard
 from pipeline.rundir.files import read_json, write_atomic
 
 POLL_S = 0.2
@@ -119,7 +120,7 @@ def work_off(
                 # Another worker may have published and released between the look and the claim.
                 if not is_done(unit):
                     do(unit, lambda claim=claim: touch(claim))  # type: ignore[misc]
-                claim.unlink(missing_ok=True)
+                discard(claim)
                 done = True
             if done:
                 left.remove(unit)

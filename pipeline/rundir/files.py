@@ -21,7 +21,7 @@ def check_empty(folder: Path, option: str) -> None:
     Raises:
         ValueError: something is there already; the message names the option that says where to.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(not each.name.startswith(".nfs") for each in folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose another folder for {option}")
 
 

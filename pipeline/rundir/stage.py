@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.hub import local_folder
-from data_prep.publish import sha256_of
+from data_prep.publish import discard, files_in, sha256_of, unused_name
 from pipeline.config import SEARCHED, Recipe, fields_of_kind, identity_of
 from pipeline.rundir.files import difference, read_json, write_atomic
 from pipeline.rundir.run_dir import STAGES, RunDir
@@ -139,18 +138,16 @@ class Stage:
         """Move a finished output that another recipe made out of the way."""
         digest = hashlib.sha256((self.folder / "inputs.json").read_bytes()).hexdigest()[:8]
         aside = self.folder.with_name(f"{self.name}~{digest}")
-        if aside.exists():
-            shutil.rmtree(aside)
-        self.folder.rename(aside)
+        discard(aside)
+        self.folder.rename(unused_name(aside))
 
     def publish(self, outputs: Iterable[Path], *, started_at: float, extra: dict[str, Any] | None = None) -> None:
         """Stamp the stage as done. `outputs` are files or folders below the stage's folder."""
         files: dict[str, dict[str, Any]] = {}
         for output in outputs:
-            for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
-                if path.is_file():
-                    name = str(path.relative_to(self.folder))
-                    files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in files_in(output) if output.is_dir() else [output]:
+                name = str(path.relative_to(self.folder))
+                files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         stamp = {
             "stage": self.name,
             "inputs": self.inputs,
@@ -174,6 +171,10 @@ def _files_of(folder: Path) -> dict[str, Any]:
         ValueError: no such folder.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: sha256_of(path) if path.stat().st_size < 2**20 else path.stat().st_size for path in files}
+        adapter = folder / "adapter_config.json"
+        instead = f", but an adapter ({adapter.name}): merge it into its model" if adapter.is_file() else ""
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json{instead}")
+    return {
+        path.name: sha256_of(path) if path.stat().st_size < 2**20 else path.stat().st_size
+        for path in files_in(folder, "*")
+    }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data_prep.publish import discard
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
 from pipeline.assemble import Parts, stacks_of, write_checkpoint
@@ -90,7 +90,7 @@ class ShapeTimer:
             write_checkpoint(parts, Assembly(encoder, decoder), folder, dropped=True)
         times = costs(folders, self._sample(), self._device, self._recipe.evaluate.dtype)
         for folder in folders.values():
-            shutil.rmtree(folder)
+            discard(folder)
         for shape in shapes:
             if str(shape) not in times:
                 raise ValueError(

@@ -175,7 +175,6 @@ class Engine:
         """
         assert self._last_of_step, "the optimizer steps after the last micro-batch"
         norms_G = self._clip()
-        # DeepSpeed reads a norm of its own here, so that this costs no further wait for the device
         if not torch.isfinite(norms_G).all():
             broken = [n for n, norm in zip(self._clip_groups, norms_G.tolist(), strict=True) if not math.isfinite(norm)]
             raise FloatingPointError(f"gradients are not finite in {', '.join(broken)}")
@@ -197,8 +196,7 @@ class Engine:
 
     def _clip(self) -> torch.Tensor:
         grads = [self._partition.gradients(parameters) for parameters in self._clip_groups.values()]
-        squares_G = torch.stack([_sum_of_squares(group, self.world.device) for group in grads])
-        norms_G = self.world.sum(squares_G).sqrt()
+        norms_G = self.world.sum(_sums_of_squares(grads, self.world.device)).sqrt()
         scales_G = (self.max_grad_norm / (norms_G + 1e-6)).clamp(max=1.0).to(self._partition.flats[0].device)
         for group, scale in zip(grads, scales_G, strict=True):
             if group:
@@ -268,7 +266,10 @@ def _into_shards(
             converted.convert_to_zero_parameters(param_list=fresh)
 
 
-def _sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def _sums_of_squares(groups: Sequence[Sequence[torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """The sum of the squares of each group's elements [G], in one pass over all tensors; 0 for a group without any."""
+    tensors = [tensor for group in groups for tensor in group]
     if not tensors:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(tensors)).square().sum().to(device)
+        return torch.zeros(len(groups), device=device)
+    squares_N = torch.stack(torch._foreach_norm(tensors)).square().to(device)
+    return torch.stack([each.sum() for each in squares_N.split([len(group) for group in groups])])

@@ -64,6 +64,8 @@ class Stage3Partition:
         else:
             self._gradients = list(optimizer.grad_partitions_flat_buffer.split([flat.numel() for flat in self.flats]))
         assert all(each.dtype == torch.float32 for each in self._gradients), "clipping must reach what is stepped on"
+        # DeepSpeed's own norm, for every group a collective and some kernels a parameter; clipping has looked already
+        optimizer._get_norm_groups = lambda: [self._gradients[0].new_zeros(())]
 
     def place(self, parameter: Any) -> Place | None:
         group, start, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
@@ -93,6 +95,7 @@ class Stage2Partition:
     def __init__(self, optimizer: Any, leaves: Sequence[nn.Module]) -> None:
         self._optimizer, self.gather_stream = optimizer, None
         self.flats = optimizer.single_partition_of_fp32_groups
+        optimizer.compute_grad_norm = False  # clipping has looked already
         self._index = {
             id(parameter): (group, index)
             for group, parameters in enumerate(optimizer.params_in_partition)

@@ -33,6 +33,7 @@ REFUSALS = {  # what a refusal says, its values left out: the mistake by which p
     "{} has {}, which decoding here does not carry: give a copy of the model without {} as teacher.folder":
         "settings of generation",
     "{} cannot be read ({})": "settings of generation damaged",
+    "{} has {} {}: it must be {}": "number of generation",
     "recover.assembly is empty: name the assembly to tune, such as e2x3-d6": OWN_COMMAND,
     "recover.optim.num_steps is 0: there would be nothing to compare": "recover without steps",
     "baseline theseus has one granularity, which does not make {}: give it baseline.ratios that one granularity makes, "

@@ -17,6 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from pipeline.__main__ import main
 from tests.end_to_end.mistakes import LINES, MISTAKES, ROOT, train_tokenizer, write_jsonl
 
+FOLDERS = {"settings", "weights", "quantised", "peer", "number", "token", "index"}  # first words of mistakes in models
 SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 6, "num_decoder_layers": 6}
 
 
@@ -145,3 +146,19 @@ def test_verbose_shows_the_traceback(place: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["run", "--config", "recipe.yaml", "--teacher.folder", "nowhere", "--verbose"])
     assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in MISTAKES if each.split()[0] in FOLDERS and MISTAKES[each].stage == "run"]
+)
+def test_estimate_refuses_model_folders_as_the_dry_run_does(
+    name: str, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mistake = MISTAKES[name]
+    mistake.break_it()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        main(["estimate", "--config", "recipe.yaml", *mistake.options.split()])
+    error = capfd.readouterr().err
+    assert raised.value.code == 2, error
+    assert mistake.says in error

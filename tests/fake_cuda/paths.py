@@ -62,14 +62,15 @@ class Models:
             _buffers_stay_on_the_host(model)
             place_buffers(model, DEVICE, torch.bfloat16)
 
-    @staticmethod
-    def _new(kind: str) -> Any:
+    def _new(self, kind: str) -> Any:
         torch.set_default_dtype(torch.bfloat16)
         try:
             with DEVICE:  # not .to(DEVICE): moved parameters are of another kind of fake tensor
-                return tiny_model(kind, num_layers=2, num_decoder_layers=2)
+                model = tiny_model(kind, num_layers=2, num_decoder_layers=2)
         finally:
             torch.set_default_dtype(torch.float32)
+        self.family.prepare_for_training(model)
+        return model
 
 
 def _buffers_stay_on_the_host(model: nn.Module) -> None:

@@ -41,8 +41,8 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.search", "pipeline.report",
     # commands
     "pipeline.teacher", "pipeline.distill", "pipeline.baselines", "pipeline.recover", "pipeline.label", "pipeline.trim",
-    "pipeline.export", "pipeline.draft", "pipeline.planning", "pipeline.launch", "pipeline.run", "pipeline.doctor",
-    "pipeline.bench", "pipeline.__main__",
+    "pipeline.export", "pipeline.draft", "pipeline.planning", "pipeline.launch", "pipeline.run", "pipeline.study",
+    "pipeline.doctor", "pipeline.bench", "pipeline.__main__",
     # the same on a cluster
     "slurm.stages", "slurm.cluster", "slurm.controller", "slurm.render", "slurm.discover", "slurm.cause",
     "slurm.starts", "slurm.check", "slurm.doctor", "slurm.submit", "slurm.status", "slurm.sweep", "slurm.__main__",

@@ -109,7 +109,7 @@ CONTRADICTIONS = {
         {"num_attention_heads": 2},
         "num_attention_heads 2 and encoder_attention_heads 4",
     ),
-    "another class": ("v1.1", {"architectures": ["T5EncoderModel"]}, "but this is a T5ForConditionalGeneration"),
+    "another class": ("v1.1", {"architectures": ["T5Stack"]}, "but this is a T5ForConditionalGeneration"),
     "stacks that share weights": ("v1.1", {"tie_encoder_decoder": True}, "has tie_encoder_decoder True"),
     "a decoder alone": ("bart", {"is_encoder_decoder": False}, "has is_encoder_decoder False"),
     "another type": ("v1.1", {"dtype": "bfloat16"}, "has dtype bfloat16, but the weights are F32"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.decoding.rules import generation_settings, refuse_unknown
 from pipeline.families import family_of
 from pipeline.model import load_model
 from pipeline.ordinary import save_ordinary
-from pipeline.pretrained import config_of, model_of
+from pipeline.pretrained import config_of, model_of, settings_of, shapes_in
 from pipeline.trim import trim
 from tests.tiny import hf_logits, random_batch, tiny_model
 
@@ -101,3 +102,45 @@ def test_a_number_that_is_none_is_one_line_with_file_and_field(tmp_path: Path, v
         with pytest.raises(ValueError, match=r"config.json does not fit its model type \(.*'d_kv'") as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stacks", [("decoder",), ("encoder", "decoder")])
+def test_weights_of_pytorch_are_read_by_the_same_names(tmp_path: Path, stacks: tuple[str, ...]) -> None:
+    weights = saved(tmp_path, "v1.1")
+    embedding, head = weights.pop("shared.weight"), weights["lm_head.weight"]
+    torch.save(weights | {NAMES[stack]: embedding for stack in stacks}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    model: Any = load_model(tmp_path)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert torch.equal(model.lm_head.weight, head)
+    assert shapes_in(tmp_path)["lm_head.weight"] == list(head.shape)
+
+
+def test_an_absent_number_of_layers_may_be_null(tmp_path: Path) -> None:
+    saved(tmp_path, "v1.1", num_decoder_layers=None)
+    assert "num_decoder_layers" not in settings_of(tmp_path)
+    assert load_model(tmp_path).config.num_decoder_layers == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"renormalize_logits": True}, {"encoder_no_repeat_ngram_size": 1}, {"min_new_tokens": 1}, {"max_time": 1},
+        {"remove_invalid_values": True},
+    ],
+)  # fmt: skip
+def test_a_setting_of_generation_that_is_1_or_true_is_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"has {next(iter(settings))}, which decoding here does not carry"):
+        refuse_unknown(generation_settings(tmp_path), tmp_path)
+
+
+def test_settings_of_generation_that_do_nothing_and_equal_numbers_are_taken(tmp_path: Path) -> None:
+    told = {"guidance_scale": 1, "num_return_sequences": 1, "bad_words_ids": None, "suppress_tokens": [], "top_k": 5}
+    numbers = {"min_length": 5.0, "eos_token_id": [1, 5], "repetition_penalty": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(told | numbers))
+    config = generation_settings(tmp_path)
+    refuse_unknown(config, tmp_path)
+    found = {name: getattr(config, name) for name in numbers}
+    assert found == numbers
+    assert json.dumps(found["min_length"]) == "5"

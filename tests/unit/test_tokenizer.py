@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from transformers import T5Config
 
 from data_prep.encode import SPIECE, write_plain_t5
 from data_prep.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer, tokenizer_files, write_tokenizer
@@ -130,6 +131,8 @@ def test_the_vocabulary_of_data_must_be_the_teachers_in_every_layout(tmp_path: P
     numbers = json.loads((other / "vocab.json").read_text(encoding="utf-8"))
     numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
     (other / "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
-    _check_tokenizer(teacher, same, {"vocab_size": len(numbers)})
+    own = check_tokenizer(same)
+    config = T5Config(vocab_size=len(numbers), pad_token_id=own.pad_token_id, eos_token_id=own.eos_token_id)
+    _check_tokenizer(teacher, same, config)
     with pytest.raises(ValueError, match=r"other has no token '[ab]' of id \d+ as the teacher's in .*teacher does"):
-        _check_tokenizer(teacher, other, {"vocab_size": len(numbers)})
+        _check_tokenizer(teacher, other, config)

@@ -1,0 +1,162 @@
+"""python -m pipeline study --config STUDY: is one run for all sizes as good as a run for each, at equal cost?
+
+Every training is a run directory of its own below runs/NAME, and what is done is not done again: a study goes on where
+it was stopped. Started several times at once, on one machine or as a job array, its processes share the trainings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from pipeline.assemble import stacks_of
+from pipeline.config import Recipe, settings_parser, with_recipe_paths
+from pipeline.planning import preflight
+from pipeline.run import lock, run_stage, write_recipe
+from pipeline.rundir import RunDir, Stage
+from pipeline.study.cells import BASE, Cell, Cells
+from pipeline.study.settings import StudyConfig
+from pipeline.study.table import EQUAL, FULL, RECOVERED, Entry, write_results
+
+
+def study_command(arguments: Sequence[str]) -> None:
+    """Parse the command line and do what of the study is not done yet.
+
+    Raises:
+        ValueError: a mistake in the study or in its recipes.
+        SystemExit: a training failed, or was asked to stop (85).
+    """
+    parser = settings_parser("python -m pipeline study", __doc__ or "", StudyConfig)
+    values = parser.instantiate(parser.parse_args(with_recipe_paths(arguments)))
+    config = StudyConfig(**{each.name: values[each.name] for each in fields(StudyConfig)})
+    out = Path(config.out or f"runs/{config.name}")
+    Study(config, Cells(config.recipes, out), out).run()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trains in order. What another process is at is None here, and so is all that builds on it."""
+
+    config: StudyConfig
+    cells: Cells
+    out: Path
+
+    def run(self) -> None:
+        """Train, score and write the tables."""
+        self._make_base()
+        entries = list(self._entries())
+        if entries:
+            print(write_results(self.config.name, entries, self.out))
+        missing = len(self.config.seeds) * len(self.config.budgets) - len(entries)
+        if missing:
+            print(f"{missing} modular runs and their rivals are not all done by other processes yet: run this again")
+
+    def _make_base(self) -> None:
+        run, recipe = RunDir(self.out / BASE), self.cells.recipe(BASE, {"seed": self.config.seeds[0]})
+        for name in ("full_ratios", "recover_ratios"):
+            unknown = set(getattr(self.config, name)) - set(recipe.assemble.ratios)
+            if unknown:
+                raise ValueError(f"{name} has {min(unknown):g}, which is none of the recipes' assemble.ratios")
+        preflight(recipe, run)
+        run.root.mkdir(parents=True, exist_ok=True)
+        if run.output_hash("data") is None or Stage.of(recipe, run, "teacher").stamp() is None:
+            with lock(run):
+                _run(recipe, run, ("data", "teacher"))
+
+    def _entries(self) -> Iterator[Entry]:
+        """Seed by seed and budget by budget what is trained and scored."""
+        for seed in self.config.seeds:
+            for budget in self.config.budgets:
+                entry = self._entry(budget, seed)
+                if entry is not None:
+                    yield entry
+
+    def _entry(self, budget: int, seed: int) -> Entry | None:
+        modular = self._modular(budget, seed)
+        if modular is None:
+            return None
+        stacks, ratios = stacks_of(modular.recipe, modular.run), modular.recipe.assemble.ratios
+        assemblies = {ratio: str(stacks.preset("size-first", ratio)) for ratio in ratios}
+        rivals: dict[str, dict[float, Cell | None]] = {EQUAL: {}, FULL: {}, RECOVERED: {}}
+        rivals[EQUAL] = {ratio: self._rival(ratio, budget, seed) for ratio in ratios}
+        for ratio in self.config.full_ratios if seed == self.config.seeds[0] else ():
+            equal = rivals[EQUAL][ratio]
+            rivals[FULL][ratio] = equal and self._train(
+                self.cells.rival(equal.method, ratio, modular.flops, equal.rate, seed, f"{FULL}-{budget}")
+            )
+        for ratio in self.config.recover_ratios:
+            rivals[RECOVERED][ratio] = self._train(self.cells.recovered(modular, ratio, assemblies[ratio]))
+        done = {side: {r: cell for r, cell in of.items() if cell is not None} for side, of in rivals.items()}
+        if done != rivals or not self._score(modular, done):
+            return None
+        return Entry(budget, modular, str(stacks.teacher()), assemblies, done)
+
+    def _modular(self, budget: int, seed: int) -> Cell | None:
+        """With the learning rate that was best for the first seed and budget."""
+        first = self.config.budgets[0], self.config.seeds[0]
+        best = _best([self._train(self.cells.modular(first[0], rate, first[1])) for rate in self.config.rates])
+        return best and self._train(self.cells.modular(budget, best.rate, seed))
+
+    def _rival(self, ratio: float, budget: int, seed: int) -> Cell | None:
+        """The better of the rivals that cost a ratio's part of the modular run, each with the learning rate that was
+        best for the first seed and budget."""
+        found = []
+        for method in self.config.rivals:
+            first = self.config.budgets[0], self.config.seeds[0]
+            best = _best([self._train(self._equal(method, ratio, rate, *first)) for rate in self.config.rates])
+            found.append(best and self._train(self._equal(method, ratio, best.rate, budget, seed)))
+        return _best(found)
+
+    def _equal(self, method: str, ratio: float, rate: float, budget: int, seed: int) -> Cell:
+        modular = self.cells.modular(budget, 1.0, seed)
+        part = modular.flops / len(modular.recipe.assemble.ratios)
+        return self.cells.rival(method, ratio, part, rate, seed, f"{EQUAL}-{budget}")
+
+    def _train(self, cell: Cell) -> Cell | None:
+        cell.run.root.mkdir(exist_ok=True)
+        if not cell.is_done:
+            try:
+                held = lock(cell.run)
+            except ValueError:
+                return None
+            with held:
+                base = RunDir(self.out / BASE)
+                for name, run in {"data": base, "teacher": base, **cell.uses}.items():
+                    link = cell.run.root / name
+                    if not link.is_symlink():
+                        link.symlink_to(Path("..") / run.root.name / name, target_is_directory=True)
+                if not cell.is_done:
+                    print(f"study: {cell.run.root.name}", flush=True)
+                    _run(cell.recipe, cell.run, (cell.stage,))
+        return cell
+
+    def _score(self, modular: Cell, rivals: dict[str, dict[float, Cell]]) -> bool:
+        """Have the modular run's evaluation score its assemblies and all rivals; False where another process does."""
+        folders = [
+            f"{side}-{ratio:g}x={cell.model}"
+            for side, of in rivals.items() for ratio, cell in of.items() if cell.model is not None
+        ]  # fmt: skip
+        recipe = replace(modular.recipe, evaluate=replace(modular.recipe.evaluate, folders=tuple(folders)))
+        try:
+            held = lock(modular.run)
+        except ValueError:
+            return False
+        with held:
+            if Stage.of(recipe, modular.run, "assemble").stamp() is None:
+                _run(recipe, modular.run, ("assemble",))
+            if Stage.of(recipe, modular.run, "evaluate").stamp() is None:
+                _run(recipe, modular.run, ("evaluate",))
+        return True
+
+
+def _run(recipe: Recipe, run: RunDir, stages: Sequence[str]) -> None:
+    write_recipe(recipe, run)
+    for name in stages:
+        run_stage(name, recipe, run, [])
+
+
+def _best(cells: Sequence[Cell | None]) -> Cell | None:
+    """The one of the least validation loss, once all are done."""
+    done = [cell for cell in cells if cell is not None]
+    return min(done, key=lambda cell: cell.validation_loss) if len(done) == len(cells) else None

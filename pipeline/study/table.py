@@ -1,0 +1,200 @@
+"""What a study found: a table for each budget, its figures as JSON, and a picture.
+
+Shapes: E test examples, K statistics of an example that BLEU is made of, R resamples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.pictures import as_png, new_figure
+from pipeline.report import scored
+from pipeline.study.cells import Cell
+
+EQUAL, FULL, RECOVERED = "equal", "full", "recovered"
+"""Whom a modular checkpoint is held against: the rival for its ratio's part of the cost, the one for all of it, and
+itself, trained further."""
+NUM_RESAMPLES = 1000
+SEED = 12345
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One modular run and its rivals, all scored on the same examples."""
+
+    budget: int
+    modular: Cell
+    teacher: str
+    """Its system."""
+    assemblies: Mapping[float, str]
+    """Systems of the modular run, by ratio."""
+    rivals: Mapping[str, Mapping[float, Cell]]
+    """By EQUAL, FULL or RECOVERED, and ratio."""
+
+    def rival_system(self, side: str, ratio: float) -> str:
+        """Further training that made nothing better leaves the checkpoint as it was."""
+        has_model = self.rivals[side][ratio].model is not None
+        return f"{side}-{ratio:g}x" if has_model else self.assemblies[ratio]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % bootstrap interval, paired: every resample takes the same examples of all systems."""
+
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(value: float, resampled_R: np.ndarray) -> Estimate:
+        low, high = np.percentile(resampled_R, [2.5, 97.5])
+        return Estimate(value, float(low), float(high))
+
+    def text(self, digits: int) -> str:
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One ratio at one budget, seeds pooled."""
+
+    ratio: float
+    teacher: float
+    modular: float
+    """BLEU, as that of the teacher and of rivals."""
+    kept: Estimate
+    """Share of the teacher's BLEU, in %."""
+    rivals: Mapping[str, tuple[str, float, Estimate]]
+    """By side: its method, its BLEU, and how much BLEU the modular checkpoint has more."""
+    flops: Mapping[str, float]
+    """By side, and of the modular run: what one seed costs."""
+
+    @property
+    def break_even(self) -> str:
+        """From how many sizes on one modular run is cheaper than a rival as good for each: by a line through the
+        rival's BLEU over the logarithm of its cost, where both its costs are there."""
+        if EQUAL not in self.rivals or FULL not in self.rivals:
+            return ""
+        whole, part = self.flops["modular"], self.flops[EQUAL]
+        (_, low, _), (_, high, _) = self.rivals[EQUAL], self.rivals[FULL]
+        if self.modular <= low:
+            return f"> {whole / part:.0f}"
+        if self.modular >= high:
+            return "1"
+        return f"{(whole / part) ** ((high - self.modular) / (high - low)):.1f}"
+
+
+def write_results(name: str, entries: Sequence[Entry], out: Path) -> str:
+    """Write OUT/study.md, study.json and study.png; the text of the first."""
+    budgets = list(dict.fromkeys(entry.budget for entry in entries))
+    tables = {budget: _lines([each for each in entries if each.budget == budget]) for budget in budgets}
+    seeds = {budget: [each.modular.recipe.seed for each in entries if each.budget == budget] for budget in budgets}
+    text = "\n".join(
+        [f"# {name}: one run against a run for every size", *map(_text, tables, seeds.values(), tables.values())]
+    )
+    figures = [
+        {"budget": budget, "seeds": seeds[budget], **asdict(line), "break_even": line.break_even}
+        for budget, lines in tables.items() for line in lines
+    ]  # fmt: skip
+    (out / "study.md").write_text(text, encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    (out / "study.png").write_bytes(_picture(tables))
+    return text
+
+
+def _lines(entries: Sequence[Entry]) -> list[Line]:
+    """Of one budget, whose entries differ by their seeds."""
+    pool = _Pool(entries)
+    lines = []
+    for ratio in entries[0].assemblies:
+        teacher_R, modular_R = (
+            pool.bleu([e.teacher for e in entries]),
+            pool.bleu([e.assemblies[ratio] for e in entries]),
+        )
+        rivals = {}
+        for side in (EQUAL, FULL, RECOVERED):
+            having = [entry for entry in entries if ratio in entry.rivals[side]]
+            if having:
+                alike = pool if having == list(entries) else _Pool(having)
+                rival_R = alike.bleu([entry.rival_system(side, ratio) for entry in having])
+                own_R = alike.bleu([entry.assemblies[ratio] for entry in having])
+                methods = "/".join(dict.fromkeys(entry.rivals[side][ratio].method or side for entry in having))
+                rivals[side] = (methods, float(rival_R[0]), Estimate.of(float(own_R[0] - rival_R[0]), own_R - rival_R))
+        kept_R = 100 * modular_R / np.maximum(teacher_R, 1e-9)
+        first = entries[0]
+        flops = {side: of[ratio].flops for side, of in first.rivals.items() if ratio in of}
+        lines.append(
+            Line(
+                ratio, float(teacher_R[0]), float(modular_R[0]), Estimate.of(float(kept_R[0]), kept_R[1:]), rivals,
+                {"modular": first.modular.flops, **flops},
+            )
+        )  # fmt: skip
+    return lines
+
+
+class _Pool:
+    """BLEU of systems over the seeds of some entries: one corpus of all outputs, of which examples are resampled."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._entries = entries
+        first = scored(entries[0].modular.run, entries[0].teacher)
+        self._ids = [record["id"] for record in first.records]
+        self._metric = first.references.corpus_metrics["bleu"]
+        picks_RE = np.random.default_rng(SEED).integers(0, len(self._ids), (NUM_RESAMPLES, len(self._ids)))
+        self._weights_RE = np.stack([np.bincount(picks_E, minlength=len(self._ids)) for picks_E in picks_RE])
+
+    def bleu(self, systems: Sequence[str]) -> np.ndarray:
+        """BLEU [1 + R] of one system of each entry together: of all examples, then of each resample.
+
+        Raises:
+            ValueError: they were not scored on the same examples.
+        """
+        found = [scored(entry.modular.run, name) for entry, name in zip(self._entries, systems, strict=True)]
+        if any([record["id"] for record in each.records] != self._ids for each in found):
+            raise ValueError(f"{', '.join(systems)} were not scored on the same examples: evaluate them again")
+        stats_EK = np.sum([self._metric._extract_corpus_statistics(each.outputs, None) for each in found], axis=0)
+        sums_RK = np.concatenate([stats_EK.sum(0, keepdims=True), self._weights_RE @ stats_EK])
+        return np.array([self._metric._compute_score_from_stats(list(sums_K)).score for sums_K in sums_RK])
+
+
+def _text(budget: int, seeds: Sequence[int], lines: Sequence[Line]) -> str:
+    """One budget as Markdown."""
+    modular = lines[0].flops["modular"]
+    equal = sum(line.flops[EQUAL] for line in lines)
+    head = ["ratio", "teacher", "modular", "% kept", "rival, equal cost", "modular - rival", "rival, full cost",
+            "modular - rival", "trained further", "modular - that", "break-even"]  # fmt: skip
+    rows = [head, [":--"] + ["--:"] * (len(head) - 1)]
+    for line in lines:
+        row = [f"{line.ratio:g}", f"{line.teacher:.2f}", f"{line.modular:.2f}", line.kept.text(1)]
+        for side in (EQUAL, FULL, RECOVERED):
+            method, bleu, more = line.rivals.get(side, ("", 0.0, None))
+            row += [f"{bleu:.2f} ({method})" if more else "", more.text(2) if more else ""]
+        rows.append([*row, line.break_even])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"\n## {budget:,} steps, seeds {', '.join(map(str, seeds))}\n\nThe modular run costs {modular:.3g} FLOPs for "
+        f"all ratios, the rivals of equal cost {equal:.3g} together. BLEU with paired 95 % intervals, seeds pooled. "
+        f"Break-even: from how many sizes on the modular run is cheaper than as good a rival for each.\n\n{table}\n"
+    )
+
+
+def _picture(tables: Mapping[int, Sequence[Line]]) -> bytes:
+    """The share of the teacher's BLEU that each side keeps, over the ratio; a panel for each budget."""
+    figure, panels = new_figure(len(tables), figsize=(5.5 * len(tables), 4))
+    for axes, (budget, lines) in zip(panels, tables.items(), strict=True):
+        kept = [line.kept for line in lines]
+        spread = [[e.value - e.low for e in kept], [e.high - e.value for e in kept]]
+        axes.errorbar([line.ratio for line in lines], [e.value for e in kept], spread, marker="o", label="modular run")
+        for side, label in ((EQUAL, "a rival each, equal cost in all"), (FULL, "a rival each, at full cost"),
+                            (RECOVERED, "modular, trained further")):  # fmt: skip
+            points = [(line.ratio, 100 * line.rivals[side][1] / line.teacher) for line in lines if side in line.rivals]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=label)
+        axes.set(title=f"{budget:,} steps", xlabel="times fewer layers", ylabel="% of the teacher's BLEU")
+        axes.legend()
+    return as_png(figure, dpi=150)

@@ -1,0 +1,134 @@
+"""A study: who is trained for how much, that it goes on where it was, and what its figures are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+
+from data_prep.__main__ import main as data_main
+from pipeline.__main__ import main
+from pipeline.report import scored
+from pipeline.run import lock, stage_command
+from pipeline.rundir import RunDir
+from pipeline.study import run as study_run
+from pipeline.study.cells import Cells
+from pipeline.study.table import EQUAL, FULL, RECOVERED, Estimate, Line
+from tests.forks import run_forked
+
+MAINS = {"data_prep": data_main, "pipeline": main}
+SMALL = ["--config", "study_minute"]
+
+
+def in_forks(name, recipe, run, options):
+    """A stage by its own command, in a process that need not import anything."""
+    _, _, module, *arguments = stage_command(name, recipe, run)
+    ended = run_forked(MAINS[module], [*arguments, *options], environment=dict(os.environ))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """The folder of a small study that has been run, and what was trained, in order."""
+    out, trained = tmp_path_factory.mktemp("study"), []
+
+    def stage(name, recipe, run, options):
+        recipe = dataclasses.replace(recipe, launch=dataclasses.replace(recipe.launch, num_ranks=1, num_mpi_ranks=1))
+        trained.append((run.root.name, name))
+        in_forks(name, recipe, run, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_run, "run_stage", stage)
+        main(["study", *SMALL, "--out", str(out)])
+    return out, trained
+
+
+def test_every_training_is_done_once_and_the_test_part_is_scored_last(studied, monkeypatch, capsys):
+    out, trained = studied
+    modular = "modular-12-seed0"
+    rivals = [f"finetune-{ratio}x-equal-12-seed0" for ratio in ("1.1", "2", "6")]
+    assert trained == [
+        ("base", "data"), ("base", "teacher"), (modular, "distill"), *((rival, "baseline") for rival in rivals),
+        ("finetune-6x-full-12-seed0", "baseline"), (f"recover-6x-{modular}", "recover"),
+        (modular, "assemble"), (modular, "evaluate"),
+    ]  # fmt: skip
+    monkeypatch.setattr(study_run, "run_stage", lambda name, *_: pytest.fail(f"{name} again"))
+    main(["study", *SMALL, "--out", str(out)])
+    assert (out / "study.md").read_text() in capsys.readouterr().out
+
+
+def test_figures_are_those_of_the_scores(studied):
+    out, _ = studied
+    lines = json.loads((out / "study.json").read_text())
+    assert [line["ratio"] for line in lines] == [1.1, 2.0, 6.0]
+    run = RunDir(out / "modular-12-seed0")
+    for line, assembly in zip(lines, ("e1x4.2-d1x6", "e2x3-d2x3", "e6-d6"), strict=True):
+        own, teacher = scored(run, assembly).row.bleu, scored(run, "e1x6-d1x6").row.bleu
+        assert line["modular"] == pytest.approx(own)
+        assert line["kept"]["value"] == pytest.approx(100 * own / teacher)
+        (method, rival, more) = line["rivals"][EQUAL]
+        assert (method, rival) == ("finetune", pytest.approx(scored(run, f"equal-{line['ratio']:g}x").row.bleu))
+        assert more["low"] <= more["value"] == pytest.approx(own - rival) <= more["high"]
+    assert set(lines[2]["rivals"]) == {EQUAL, FULL, RECOVERED}
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_cost_is_equal_up_to_one_step(studied):
+    out, _ = studied
+    cells = Cells(["minute"], out)
+    modular = cells.modular(400, 1.0, 0)
+    for method in ("finetune", "logit"):
+        one = cells.rival(method, 6.0, 1.0, 1.0, 0, "one").flops
+        assert cells.rival(method, 6.0, modular.flops, 1.0, 0, FULL).flops == pytest.approx(modular.flops, abs=one / 2)
+
+
+def test_what_another_process_trains_is_left_to_it(studied, tmp_path, monkeypatch, capsys):
+    out, _ = studied
+    (tmp_path / "base").symlink_to(out / "base")
+    (tmp_path / "modular-12-seed0").mkdir()
+    monkeypatch.setattr(study_run, "run_stage", lambda name, *_: pytest.fail(f"{name} again"))
+    with lock(RunDir(tmp_path / "modular-12-seed0")):
+        main(["study", *SMALL, "--out", str(tmp_path)])
+    assert "not all done by other processes yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "[]"], "seeds is empty"),
+        (["--budgets", "[0]"], "budgets is 0: choose at least 1"),
+        (["--rivals", "[theseus]"], "rivals is 'theseus': choose one of finetune, logit"),
+        (["--recipes", "[nowhere]"], "no recipe 'nowhere'"),
+        (["--full_ratios", "[3]"], "full_ratios has 3, which is none of the recipes' assemble.ratios"),
+        (["--bugdets", "[1]"], "unknown field 'bugdets': did you mean budgets?"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["study", *SMALL, "--out", str(tmp_path), *arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def line_of(modular: float) -> Line:
+    """A rival that has 10 BLEU for an eighth of the cost and 30 for all of it."""
+    none = Estimate(0.0, 0.0, 0.0)
+    rivals = {EQUAL: ("finetune", 10.0, none), FULL: ("finetune", 30.0, none)}
+    return Line(2.0, 40.0, modular, none, rivals, {"modular": 8.0, EQUAL: 1.0, FULL: 8.0})
+
+
+@pytest.mark.parametrize(("modular", "sizes"), [(9.0, "> 8"), (20.0, f"{8**0.5:.1f}"), (30.0, "1"), (31.0, "1")])
+def test_break_even(modular, sizes):
+    """Halfway between the two scores a rival as good costs the geometric mean of their costs."""
+    assert line_of(modular).break_even == sizes
+
+
+def test_intervals_are_of_the_resamples():
+    found = Estimate.of(5.0, np.arange(1001.0))
+    assert (found.low, found.high) == (25.0, 975.0)
+    assert found.text(1) == "5.0 [25.0, 975.0]"
