@@ -18,6 +18,7 @@ from pipeline.footprint.sharding import Sharding
 from tests import forks
 from tests.distributed import engine_ranks, freed
 from tests.ranks import run_ranks
+from tests.tiny import SPECIAL
 
 TRAIN = "tests.distributed.engine_ranks:train"
 
@@ -84,14 +85,24 @@ def test_bf16_follows_the_reference(references, tmp_path):
     assert engine_ranks.errors(str(tmp_path), weights)[0] < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["v1.0", "bart"])
+@pytest.mark.parametrize("kind", ["v1.0", "bart", "m2m_100"])
 def test_every_configuration_of_gpus_follows_the_reference_in_bf16(kind):
-    """BART has a buffer, which stage 3 leaves in fp32 and on the host."""
+    """BART and M2M100 have buffers, which stage 3 leaves in fp32 and on the host."""
     losses, _ = engine_ranks.reference(2, engine_ranks.SHORT, kind=kind)
     names = ["zero2_replicated", "zero3_hpz", "zero3", "zero3_offload"]
     for ours in run_ranks(2, "tests.distributed.engine_ranks:in_bf16", kind=kind, ds_configs=names):
         for name, found in zip(names, ours, strict=True):
             assert found == pytest.approx(losses, rel=5e-3), name
+
+
+def test_every_family_equals_plain_pytorch():
+    """Weights as in `check_weights`."""
+    modes = ["zero3_cpu", "zero2_cpu"]
+    for found in run_ranks(2, "tests.distributed.engine_ranks:by_family", kinds=[*SPECIAL], ds_configs=modes):
+        assert len(found) == 2 * len(SPECIAL)
+        limits = (1e-5, 1e-7, 1e-3)
+        wrong = {name: each for name, each in found.items() if any(a >= b for a, b in zip(each, limits, strict=True))}
+        assert wrong == {}
 
 
 @pytest.fixture(scope="module", params=["zero3_cpu", "zero3"])

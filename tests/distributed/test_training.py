@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(prepared, tmp_pa
     for rank in (0, 1):
         said = (run_dir / f"rank_{rank}").read_text().splitlines()[-1]
         assert "error: step 1 stopped before the optimizer moved: gradients are not finite in encoder." in said
-        drawn = " \\+ ".join([r"e[\dx.]+-d[\dx.]+"] * 3)  # a sampled assembly and those of both granularities
+        drawn = " \\+ ".join([r"e[\dx.]+-d[\dx.]+"] * 4)  # sampled, both granularities crossed, coarsest
         for micro_batch in range(4):  # of all ranks
             assert re.search(rf"micro-batch {micro_batch}: loss (nan|inf) of {drawn}, examples \d+", said)
 
