@@ -21,6 +21,8 @@ EQUAL, FULL, RECOVERED = "equal", "full", "recovered"
 itself, trained further."""
 NUM_RESAMPLES = 1000
 SEED = 12345
+LEAST_BLEU = 1e-9
+"""In place of a teacher's 0, of which there are no shares."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _lines(entries: Sequence[Entry]) -> list[Line]:
                 own_R = alike.bleu([entry.assemblies[ratio] for entry in having])
                 methods = "/".join(dict.fromkeys(entry.rivals[side][ratio].method or side for entry in having))
                 rivals[side] = (methods, float(rival_R[0]), Estimate.of(float(own_R[0] - rival_R[0]), own_R - rival_R))
-        kept_R = 100 * modular_R / np.maximum(teacher_R, 1e-9)
+        kept_R = 100 * modular_R / np.maximum(teacher_R, LEAST_BLEU)
         first = entries[0]
         flops = {side: of[ratio].flops for side, of in first.rivals.items() if ratio in of}
         lines.append(
@@ -192,7 +194,11 @@ def _picture(tables: Mapping[int, Sequence[Line]]) -> bytes:
         axes.errorbar([line.ratio for line in lines], [e.value for e in kept], spread, marker="o", label="modular run")
         for side, label in ((EQUAL, "a rival each, equal cost in all"), (FULL, "a rival each, at full cost"),
                             (RECOVERED, "modular, trained further")):  # fmt: skip
-            points = [(line.ratio, 100 * line.rivals[side][1] / line.teacher) for line in lines if side in line.rivals]
+            points = [
+                (line.ratio, 100 * line.rivals[side][1] / max(line.teacher, LEAST_BLEU))
+                for line in lines
+                if side in line.rivals
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=label)
         axes.set(title=f"{budget:,} steps", xlabel="times fewer layers", ylabel="% of the teacher's BLEU")
