@@ -30,6 +30,7 @@ def study_command(arguments: Sequence[str]) -> None:
     parser = settings_parser("python -m pipeline study", __doc__ or "", StudyConfig)
     values = parser.instantiate(parser.parse_args(with_recipe_paths(arguments)))
     config = StudyConfig(**{each.name: values[each.name] for each in fields(StudyConfig)})
+    config.check()
     out = Path(config.out or f"runs/{config.name}")
     Study(config, Cells(config.recipes, out), out).run()
 

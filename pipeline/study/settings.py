@@ -35,8 +35,12 @@ class StudyConfig(Settings):
     recover_ratios: tuple[float, ...] = identity((), above=1)
     """Ratios at which the modular run's checkpoint is trained further by itself, as the recipe's recover says."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Refuse what no study can be made of.
+
+        Raises:
+            ValueError: names the field.
+        """
         for field in ("recipes", "seeds", "budgets", "rates", "rivals"):
             if not getattr(self, field):
                 raise ValueError(f"{field} is empty: name at least one")

@@ -20,7 +20,7 @@ from pipeline.study.table import EQUAL, FULL, LEAST_BLEU, RECOVERED, Estimate, L
 from tests.forks import run_forked
 
 MAINS = {"data_prep": data_main, "pipeline": main}
-SMALL = ["--config", "study_minute"]
+SMALL = ["--config", "studies/minute"]
 
 
 def in_forks(name, recipe, run, options):
