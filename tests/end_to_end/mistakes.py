@@ -258,7 +258,7 @@ BEFORE_ANY_WORK = {
     ),
     "weights without an embedding": Mistake(
         "lacks shared.weight", break_it=lambda: (
-            renamed("shared.weight", "other")(), edit("teacher/config.json", tie_word_embeddings=False)()
+            renamed("shared.weight", "lm_head.weight")(), edit("teacher/config.json", tie_word_embeddings=False)()
         ),
     ),
     "weights without a head": Mistake(
@@ -316,9 +316,9 @@ BEFORE_ANY_WORK = {
         break_it=edit("teacher/generation_config.json", guidance_scale=2.0, max_time=3.0, temperature=0.3),
     ),
     "settings of generation in config.json": Mistake(
-        "config.json has bad_words_ids, which decoding here does not carry",
+        "config.json has suppress_tokens, which decoding here does not carry",
         break_it=lambda: (
-            Path("teacher/generation_config.json").unlink(), edit("teacher/config.json", bad_words_ids=[[5]])()
+            Path("teacher/generation_config.json").unlink(), edit("teacher/config.json", suppress_tokens=[5])()
         ),
     ),
     "number of generation": Mistake(

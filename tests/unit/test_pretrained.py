@@ -125,7 +125,7 @@ def test_an_absent_number_of_layers_may_be_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"renormalize_logits": True}, {"encoder_no_repeat_ngram_size": 1}, {"min_new_tokens": 1}, {"max_time": 1},
+        {"encoder_no_repeat_ngram_size": 1}, {"min_new_tokens": 1}, {"max_time": 1},
         {"remove_invalid_values": True},
     ],
 )  # fmt: skip
