@@ -69,7 +69,8 @@ def test_figures_are_those_of_the_scores(studied):
         names = (assembly, "e1x6-d1x6", f"equal-{line['ratio']:g}x")
         own, teacher, rival = (scored(run, name).row.bleu for name in names)  # rounded to four digits
         assert line["modular"] == pytest.approx(own, abs=1e-4)
-        assert line["kept"]["value"] == pytest.approx(100 * own / max(teacher, LEAST_BLEU), rel=0.01)
+        assert line["teacher"] == pytest.approx(teacher, abs=1e-4)
+        assert line["kept"]["value"] == pytest.approx(100 * line["modular"] / max(line["teacher"], LEAST_BLEU))
         (method, bleu, more) = line["rivals"][EQUAL]
         assert method == "finetune"
         assert bleu == pytest.approx(rival, abs=1e-4)
