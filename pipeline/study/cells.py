@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Cells:
         settings = {"run_dir": self.out / name, "assemble.presets": "[size-first]", **settings}
         arguments = [part for each in self.configs for part in ("--config", each)]
         arguments += [part for field_name, value in settings.items() for part in (f"--{field_name}", str(value))]
-        return parse_recipe(recipe_parser("study", ""), arguments)[0]
+        return _parsed(tuple(arguments))
 
     def modular(self, budget: int, rate: float, seed: int) -> Cell:
         """The run for all sizes, of so many steps."""
@@ -91,7 +92,7 @@ class Cells:
         }
         name = f"modular-{budget}{_by(rate)}-seed{seed}"
         recipe = self.recipe(name, settings)
-        return Cell("distill", recipe, RunDir(self.out / name), distill_flops(recipe), rate)
+        return Cell("distill", recipe, RunDir(self.out / name), _distill_flops(recipe), rate)
 
     def rival(self, method: str, ratio: float, flops: float, rate: float, seed: int, share: str) -> Cell:
         """A model of one size, trained for as many FLOPs as whole steps can make.
@@ -102,14 +103,14 @@ class Cells:
         name = f"{method}-{ratio:g}x-{share}{_by(rate)}-seed{seed}"
         settings: dict[str, Any] = {"seed": seed, "baseline.methods": f"[{method}]", "baseline.ratios": f"[{ratio}]"}
         optim = self.recipe(name, settings).baseline.optim
-        num_steps = max(1, round(flops / self._step_flops(settings)))
+        step = self._step_flops(method, ratio)
+        num_steps = max(1, round(flops / step))
         settings |= {
             "baseline.optim.num_steps": num_steps,
             "baseline.optim.learning_rate": rate * optim.learning_rate,
             "baseline.optim.warmup_steps": min(optim.warmup_steps, num_steps // 4),
         }
-        cost = num_steps * self._step_flops(settings)
-        return Cell("baseline", self.recipe(name, settings), RunDir(self.out / name), cost, rate, method)
+        return Cell("baseline", self.recipe(name, settings), RunDir(self.out / name), num_steps * step, rate, method)
 
     def recovered(self, modular: Cell, ratio: float, assembly: str) -> Cell:
         """An assembly of the modular run, trained further as the recipe's recover says."""
@@ -123,13 +124,22 @@ class Cells:
             "recover.assembly": assembly,
         }
         recipe = self.recipe(name, settings)
-        step = self._step_flops({"baseline.methods": "[finetune]", "baseline.ratios": f"[{ratio}]"})
-        cost = step * recipe.recover.optim.num_steps
+        cost = self._step_flops("finetune", ratio) * recipe.recover.optim.num_steps
         return Cell("recover", recipe, RunDir(self.out / name), cost, uses={"distill": modular.run})
 
-    def _step_flops(self, settings: Mapping[str, Any]) -> float:
-        """Of one step of the one baseline that these settings name."""
-        return baseline_flops(self.recipe(BASE, {**settings, "baseline.optim.num_steps": 1}))
+    def _step_flops(self, method: str, ratio: float) -> float:
+        """Of one step of one baseline."""
+        named = {"baseline.methods": f"[{method}]", "baseline.ratios": f"[{ratio}]"}
+        return _baseline_flops(self.recipe(BASE, {**named, "baseline.optim.num_steps": 1}))
+
+
+# the same recipes are asked for again and again
+_distill_flops, _baseline_flops = cache(distill_flops), cache(baseline_flops)
+
+
+@cache
+def _parsed(arguments: tuple[str, ...]) -> Recipe:
+    return parse_recipe(recipe_parser("study", ""), arguments)[0]
 
 
 def _by(rate: float) -> str:
