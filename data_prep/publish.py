@@ -64,7 +64,12 @@ def unused_name(path: Path) -> Path:
 
 def files_in(folder: Path, pattern: str = "**/*") -> list[Path]:
     """Files under a folder in order, without those that NFS keeps until their last reader is done."""
-    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(_KEPT_BY_NFS))
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_kept_by_nfs(path))
+
+
+def is_kept_by_nfs(path: Path) -> bool:
+    """True for what was removed and goes when its last reader is done."""
+    return path.name.startswith(_KEPT_BY_NFS)
 
 
 @contextlib.contextmanager

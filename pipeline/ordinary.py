@@ -101,9 +101,6 @@ def check_weights(folder: Path) -> PreTrainedModel:
     check_shapes(model, family, shapes, str(folder))
     if (embedding := family.vocabulary_weights[0]) not in shapes:
         raise ValueError(f"{folder}: its weights lack {embedding}, by which readers know the embedding")
-    needed = stored_weights(model).keys() - {*family.vocabulary_weights, *family.computed_weights}
-    if missing := sorted(needed - shapes.keys()):
-        raise ValueError(f"{folder}: its weights lack {missing[0]}, which {CONFIG} asks for")
     check_kind(folder, settings)
     return model
 
@@ -156,8 +153,7 @@ def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, lis
         found = {name.removeprefix("model."): shape for name, shape in found.items()}
     prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
 
-    computed = getattr(family, "computed_weights", ())
-    needed = {name for name, _ in model.named_parameters()} - {*family.vocabulary_weights, *computed}
+    needed = stored_weights(model).keys() - {*family.vocabulary_weights, *family.computed_weights}
     needed = {name.removeprefix("model.") for name in needed}
     if adapted := sorted(name for name in found if any(part in name for part in ADAPTED)):
         raise ValueError(f"{named}: its weights have {adapted[0]}, of an adapter: merge that into the weights")

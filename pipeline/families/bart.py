@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pipeline.families.keys import Keys
-from pipeline.families.layernorm import CARRIED, LayerNormFamily
+from pipeline.families.layernorm import LayerNormFamily, keys_of
 
 
 class BartFamily(LayerNormFamily):
-    keys: ClassVar[Keys] = Keys.of(
-        CARRIED,
-        normalize_before=(False,),
-        normalize_embedding=(True,),
-        add_final_layer_norm=(False,),
-        static_position_embeddings=(False,),
-        add_bias_logits=(False,),
+    keys: ClassVar[Keys] = keys_of(
+        norm_first=False,
+        embeddings_normed=True,
+        final_norm=False,
+        sinusoids=False,
     )
     norm_first: ClassVar[bool] = False

@@ -110,6 +110,19 @@ CARRIED = (
 )  # fmt: skip
 
 
+def keys_of(*, norm_first: bool, embeddings_normed: bool, final_norm: bool, sinusoids: bool, **more: Any) -> Keys:
+    """Keys of a family whose layers and stacks are made so; a config that says otherwise is another model's."""
+    return Keys.of(
+        CARRIED,
+        normalize_before=(norm_first,),
+        normalize_embedding=(embeddings_normed,),
+        add_final_layer_norm=(final_norm,),
+        static_position_embeddings=(sinusoids,),
+        add_bias_logits=(False,),
+        **more,
+    )
+
+
 class LayerNormFamily:
     """See pipeline.families.base.Family. A family of this kind says what differs by the first three."""
 

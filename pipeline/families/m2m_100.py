@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.families.keys import Keys
-from pipeline.families.layernorm import CARRIED, LayerNormFamily
+from pipeline.families.layernorm import LayerNormFamily, keys_of
 
 
 class SinusoidsBehindPadding(nn.Module):
@@ -30,14 +30,8 @@ class SinusoidsBehindPadding(nn.Module):
 
 
 class M2M100Family(LayerNormFamily):
-    keys: ClassVar[Keys] = Keys.of(
-        CARRIED,
-        normalize_before=(True,),
-        normalize_embedding=(False,),
-        add_final_layer_norm=(True,),
-        static_position_embeddings=(True,),
-        add_bias_logits=(False,),
-        tie_word_embeddings=(True,),
+    keys: ClassVar[Keys] = keys_of(
+        norm_first=True, embeddings_normed=False, final_norm=True, sinusoids=True, tie_word_embeddings=(True,)
     )
     norm_first: ClassVar[bool] = True
     positions: ClassVar[type[nn.Module]] = SinusoidsBehindPadding

@@ -7,19 +7,17 @@ from typing import ClassVar
 from torch import nn
 
 from pipeline.families.keys import Keys
-from pipeline.families.layernorm import CARRIED, LayerNormFamily
+from pipeline.families.layernorm import LayerNormFamily, keys_of
 from pipeline.families.pegasus import SinusoidalTable
 
 
 class MarianFamily(LayerNormFamily):
-    keys: ClassVar[Keys] = Keys.of(
-        CARRIED,
+    keys: ClassVar[Keys] = keys_of(
+        norm_first=False,
+        embeddings_normed=False,
+        final_norm=False,
+        sinusoids=True,
         equal={"decoder_vocab_size": "vocab_size"},
-        normalize_before=(False,),
-        normalize_embedding=(False,),
-        add_final_layer_norm=(False,),
-        static_position_embeddings=(True,),
-        add_bias_logits=(False,),
         tie_word_embeddings=(True,),
         share_encoder_decoder_embeddings=(True,),
     )

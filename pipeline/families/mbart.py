@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pipeline.families.keys import Keys
-from pipeline.families.layernorm import CARRIED, LayerNormFamily
+from pipeline.families.layernorm import LayerNormFamily, keys_of
 
 
 class MBartFamily(LayerNormFamily):
-    keys: ClassVar[Keys] = Keys.of(
-        CARRIED,
-        normalize_before=(True,),
-        normalize_embedding=(True,),
-        add_final_layer_norm=(True,),
-        static_position_embeddings=(False,),
-        add_bias_logits=(False,),
-        tie_word_embeddings=(True,),
+    keys: ClassVar[Keys] = keys_of(
+        norm_first=True, embeddings_normed=True, final_norm=True, sinusoids=False, tie_word_embeddings=(True,)
     )
     norm_first: ClassVar[bool] = True

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.families.keys import Keys
-from pipeline.families.layernorm import CARRIED, LayerNormFamily
+from pipeline.families.layernorm import LayerNormFamily, keys_of
 
 
 class SinusoidalTable(nn.Module):
@@ -28,13 +28,11 @@ class SinusoidalTable(nn.Module):
 
 
 class PegasusFamily(LayerNormFamily):
-    keys: ClassVar[Keys] = Keys.of(
-        CARRIED,
-        normalize_before=(True,),
-        normalize_embedding=(False,),
-        add_final_layer_norm=(True,),
-        static_position_embeddings=(True,),
-        add_bias_logits=(False,),
+    keys: ClassVar[Keys] = keys_of(
+        norm_first=True,
+        embeddings_normed=False,
+        final_norm=True,
+        sinusoids=True,
         tie_word_embeddings=(True,),
         extra_pos_embeddings=(1,),
     )

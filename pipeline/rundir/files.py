@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import make_folder, publish_bytes
+from data_prep.publish import is_kept_by_nfs, make_folder, publish_bytes
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -21,7 +21,7 @@ def check_empty(folder: Path, option: str) -> None:
     Raises:
         ValueError: something is there already; the message names the option that says where to.
     """
-    if folder.is_file() or (folder.is_dir() and any(not each.name.startswith(".nfs") for each in folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and not all(map(is_kept_by_nfs, folder.iterdir()))):
         raise ValueError(f"{folder} is not empty: choose another folder for {option}")
 
 

@@ -312,6 +312,19 @@ def check_order(run: Run) -> None:
     run.engine._partition.gather_stream = None
 
 
+def norms(ds_config: str) -> int:
+    """How often DeepSpeed computes a norm of gradients in a step, which clipping has computed already."""
+    run = Run(2, ds_config)
+    asked: list[Any] = []
+    optimizer = run.engine._engine.optimizer
+    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+        own = getattr(optimizer, name)
+        setattr(optimizer, name, lambda *args, own=own: asked.append(args) or own(*args))
+    run.step(0)
+    run.world.close()
+    return len(asked)
+
+
 def non_finite(ds_config: str) -> str:
     """What happens to the weights and moments when one rank has a NaN loss."""
     run_size = World.from_environment().size

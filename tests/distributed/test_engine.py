@@ -184,6 +184,11 @@ def test_configurations_continue_each_others_checkpoints(references, several, tm
     check_weights(tmp_path / "checkpoints", weights)
 
 
+@pytest.mark.parametrize("ds_config", ["zero3_cpu", "zero2_cpu", "zero3_offload"])
+def test_norms_are_computed_once(ds_config):
+    assert run_ranks(2, "tests.distributed.engine_ranks:norms", ds_config=ds_config) == [0, 0]
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_moves():
     for said in run_ranks(2, "tests.distributed.engine_ranks:non_finite", ds_config="zero3_cpu"):
         assert "gradients are not finite in encoder.0-1" in said

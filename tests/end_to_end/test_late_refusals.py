@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from tests.end_to_end.mistakes import BEFORE_ANY_WORK, ROOT
+from tests.end_to_end.breaking import ROOT
+from tests.end_to_end.mistakes import BEFORE_ANY_WORK
 from tests.end_to_end.test_mistakes import place, template
 
 __all__ = ["place", "template"]  # fixtures

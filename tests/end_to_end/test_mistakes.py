@@ -15,7 +15,8 @@ import yaml
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pipeline.__main__ import main
-from tests.end_to_end.mistakes import LINES, MISTAKES, ROOT, train_tokenizer, write_jsonl
+from tests.end_to_end.breaking import LINES, ROOT, train_tokenizer, write_jsonl
+from tests.end_to_end.mistakes import MISTAKES
 
 FOLDERS = {"settings", "weights", "quantised", "peer", "number", "token", "index"}  # first words of mistakes in models
 SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 6, "num_decoder_layers": 6}

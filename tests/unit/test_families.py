@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 from transformers.models.bart.modeling_bart import shift_tokens_right
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from pipeline.families import StackInputs, family_of
 from pipeline.model.huggingface import load_model
@@ -40,6 +41,27 @@ def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kin
     assert torch.equal(shared.embed("decoder", ids_BT), outputs.decoder_hidden_states[0])
     positions_1T = torch.arange(ids_BT.shape[1])[None]
     assert torch.equal(shared.embed_at(ids_BT[:, 3:], positions_1T[:, 3:]), outputs.decoder_hidden_states[0][:, 3:])
+
+
+@torch.no_grad()
+def test_t5_is_trained_with_norms_that_are_rounded_once():
+    """In fp32 equal to transformers' own, in bf16 within half a unit in the last place of float64's value."""
+    model = tiny_model("v1.1")
+    trained = copy.deepcopy(model)
+    family_of("t5").prepare_for_training(trained)
+    assert trained.state_dict().keys() == model.state_dict().keys()
+    before = [each for each in model.modules() if isinstance(each, T5LayerNorm)]
+    after = [each for each in trained.modules() if isinstance(each, torch.nn.RMSNorm)]
+    assert len(after) == len(before) == 6 * 2 + 6 * 3 + 2
+    assert not any(isinstance(each, T5LayerNorm) for each in trained.modules())
+    batch = random_batch(8)
+    torch.testing.assert_close(hf_logits(trained, batch), hf_logits(model, batch), atol=1e-6, rtol=1e-6)
+    norm, width = after[0].to(torch.bfloat16), model.config.d_model
+    norm.weight.copy_(torch.linspace(0.5, 2.0, width))
+    state_ND = torch.randn(200, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact_ND = state_ND.double() * (state_ND.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    exact_ND *= norm.weight.double()
+    assert ((norm(state_ND).double() - exact_ND).abs() <= 2**-8 * 1.001 * exact_ND.abs()).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -123,11 +123,15 @@ def test_names_that_nfs_keeps_are_no_part_of_what_is_compared(tmp_path: Path) ->
 
 
 def test_a_build_goes_on_while_its_tokenizer_is_read(tmp_path: Path) -> None:
+    """Its plan stays the same, which holds a hash of the tokenizer; the leftover goes as soon as it can."""
     config = DataConfig(**SMALL)
-    make_plan(tmp_path, config)
+    first = make_plan(tmp_path, config)
     (tmp_path / "tokenizer" / ".nfs00aa").write_text("")
-    make_plan(tmp_path, config)
-    write_atomic(tmp_path / "left.tmp-elsewhere-1" / "file", "")
+    assert make_plan(tmp_path, config) == first
+    left = tmp_path / "left.tmp-elsewhere-1"
+    write_atomic(left / "file", "")
     with kept_open(tmp_path):
-        for _ in range(2):
-            make_plan(tmp_path, config)
+        assert [make_plan(tmp_path, config) for _ in range(2)] == [first, first]
+        assert left.exists()
+    assert make_plan(tmp_path, config) == first
+    assert not left.exists()
