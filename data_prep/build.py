@@ -294,6 +294,8 @@ def _publish_test_text(out: Path, plan: Plan, sidecars: list[dict[str, Any]]) ->
         for number, record in enumerate(reader.records(unit)):
             if number not in dropped and record is not None:
                 row: dict[str, Any] = {"id": record.id, "source": record.source, "target": record.target}
+                languages = zip(("source_language", "language"), record.languages, strict=True)
+                row |= {name: language for name, language in languages if language}
                 rows.append(row | ({"references": [record.target, *record.others]} if record.others else {}))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     publish_bytes(out / TEST_TEXT, text.encode())

@@ -97,10 +97,16 @@ class Settings:
 
 
 def identity_settings(config: Any) -> dict[str, Any]:
-    """The identity fields of a settings dataclass as a JSON-able dict (tuples become lists)."""
-    names = [field.name for field in dataclasses.fields(config) if field.metadata["kind"] == "identity"]
-    values = dataclasses.asdict(config)
-    return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in names}
+    """The identity fields of a settings dataclass as a JSON-able dict (tuples become lists), without those that have a
+    default which is what was done when there was no such field."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata["kind"] == "identity" and not value == field.default == field.metadata["before"]:
+            found[field.name] = value
+            if isinstance(value, tuple):
+                found[field.name] = [identity_settings(each) if isinstance(each, Settings) else each for each in value]
+    return found
 
 
 TASKS = ("pairs", "span_corruption")
@@ -142,6 +148,13 @@ class SetConfig(Settings):
     """Text put before every source. Fields of the record in braces are filled in, which makes a language tag:
     "translate {src_lang} to {tgt_lang}: "."""
 
+    source_language: str = identity("", before="")
+    """Language of the sources, for a tokenizer that begins every text with the token of one (NLLB's eng_Latn, M2M100's
+    en, mBART-50's en_XX). Fields of the record in braces are filled in: {src_lang}."""
+
+    target_language: str = identity("", before="")
+    """Language of the targets, likewise; the test part's scores are told by it, too."""
+
     licence: str = identity("")
     """Where the files come from and under what terms; kept in the manifest."""
 
@@ -154,6 +167,15 @@ class SetConfig(Settings):
         _check_set(self, self.place)
         if not self.train:
             raise ValueError(f"data.sets: set {self.name!r} has no train files; name at least one")
+
+    def refuse_unsaid_languages(self) -> None:
+        """ValueError where the languages, which a tokenizer with tokens of languages needs, are not told."""
+        for name in ("source_language", "target_language"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"data.{name} is empty, but the tokenizer begins every text with the token of its language: give "
+                    f"one, such as eng_Latn, or the field of the records that tells it, such as {{src_lang}}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +228,13 @@ class DataConfig(Settings):
     prefix: str = identity("")
     """Text put before every source, for example "summarize: ". Fields of the record in braces are filled in, which
     makes a language tag: "translate {src_lang} to {tgt_lang}: "."""
+
+    source_language: str = identity("", before="")
+    """Language of the sources, for a tokenizer that begins every text with the token of one (NLLB's eng_Latn, M2M100's
+    en, mBART-50's en_XX). Fields of the record in braces are filled in: {src_lang}."""
+
+    target_language: str = identity("", before="")
+    """Language of the targets, likewise; the test part's scores are told by it, too."""
 
     licence: str = identity("")
     """Where the files come from and under what terms; kept in the manifest."""
@@ -294,15 +323,19 @@ class DataConfig(Settings):
         files = {split: getattr(self, split) for split in ("train", "validation", "test")}
         if self.corpus == "demo":
             files = {split: (f"corpus/{split}.jsonl",) for split in files}
-        names = ("task", "source_field", "target_field", "quotes", "prefix", "licence")
-        return (SetConfig(**files, **{name: getattr(self, name) for name in names}),)
+        shared = {field.name for field in dataclasses.fields(SetConfig)} & vars(self).keys()
+        return (SetConfig(**{name: getattr(self, name) for name in shared} | files),)
 
 
 def _check_set(config: SetConfig | DataConfig, place: str) -> None:
     for name in ("source_field", "target_field"):
         if not all(getattr(config, name).split(".")):
             raise ValueError(f"{place}{name} is {getattr(config, name)!r}: give a field name such as translation.en")
-    if config.task == "span_corruption" and (config.test or config.prefix):
-        raise ValueError(f"{place}task is span_corruption, which has no test texts and no prefix: leave them empty")
+    if config.task == "span_corruption" and (
+        config.test or config.prefix or config.source_language or config.target_language
+    ):
+        raise ValueError(
+            f"{place}task is span_corruption, which has no test texts, prefix or languages: leave them empty"
+        )
     if config.task == "pairs" and config.source_field == config.target_field:
         raise ValueError(f"{place}source_field and target_field are both {config.source_field!r}: name two fields")

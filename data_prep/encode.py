@@ -11,7 +11,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from data_prep.languages import read_languages
 from data_prep.shards import Block
 from data_prep.words import MARK, Words
 
@@ -55,6 +56,10 @@ class Encoded:
 
 Rows = tuple[np.ndarray, np.ndarray, int]
 """(tokens of each text int64 [num_texts], ids of all back to back int32, texts not encoded word by word)."""
+
+
+_Before = Sequence[int | np.ndarray]
+"""Ids that begin texts, one place after the other: the same for all texts, or one for each."""
 
 
 class _Backend(Protocol):
@@ -159,22 +164,33 @@ class Encoder:
 
     def __init__(self, folder: Path, max_source_tokens: int, max_target_tokens: int) -> None:
         self._backend = _backend(folder)
-        self.info = self._backend.info
+        self.languages = read_languages(folder)
+        """Ids of the tokens of languages that texts begin with, where the tokenizer has such."""
+        info = self._backend.info
+        # M2M100's tokens of languages are beyond what it says is its vocabulary
+        self.info = replace(info, vocab_size=max(info.vocab_size, 1 + max(self.languages.values(), default=0)))
         self.num_whole = 0
         """Texts so far that were not encoded word by word."""
         self._max_source_tokens = max_source_tokens
         self._max_target_tokens = max_target_tokens
         self._dtype = np.uint16 if self.info.vocab_size <= 1 << 16 else np.uint32
 
-    def encode(self, sources: Sequence[str], targets: Sequence[str]) -> Encoded:
-        """Encode pairs. Ids are uint16 (uint32 if the vocabulary needs it); pairs with an empty text are dropped."""
+    def encode(
+        self, sources: Sequence[str], targets: Sequence[str], languages: Sequence[tuple[str, str]] = ()
+    ) -> Encoded:
+        """Encode pairs. Ids are uint16 (uint32 if the vocabulary needs it); pairs with an empty text are dropped.
+
+        Args:
+            languages: of source and target of each pair, for a tokenizer with tokens of languages (see `languages`).
+        """
         source, target = self._rows(sources), self._rows(targets)
         has_source, has_target = source[0] > 0, target[0] > 0
         empty = {"empty source": ~has_source, "empty target": has_source & ~has_target}
         dropped = {reason: np.flatnonzero(rows).tolist() for reason, rows in empty.items() if rows.any()}
         kept = has_source & has_target
-        source_lengths, source_ids, num_source = self._packed(source, kept, self._max_source_tokens)
-        target_lengths, target_ids, num_target = self._packed(target, kept, self._max_target_tokens)
+        source_before, target_before = self._before(languages, kept)
+        source_lengths, source_ids, num_source = self._packed(source, kept, self._max_source_tokens, source_before)
+        target_lengths, target_ids, num_target = self._packed(target, kept, self._max_target_tokens, target_before)
         block = Block(source_lengths, target_lengths, source_ids, target_ids)
         return Encoded(block, dropped, num_source, num_target)
 
@@ -203,8 +219,9 @@ class Encoder:
         return np.array(found, dtype=np.int64)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids [length], end-of-sequence and padding left out."""
-        return self._backend.text(ids.tolist())
+        """The text of ids [length], end-of-sequence, padding and languages left out."""
+        languages = {*self.languages.values()}
+        return self._backend.text([each for each in ids.tolist() if each not in languages])
 
     def block_of(self, source_NS: np.ndarray, target_NT: np.ndarray) -> Block:
         """Rows of equal length, end-of-sequence included, as a block."""
@@ -213,10 +230,18 @@ class Encoder:
             source, target, source_NS.reshape(-1).astype(self._dtype), target_NT.reshape(-1).astype(self._dtype)
         )
 
-    def _packed(self, rows: Rows, kept: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _before(self, languages: Sequence[tuple[str, str]], kept: np.ndarray) -> tuple[_Before, _Before]:
+        """What begins the kept sources, and the targets."""
+        if not self.languages:
+            return self._backend.before, self._backend.before
+        ids_N2 = np.array([[self.languages[each] for each in pair] for pair in languages]).reshape(-1, 2)[kept]
+        return (ids_N2[:, 0],), (ids_N2[:, 1],)
+
+    def _packed(
+        self, rows: Rows, kept: np.ndarray, max_tokens: int, before: _Before
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """(lengths, ids) of the kept rows back to back, each framed and cut, and how many were cut."""
         lengths, ids, _ = rows
-        before = np.array(self._backend.before, dtype=self._dtype)
         longest = max(max_tokens - 1 - len(before), 0)
         num_cut = int((lengths[kept] > longest).sum())
         if num_cut or not kept.all():
@@ -228,8 +253,8 @@ class Encoder:
         packed = np.full(int(framed.sum()), self.info.eos_id, dtype=self._dtype)
         is_text = np.ones(len(packed), dtype=bool)
         is_text[begins + framed - 1] = False
-        for place, number in enumerate(before):
-            packed[begins + place], is_text[begins + place] = number, False
+        for place, numbers in enumerate(before):
+            packed[begins + place], is_text[begins + place] = numbers, False
         packed[is_text] = ids
         return framed.astype(np.uint16), packed, num_cut
 

@@ -169,6 +169,7 @@ def make_plan(out: Path, config: DataConfig) -> Plan:
         plan = Plan(settings, plan.inputs, {}, plan.units, _find_duplicates(out, plan))
     plan = Plan(settings, plan.inputs, make_tokenizer_folder(out, plan), plan.units, plan.duplicates)
     _check_sentinels(out, plan)
+    _check_languages(out, plan)
     publish_json(out / PLAN, asdict(plan))
     return plan
 
@@ -184,7 +185,8 @@ def _location(out: Path, config: DataConfig, name: str) -> Path:
 
 
 def _fields(config: SetConfig) -> Fields:
-    return Fields(config.source_field, config.target_field if config.task == "pairs" else None, config.prefix)
+    target = config.target_field if config.task == "pairs" else None
+    return Fields(config.source_field, target, config.prefix, config.source_language, config.target_language)
 
 
 def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
@@ -229,7 +231,8 @@ def _find_duplicates(out: Path, plan: Plan) -> dict[str, list[int]]:
         for position, record in enumerate(reader.records(unit)):
             if record is None:
                 continue
-            digest = hashlib.blake2b(f"{record.source}\0{record.target}".encode(), digest_size=16).digest()
+            languages = "".join(f"\0{each}" for each in record.languages if each)
+            digest = hashlib.blake2b(f"{record.source}\0{record.target}{languages}".encode(), digest_size=16).digest()
             if digest in seen[unit.split]:
                 found.setdefault(unit_name(unit), []).append(position)
             seen[unit.split].add(digest)
@@ -319,6 +322,12 @@ def _num_sentinels(config: DataConfig) -> int:
 def _check_sentinels(out: Path, plan: Plan) -> None:
     if count := _num_sentinels(plan.config):
         plan.encoder(out).sentinels(count)
+
+
+def _check_languages(out: Path, plan: Plan) -> None:
+    if plan.encoder(out).languages:
+        for each in plan.config.all_sets:
+            each.refuse_unsaid_languages()
 
 
 def _training_texts(out: Path, plan: Plan) -> Iterator[str]:

@@ -2,7 +2,7 @@
 only one rank needs it.
 
     python -m data_prep.served write SOURCE TARGET     # write_tokenizer
-    python -m data_prep.served compare FOLDER          # refuse_other_ids of [text, ids, longest] lines from stdin
+    python -m data_prep.served compare FOLDER          # refuse_other_ids of the examples that stdin has, one a line
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
-Example = tuple[str, list[int], int]
-"""A text, its ids as the shards have them, and the most tokens that it may have."""
+Example = tuple[str, str, list[int], int]
+"""A text, its language, its ids as the shards have them, and the most tokens that it may have."""
 
 
 def write(source: Path, target: Path) -> None:

@@ -6,9 +6,8 @@ reads by row numbers. A row is counted even if it is blank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +130,19 @@ class Record:
     """The side that is null instead of a text, if one is."""
     others: tuple[str, ...] = ()
     """Further references, where the target field holds a list."""
+    languages: tuple[str, str] = ("", "")
+    """Of source and target, where they are told."""
 
 
 class Fields:
     """Where the texts are in a row; dotted paths go into nested objects. `target` is None for raw text."""
 
-    def __init__(self, source: str, target: str | None, prefix: str = "") -> None:
+    def __init__(
+        self, source: str, target: str | None, prefix: str = "", source_language: str = "", target_language: str = ""
+    ) -> None:
         self._source, self._target = source, target
-        self._prefix = _template(prefix)
+        self._prefix = Template("prefix", prefix)
+        self._languages = Template("source_language", source_language), Template("target_language", target_language)
 
     def record(self, row: Row, place: str, default_id: str) -> Record:
         """A row as a record. ValueError begins with `place`.
@@ -150,11 +154,44 @@ class Fields:
         others: tuple[str, ...] = ()
         if self._target is not None:
             target, others = _references(self._target, row, place)
+        name, languages = _id(row, place, default_id), self._languages_of(row, place)
         if source is None or target is None:
-            return Record(_id(row, place, default_id), source or "", target or "", "target" if source else "source")
-        if source.strip() and self._prefix:
-            source = "".join(part if isinstance(part, str) else part(row, place) for part in self._prefix) + source
-        return Record(_id(row, place, default_id), source, target, others=others)
+            return Record(name, source or "", target or "", "target" if source else "source", languages=languages)
+        if source.strip():
+            source = self._prefix.fill(row, place) + source
+        return Record(name, source, target, others=others, languages=languages)
+
+    def _languages_of(self, row: Row, place: str) -> tuple[str, str]:
+        source, target = self._languages
+        return source.fill(row, place), target.fill(row, place)
+
+
+class Template:
+    """The text of a setting in which fields of the record stand in braces."""
+
+    def __init__(self, setting: str, text: str) -> None:
+        self._setting, self._fixed = setting, "{" not in text
+        self._parts: list[tuple[str, str]] = []
+        """(text, the field that follows it); the last one is followed by none."""
+        while "{" in text:
+            before, _, rest = text.partition("{")
+            field, brace, text = rest.partition("}")
+            if not brace or not field:
+                raise ValueError(f"data.{setting} has a brace without a field: {before}{{{rest!r}; write {{field}}")
+            self._parts.append((before, field))
+        self._parts.append((text, ""))
+
+    def fill(self, row: Row, place: str) -> str:
+        """The text for a row. ValueError begins with `place`."""
+        if self._fixed:
+            return self._parts[0][0]
+        return "".join(text + (self._field(name, row, place) if name else "") for text, name in self._parts)
+
+    def _field(self, name: str, row: Row, place: str) -> str:
+        text = _text(name, self._setting, row, place)
+        if text is None:
+            raise ValueError(f"{place}: field {name!r} is null, and data.{self._setting} needs it")
+        return text
 
 
 def _id(row: Row, place: str, default_id: str) -> str:
@@ -166,25 +203,6 @@ def _id(row: Row, place: str, default_id: str) -> str:
             raise ValueError(f"{place}: field 'id' is the number {given!r}; write it as a text")
         given = int(given)
     return str(given)
-
-
-def _template(prefix: str) -> list[str | Callable[[Row, str], str]]:
-    """A prefix as fixed parts and fields in braces; nothing of an empty one."""
-    parts: list[str | Callable[[Row, str], str]] = []
-    while "{" in prefix:
-        before, _, rest = prefix.partition("{")
-        field, brace, prefix = rest.partition("}")
-        if not brace or not field:
-            raise ValueError(f"data.prefix has a brace without a field: {before}{{{rest!r}; write {{field}}")
-        parts += [before, partial(_in_prefix, field)]
-    return [*parts, prefix] if prefix else parts
-
-
-def _in_prefix(field: str, row: Row, place: str) -> str:
-    text = _text(field, "prefix", row, place)
-    if text is None:
-        raise ValueError(f"{place}: field {field!r} is null, and data.prefix needs it")
-    return text
 
 
 def _references(dotted: str, row: Row, place: str) -> tuple[str | None, tuple[str, ...]]:

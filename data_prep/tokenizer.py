@@ -20,6 +20,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from data_prep.languages import LANGUAGES
+
 SPIECE, TOKENIZER_JSON, TOKENIZER_CONFIG = "spiece.model", "tokenizer.json", "tokenizer_config.json"
 LFS = b"version https://git-lfs"
 _SETTINGS = "config.json"
@@ -174,7 +176,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
         backend.no_truncation()
         backend.no_padding()
     tokenizer.save_pretrained(target)
-    for name in set(tokenizer.vocab_files_names.values()) - {TOKENIZER_JSON}:
+    for name in set(tokenizer.vocab_files_names.values()) - {TOKENIZER_JSON, TOKENIZER_CONFIG}:
         if (source / name).is_file():  # for readers without `tokenizers`
             shutil.copyfile(source / name, target / name)
     settings = _json(target / TOKENIZER_CONFIG)
@@ -185,6 +187,8 @@ def write_tokenizer(source: Path, target: Path) -> None:
     named = {getattr(tokenizer, kind) for kind in _USUAL}
     settings["additional_special_tokens"] = [each for each in extra if _content(each) not in named]
     settings["model_input_names"] = ["input_ids", "attention_mask"]
+    if languages := language_ids(tokenizer):
+        _write_json(target / LANGUAGES, languages)
     if backend is None:
         _write_json(target / TOKENIZER_CONFIG, settings)
         return
@@ -205,23 +209,34 @@ def check_tokenizer(source: Path) -> PreTrainedTokenizerBase:
                 f"{source}: the tokenizer has no {kind} token: name it in {TOKENIZER_CONFIG}, or give the tokenizer of "
                 f"a seq2seq model"
             )
-    if code := getattr(tokenizer, "src_lang", None):
-        raise ValueError(
-            f"{source}: the tokenizer begins every text with the code of one language ({code}), sources and targets "
-            f"alike; codes by record are not carried: use a model without them"
-        )
     if getattr(tokenizer, "spm_target", None) is not None:
         raise ValueError(
             f"{source}: the tokenizer cuts targets into pieces of their own (target.spm), which is not carried: use a "
             f"model with one set of pieces"
         )
     ids = tokenizer("a").input_ids
+    if (language := getattr(tokenizer, "src_lang", None)) and language_ids(tokenizer).get(language) != ids[0]:
+        raise ValueError(
+            f"{source}: the tokenizer does not begin a text with the token of its language {language!r} (it gives "
+            f"{ids} for 'a'), as NLLB's, M2M100's and mBART-50's do; older ones, which end it so, are not carried"
+        )
     if not ids or ids[-1] != tokenizer.eos_token_id:
         raise ValueError(
             f"{source}: the tokenizer does not end a text with its end-of-sequence token {tokenizer.eos_token!r} (it "
             f"gives {ids} for 'a'): use the tokenizer of a seq2seq model"
         )
     return tokenizer
+
+
+def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the tokens that texts of each language begin with; none of a tokenizer without such."""
+    if getattr(tokenizer, "src_lang", None) is None:
+        return {}
+    if known := getattr(tokenizer, "lang_code_to_id", None):
+        return {language: number for language, number in known.items() if number != tokenizer.unk_token_id}
+    named = {getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    added = tokenizer.added_tokens_decoder
+    return {each.content: number for number, each in added.items() if each.special and number not in named}
 
 
 def _content(token: str | dict[str, Any]) -> str:
@@ -242,14 +257,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def refuse_other_ids(folder: Path, examples: Iterable[tuple[str, list[int], int]]) -> None:
-    """Compare (text, its ids, the most tokens it may have) with what the folder's own AutoTokenizer gives.
+def refuse_other_ids(folder: Path, examples: Iterable[tuple[str, str, list[int], int]]) -> None:
+    """Compare (text, its language, its ids, the most tokens it may have) with what the folder's AutoTokenizer gives.
 
     Raises:
         ValueError: the first text with other ids.
     """
-    tokenizer = load_tokenizer(folder)
-    for text, ours, longest in examples:
+    tokenizer: Any = load_tokenizer(folder)
+    for text, language, ours, longest in examples:
+        if language_ids(tokenizer) and tokenizer.src_lang != language:
+            tokenizer.src_lang = language
         theirs = tokenizer(text, truncation=True, max_length=longest).input_ids
         if theirs != ours:
             raise ValueError(

@@ -13,9 +13,11 @@ import numpy as np
 
 from data_prep.corruption import corrupt, segment_tokens, span_counts
 from data_prep.encode import Encoded, Encoder
+from data_prep.languages import language_id
 from data_prep.partition import Unit, mix
 from data_prep.plan import SPLITS, Plan, RecordReader, unit_name
 from data_prep.publish import publish_bytes, publish_json
+from data_prep.served import Example
 from data_prep.shards import Block, Shard, ShardEntry, blocks_of_shard, cut_block, make_shard
 from data_prep.sources import Record
 
@@ -57,7 +59,12 @@ class UnitMaker:
         texts = [record for position in kept if (record := records[position]) is not None]
         num_whole = self._encoder.num_whole
         if plan.set_of(unit).task == "pairs":
-            encoded = self._encoder.encode([record.source for record in texts], [record.target for record in texts])
+            self._refuse_languages(unit, kept, texts)
+            encoded = self._encoder.encode(
+                [record.source for record in texts],
+                [record.target for record in texts],
+                [record.languages for record in texts],
+            )
         else:
             encoded = _span_corruption(plan, self._encoder, unit, texts)
         for reason, positions in encoded.dropped.items():
@@ -91,10 +98,23 @@ class UnitMaker:
         for position, reason in sorted(firsts)[:1]:
             record = records[position]
             assert record is not None
-            place = f"{self._plan.inputs[unit.input].path}: record {unit.start + position + 1} (id {record.id})"
             raise ValueError(
-                f"{place}: {reason}; remove it, or set data.drop_empty to leave out and count such records"
+                f"{self._place(unit, position, record)}: {reason}; remove it, or set data.drop_empty to leave out and "
+                f"count such records"
             )
+
+    def _refuse_languages(self, unit: Unit, positions: Sequence[int], records: Sequence[Record]) -> None:
+        """ValueError of the first record in a language that the tokenizer has no token for, where it has such."""
+        if ids := self._encoder.languages:
+            for position, record in zip(positions, records, strict=True):
+                try:
+                    for language in record.languages:
+                        language_id(ids, language)
+                except ValueError as error:
+                    raise ValueError(f"{self._place(unit, position, record)}: {error}") from None
+
+    def _place(self, unit: Unit, position: int, record: Record) -> str:
+        return f"{self._plan.inputs[unit.input].path}: record {unit.start + position + 1} (id {record.id})"
 
 
 def _span_corruption(plan: Plan, encoder: Encoder, unit: Unit, records: Sequence[Record]) -> Encoded:
@@ -121,28 +141,34 @@ def _span_corruption(plan: Plan, encoder: Encoder, unit: Unit, records: Sequence
     return Encoded(Block.joined(blocks), {"empty source": empty} if empty else {})
 
 
-def sample_of_unit(out: Path, plan: Plan, unit: Unit) -> list[tuple[str, list[int], int]]:
-    """(text, its ids, the most tokens it may have) of the first examples of a unit, the ids as its shard has them; of
-    span corruption, which leaves no text as it was, as the encoder gives them."""
+def sample_of_unit(out: Path, plan: Plan, unit: Unit) -> list[Example]:
+    """The first examples of a unit, the ids as its shard has them; of span corruption, which leaves no text as it was,
+    as the encoder gives them."""
     config, reader = plan.config, RecordReader(out, plan)
     sidecar = published(out, plan, unit)
     assert sidecar is not None, f"{unit_name(unit)} is not published"
     dropped = {number for numbers in sidecar["dropped"].values() for number in numbers}
     kept = (record for number, record in enumerate(reader.records(unit)) if record and number not in dropped)
     records = list(itertools.islice(kept, _SAMPLE))
-    sides = [([record.source for record in records], config.max_source_tokens)]
+    sources = [record.source for record in records]
+    sides = [(sources, [record.languages[0] for record in records], config.max_source_tokens)]
     if plan.set_of(unit).task == "pairs":
-        sides.append(([record.target for record in records], config.max_target_tokens))
+        targets, languages = [record.target for record in records], [record.languages[1] for record in records]
+        sides.append((targets, languages, config.max_target_tokens))
         shard = out / sidecar["shard"]["path"]
         block = next(blocks_of_shard(shard.read_bytes(), str(shard)), None)
     else:
-        block = plan.encoder(out).encode(sides[0][0], sides[0][0]).block
+        block = plan.encoder(out).encode(sources, sources).block
     if block is None:
         return []
-    sample = []
-    for (texts, longest), lengths, ids in zip(sides, block.lengths, (block.source_ids, block.target_ids), strict=False):
+    sample: list[Example] = []
+    for (texts, languages, longest), lengths, ids in zip(
+        sides, block.lengths, (block.source_ids, block.target_ids), strict=False
+    ):
         rows = np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1])
-        sample += [(text, row.tolist(), longest) for text, row in zip(texts, rows, strict=False)]
+        sample += [
+            (text, language, row.tolist(), longest) for text, language, row in zip(texts, languages, rows, strict=False)
+        ]
     return sample
 
 

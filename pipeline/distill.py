@@ -32,7 +32,7 @@ from pipeline.model import (
 from pipeline.rundir import Stage
 from pipeline.scoring import bleu
 from pipeline.spans import Assembly, Stacks
-from pipeline.tokenizer import Wording, load_tokenizer
+from pipeline.tokenizer import Wording, language_ids, load_tokenizer
 from pipeline.training import Task, Trainer, Translation, Watchdog, begin_stage
 from pipeline.world import World
 
@@ -124,4 +124,6 @@ def translation(
     ratios = {name: assembly.ratio_of_layers for name, assembly in assemblies.items()}
     teacher, *students = assemblies
     chosen = [teacher, students[0], min(students, key=lambda name: abs(ratios[name] - 2)), students[-1]]
-    return Translation({name: ((assemblies[name],),) for name in chosen}, tokenizer.eos_token_id, score)
+    return Translation(
+        {name: ((assemblies[name],),) for name in chosen}, tokenizer.eos_token_id, score, bool(language_ids(tokenizer))
+    )

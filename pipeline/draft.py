@@ -24,10 +24,11 @@ import transformers
 from tqdm import tqdm
 
 from data_prep.publish import publish_json, publishing_folder
-from pipeline.assemble import Parts, card_of, write_card, write_checkpoint
+from pipeline.assemble import Parts, card_of, loading_of, write_card, write_checkpoint
 from pipeline.data import evaluation_batches
 from pipeline.rundir import RunDir
 from pipeline.spans import Assembly, Stacks, pure_tiling
+from pipeline.tokenizer import language_ids, load_tokenizer
 
 LOOKAHEADS = (3, 6, 12)  # tokens that a draft proposes at most
 LOOKUPS = (3, 10)  # the same, of prompt lookup, which copies them from the source
@@ -87,23 +88,25 @@ def draft_command(arguments: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     parts = Parts.of(run)
-    sources = sources_of(run, options.examples)
-    found = measure(parts, ways_of(parts), sources, options.max_new_tokens)
-    print(table(found, len(sources)))
+    examples = examples_of(run, options.examples)
+    found = measure(parts, ways_of(parts), examples, options.max_new_tokens)
+    print(table(found, len(examples)))
     folder = run.root / "draft" / "model"
-    way = best(found, len(sources))
+    way = best(found, len(examples))
     write_draft(parts, way, found, folder)
     speed = found[alone(found)].ms_per_token / found[way].ms_per_token
     print(f"{folder}: {way.assembly}, with which the teacher writes {speed:.2f} times as fast as alone")
 
 
-def sources_of(run: RunDir, num_examples: int) -> list[torch.Tensor]:
-    """Token ids [1, S] of validation sources, evenly spaced over the split."""
-    batches = evaluation_batches(run.data, "validation", WHOLE_BATCH, num_examples)
+def examples_of(run: RunDir, num_examples: int) -> list[dict[str, Any]]:
+    """What generate takes of validation examples, evenly spaced over the split: source ids [1, S], and where texts
+    begin with the token of a language that of the target."""
+    has_languages = bool(language_ids(load_tokenizer(run.teacher_model)))
     return [
-        ids_S[mask_S][None]
-        for batch in batches
-        for ids_S, mask_S in zip(batch.source_BS, batch.source_mask_BS, strict=True)
+        {"input_ids": ids_S[mask_S][None], "attention_mask": mask_S[mask_S][None].long()}
+        | ({"forced_bos_token_id": int(labels_T[0])} if has_languages else {})
+        for batch in evaluation_batches(run.data, "validation", WHOLE_BATCH, num_examples)
+        for ids_S, mask_S, labels_T in zip(batch.source_BS, batch.source_mask_BS, batch.labels_BT, strict=True)
     ]
 
 
@@ -143,23 +146,22 @@ def settings_of(num_assistant_tokens: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(
-    parts: Parts, ways: Sequence[Way], sources: Sequence[torch.Tensor], max_new_tokens: int
+    parts: Parts, ways: Sequence[Way], examples: Sequence[dict[str, Any]], max_new_tokens: int
 ) -> dict[Way, Found]:
-    """Write every source in every way; the ways take turns, so that what else the machine does slows all of them."""
+    """Write every target in every way; the ways take turns, so that what else the machine does slows all of them."""
     encoder, decoder = (pure_tiling(num_layers, 1) for _, num_layers, _ in parts.models.stacks)
     teacher: Any = parts.models.assembly(Assembly(encoder, decoder))
     found = {way: Found() for way in ways}
     passes = [0]
     teacher.get_decoder().register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    rounds = [sources[0], *sources]  # the first is not counted: it warms up
-    for index, source_BS in enumerate(tqdm(rounds, desc="draft", unit="example", disable=None)):
+    rounds = [examples[0], *examples]  # the first is not counted: it warms up
+    for index, inputs in enumerate(tqdm(rounds, desc="draft", unit="example", disable=None)):
         own = None
         for way in ways:
             passes[0], started_at = 0, time.perf_counter()
             output = teacher.generate(
-                input_ids=source_BS, attention_mask=torch.ones_like(source_BS), num_beams=1, do_sample=False,
-                max_new_tokens=max_new_tokens, **way.options,
-            )  # fmt: skip
+                **inputs, num_beams=1, do_sample=False, max_new_tokens=max_new_tokens, **way.options
+            )
             seconds = time.perf_counter() - started_at
             own = output if own is None else own
             if index > 0:
@@ -211,7 +213,8 @@ def write_draft(parts: Parts, way: Way, found: dict[Way, Found], folder: Path) -
         kind, num_examples = parts.config["model_type"], found[way].num_equal
         scores = [f"It writes ahead for its teacher. On {num_examples} validation examples, one at a time:", ""]
         scores += table(found, num_examples).splitlines()
-        card = card_of(assembly, kind=kind, dropped=False, library=parts.manifest, loading=LOADING, scores=scores)
+        loading = loading_of(temporary, LOADING)
+        card = card_of(assembly, kind=kind, dropped=False, library=parts.manifest, loading=loading, scores=scores)
         write_card(temporary, card)
         ways = [{"way": each.name, **asdict(figures)} for each, figures in found.items()]
         publish_json(temporary / "draft.json", {"of": parts.hashes, "chosen": way.name, "ways": ways})

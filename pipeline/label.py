@@ -2,8 +2,9 @@
 
 Sequence-level distillation (Kim and Rush 2016): the teacher decodes every training source with beams, and what passes
 the rule becomes RUN/labels/train.jsonl.gz, a file like any other: {"id", "source", "target", "chrf"}, the prefix within
-the source. The rule leaves out an output that is empty, that did not end within data.max_target_tokens, or whose chrF
-with the reference is below a bound; and a source that does not come back from its ids, as with unknown characters.
+the source, with "source_language" and "language" where texts begin with the token of one. The rule leaves out an output
+that is empty, that did not end within data.max_target_tokens, or whose chrF with the reference is below a bound; and a
+source that does not come back from its ids, as with unknown characters.
 
 Workers need only the run directory, as in the evaluation: units of UNIT_EXAMPLES examples are claimed through files and
 published whole, so any number of workers share them and any kill only pauses.
@@ -37,7 +38,7 @@ from pipeline.evaluation import decode_in_memory, folder_hashes
 from pipeline.rundir import RunDir, digest_of, publish_sealed, read_sealed, work_off
 from pipeline.scoring import chrf
 from pipeline.spans import STACKS
-from pipeline.tokenizer import Wording
+from pipeline.tokenizer import Wording, forced_bos_ids, language_ids, with_languages
 from pipeline.world import World
 
 UNIT_EXAMPLES = 1024
@@ -148,8 +149,9 @@ class _Labelling:
         member = Member(TEACHER, *(tuple(self._pool.layers[stack]) for stack in STACKS))
         outputs: list[list[int] | None] = [None] * len(places)
         for batch in batches_of([len(ids) for ids in sources], self._recipe.evaluate.tokens_per_batch):
-            source = [sources[i] for i in batch]
-            found = decode_in_memory(self._pool, [member], source, None, self._rules, beat).get(TEACHER)
+            source, forced = [sources[i] for i in batch], forced_bos_ids(self._pool.tokenizer, references)
+            forced = forced and [forced[i] for i in batch]
+            found = decode_in_memory(self._pool, [member], source, None, self._rules, beat, forced).get(TEACHER)
             for position, tokens in zip(batch, found.tokens if found else [], strict=False):
                 outputs[position] = tokens
             beat()
@@ -167,7 +169,10 @@ class _Labelling:
         source_texts, texts, reference_texts = map(
             self._wording, (sources, [tokens or [] for tokens in outputs], references)
         )
-        again = tokenizer(source_texts).input_ids
+        ids = language_ids(tokenizer)
+        language_of = {number: language for language, number in ids.items()}
+        languages = [[language_of.get(row[0], "") for row in side] for side in (sources, references)]
+        again = with_languages(tokenizer(source_texts).input_ids, ids, languages[0])
         rows, dropped = [], Counter[str]()
         for i, (place, tokens) in enumerate(zip(places, outputs, strict=True)):
             score = chrf(texts[i], reference_texts[i])
@@ -183,6 +188,8 @@ class _Labelling:
                 dropped["below chrF"] += 1
             else:
                 row = {"id": f"{TEACHER}/{place}", "source": source_texts[i], "target": texts[i]}
+                named = zip(("source_language", "language"), languages, strict=True)
+                row |= {name: side[i] for name, side in named if side[i]}
                 rows.append({**row, "chrf": round(score, 2)})
         return {"rows": rows, "dropped": dict(dropped)}
 

@@ -19,7 +19,7 @@ from pipeline.decoding import generate, load, losses_of
 from pipeline.model import load_model
 from pipeline.rundir import RunDir, Stage
 from pipeline.scoring import bleu
-from pipeline.tokenizer import Wording
+from pipeline.tokenizer import Wording, forced_bos_ids
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
 from pipeline.world import World
 
@@ -90,6 +90,7 @@ def validate(folder: Path, recipe: Recipe, run: RunDir, world: World) -> Score:
         sources = [ids[mask].tolist() for ids, mask in zip(batch.source_BS, batch.source_mask_BS, strict=True)]
         targets = [labels[labels != IGNORED_LABEL].tolist() for labels in batch.labels_BT]
         loss, num_tokens = loss + sum(losses_of(model, sources, targets)), num_tokens + sum(map(len, targets))
-        outputs += wording(generate(model, sources, recipe.evaluate.max_new_tokens, recipe.evaluate.num_beams))
+        settings, forced = recipe.evaluate, forced_bos_ids(tokenizer, targets)
+        outputs += wording(generate(model, sources, settings.max_new_tokens, settings.num_beams, forced))
         references += wording(targets)
     return Score(bleu(outputs, references, recipe.evaluate.bleu_tokenizer), loss / num_tokens)

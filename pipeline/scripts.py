@@ -16,8 +16,9 @@ _SCRIPTS = {  # tokenizer: the characters that ask for it
     "ko-mecab": re.compile("[\uac00-\ud7a3\u1100-\u11ff]"),
     "char": re.compile("[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff]"),  # Thai, Lao, Tibetan, Burmese, Khmer
 }
-_LANGUAGES = {"ja": "ja-mecab", "zh": "zh", "yue": "zh", "ko": "ko-mecab"}
-_LANGUAGES |= dict.fromkeys(("th", "lo", "bo", "my", "km"), "char")
+_LANGUAGES = {"ja": "ja-mecab", "zh": "zh", "ko": "ko-mecab"}  # ISO 639-1, below 639-3, as NLLB has them
+_LANGUAGES |= {"jpn": "ja-mecab", "zho": "zh", "yue": "zh", "kor": "ko-mecab"}
+_LANGUAGES |= dict.fromkeys(("th", "lo", "bo", "my", "km", "tha", "lao", "bod", "mya", "khm"), "char")
 
 
 def tokenizer_of(texts: Sequence[str], language: str) -> str:

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.languages import with_languages
 from data_prep.tokenizer import (
     check_tokenizer,
     copy_tokenizer,
+    language_ids,
     load_tokenizer,
     refuse_pointer,
     tokenizer_files,
@@ -22,10 +24,13 @@ __all__ = [
     "Wording",
     "check_tokenizer",
     "copy_tokenizer",
+    "forced_bos_ids",
+    "language_ids",
     "load_tokenizer",
     "refuse_pointer",
     "tokenizer_files",
     "vocabulary_size",
+    "with_languages",
     "write_tokenizer",
 ]
 
@@ -34,7 +39,15 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def vocabulary_size(folder: Path) -> int:
-    return len(load_tokenizer(folder))
+    """One more than the largest id; M2M100's tokens of languages are beyond what it says is its vocabulary."""
+    tokenizer = load_tokenizer(folder)
+    return max(len(tokenizer), 1 + max(language_ids(tokenizer).values(), default=0))
+
+
+def forced_bos_ids(tokenizer: Any, references: Sequence[Sequence[int]]) -> list[int] | None:
+    """The tokens of languages that outputs must begin with: those that their references begin with. None of a tokenizer
+    without such tokens."""
+    return [ids[0] for ids in references] if language_ids(tokenizer) else None
 
 
 class Wording:
@@ -50,7 +63,8 @@ class Wording:
                 references are ids, too: all are kept but those that frame a text, alike on both sides.
         """
         self._tokenizer = tokenizer
-        frames = {getattr(tokenizer, f"{name}_token_id") for name in _FRAMES}
+        self._languages = {*language_ids(tokenizer).values()}  # which not every folder says are special
+        frames = {getattr(tokenizer, f"{name}_token_id") for name in _FRAMES} | self._languages
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         tokens = {text: number for text, number in special.items() if number not in frames and not _BYTE.match(text)}
         spaces = _spaces_around(tokens, texts) if tokens else {}
@@ -60,6 +74,8 @@ class Wording:
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of ids [num_rows][num_tokens]."""
+        if self._languages:
+            rows = [[number for number in row if number not in self._languages] for row in rows]
         plain = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
             text if self._written.keys().isdisjoint(row) else self._put_together(row)

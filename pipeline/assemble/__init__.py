@@ -1,6 +1,6 @@
 """From the module library to plain Hugging Face folders: which are asked for, and how each is written."""
 
-from pipeline.assemble.card import card_of, scores_of, write_card, write_trimmed_card
+from pipeline.assemble.card import card_of, loading_of, scores_of, write_card, write_trimmed_card
 from pipeline.assemble.requests import (
     Baseline,
     assembly_to_recover,

@@ -13,9 +13,23 @@ CARD = "README.md"
 LOADING = """    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     folder = "."  # this folder
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    outputs = model.generate(**tokenizer(["a text"], return_tensors="pt"), max_new_tokens=128)
+    inputs = tokenizer(["a text"], return_tensors="pt")
+    outputs = model.generate(**inputs, max_new_tokens=128)
     print(tokenizer.batch_decode(outputs, skip_special_tokens=True))
 """
+
+
+def loading_of(folder: Path, loading: str = LOADING) -> str:
+    """How the checkpoint in a folder is used, as code; a tokenizer with tokens of languages is told them first."""
+    language = (read_json(folder / "tokenizer_config.json") or {}).get("src_lang")
+    if not language:
+        return loading
+    told = (
+        f'    tokenizer.src_lang = tokenizer.tgt_lang = "{language}"  # of the text, and of what is to be written\n'
+        f'    first = tokenizer(text_target="").input_ids[0]\n'
+    )
+    before, line, after = loading.partition("    inputs = ")
+    return before + told + line + after.replace("**inputs", "**inputs, forced_bos_token_id=first")
 
 
 def card_of(
@@ -60,7 +74,9 @@ def write_trimmed_card(original: Path, folder: Path, num_kept: int, num_tokens: 
     """The card of a folder without part of its vocabulary: what was done, and below it the original's card."""
     facts = f"`{original.name}` with {num_kept:,} of its {num_tokens:,} tokens. It computes for them what it did."
     before = (original / CARD).read_text(encoding="utf-8") if (original / CARD).is_file() else ""
-    write_card(folder, "\n".join([f"# {original.name}, trimmed", "", facts, "", "## Use", "", LOADING, before]))
+    write_card(
+        folder, "\n".join([f"# {original.name}, trimmed", "", facts, "", "## Use", "", loading_of(folder), before])
+    )
 
 
 def scores_of(run: RunDir, name: str) -> list[str]:

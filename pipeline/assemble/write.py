@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from data_prep.publish import publishing_folder
-from pipeline.assemble.card import card_of, write_card
+from pipeline.assemble.card import card_of, loading_of, write_card
 from pipeline.beside import fault_of_tokenizer
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
@@ -111,7 +111,10 @@ def write_checkpoint(
         else:
             copy_tokenizer(parts.folder, temporary)
         kind, library = config["model_type"], parts.manifest
-        write_card(temporary, card_of(assembly, kind=kind, dropped=dropped, library=library, scores=scores))
+        card = card_of(
+            assembly, kind=kind, dropped=dropped, library=library, loading=loading_of(temporary), scores=scores
+        )
+        write_card(temporary, card)
         write_settings(temporary, config)
         check_round_trip(temporary, parts.models.model_of(spans))
 

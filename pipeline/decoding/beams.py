@@ -12,11 +12,16 @@ from pipeline.decoding.rules import Rules
 
 
 @torch.inference_mode()
-def beam_search(decoder: Decoder, memory: Memory, rules: Rules) -> list[list[int]]:
+def beam_search(
+    decoder: Decoder, memory: Memory, rules: Rules, forced_bos_B: torch.Tensor | None = None
+) -> list[list[int]]:
     """The best beam of each of B examples, the start token left out, the end of sequence put in.
 
     An example leaves the batch when transformers would no longer change its result. The beams of one example share its
     cross-attention keys and values.
+
+    Args:
+        forced_bos_B: tokens that the outputs begin with, instead of one that the rules have for all.
     """
     beams = _Beams(memory.num_examples, rules, memory.bias.device)
     rows = memory.num_examples * rules.num_beams
@@ -27,6 +32,9 @@ def beam_search(decoder: Decoder, memory: Memory, rules: Rules) -> list[list[int
         log_probs_RV = decoder.shared.logits(finished_RD).float().log_softmax(-1)
         if rules.processors:
             log_probs_RV = rules.processors(beams.tokens_so_far(), log_probs_RV)
+        if forced_bos_B is not None and beams.length == 1:
+            forced_R1 = forced_bos_B.repeat_interleave(rules.num_beams)[:, None]
+            log_probs_RV = torch.full_like(log_probs_RV, -torch.inf).scatter(1, forced_R1, 0.0)
         rows_kept, examples_kept = beams.advance(log_probs_RV)
         for cache in caches:
             cache.select(rows_kept)

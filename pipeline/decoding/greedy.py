@@ -54,13 +54,15 @@ def settle(prefix: Prefix, rules: Rules) -> tuple[list[list[int]], torch.Tensor]
 
 @torch.inference_mode()
 def greedy(
-    decoder: Decoder, memory: Memory, rules: Rules, prefix: Prefix | None = None, drafts_BP: torch.Tensor | None = None
-) -> list[list[int]]:
+    decoder: Decoder, memory: Memory, rules: Rules, prefix: Prefix | None = None,
+    drafts_BP: torch.Tensor | None = None, forced_bos_B: torch.Tensor | None = None,
+) -> list[list[int]]:  # fmt: skip
     """Greedy outputs of B examples, the start token left out, the end of sequence put in.
 
     Args:
         prefix: a pass over guessed outputs, which has settled none of these examples (see `settle`).
         drafts_BP: texts to take drafts from, one after the other, NOTHING between them.
+        forced_bos_B: tokens that the outputs begin with, instead of one that the rules have for all.
     """
     device, num_examples = memory.bias.device, memory.num_examples
     rows = _Rows(num_examples, rules, device)
@@ -81,6 +83,8 @@ def greedy(
             said_RQ = rules.processors(rows.tokens_RL[:, : rows.longest], logits_RV).argmax(-1, keepdim=True)
         else:
             said_RQ = best_tokens(decoder, finished_RQD)
+        if forced_bos_B is not None and rows.longest == 1:
+            said_RQ[:, 0] = forced_bos_B
         rows.take(block_RQ, said_RQ)
         if rows.num_unfinished <= share * len(rows.examples_R):
             unfinished = rows.compact()

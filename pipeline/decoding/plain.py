@@ -43,16 +43,31 @@ def padded_sources(model: Any, sources: Sequence[Sequence[int]]) -> tuple[torch.
 
 
 @torch.inference_mode()
-def generate(model: Any, sources: Sequence[Sequence[int]], max_new_tokens: int, num_beams: int) -> list[list[int]]:
-    """Output ids of one batch, greedy (one beam) or with beams."""
+def generate(
+    model: Any, sources: Sequence[Sequence[int]], max_new_tokens: int, num_beams: int,
+    forced_bos_ids: Sequence[int] | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Output ids of one batch, greedy (one beam) or with beams.
+
+    Args:
+        forced_bos_ids: what each output begins with; None where the model's generation settings say it.
+    """
+    if forced_bos_ids is None:
+        return _generate(model, sources, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    outputs: dict[int, list[int]] = {}
+    for first in dict.fromkeys(forced_bos_ids):  # generate takes one for all
+        places = [i for i, each in enumerate(forced_bos_ids) if each == first]
+        found = _generate(
+            model, [sources[i] for i in places], max_new_tokens=max_new_tokens, num_beams=num_beams,
+            forced_bos_token_id=first,
+        )  # fmt: skip
+        outputs |= zip(places, found, strict=True)
+    return [outputs[i] for i in range(len(sources))]
+
+
+def _generate(model: Any, sources: Sequence[Sequence[int]], **options: int) -> list[list[int]]:
     source_BS, mask_BS = padded_sources(model, sources)
-    ids_BT = model.generate(
-        input_ids=source_BS,
-        attention_mask=mask_BS,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-    )[:, 1:]
+    ids_BT = model.generate(input_ids=source_BS, attention_mask=mask_BS, do_sample=False, **options)[:, 1:]
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos if isinstance(eos, list) else [eos])
     return [up_to_end(ids, eos_ids) for ids in ids_BT.tolist()]

@@ -64,7 +64,7 @@ class LayerCalls:
 def decode_together(
     pool: Pool, members: Sequence[Member], sources: Sequence[Sequence[int]],
     references: Sequence[Sequence[int]] | None, rules: Rules, calls: LayerCalls | None = None,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[], None] = lambda: None, forced_bos_ids: Sequence[int] | None = None,
 ) -> dict[str, Outputs]:  # fmt: skip
     """Outputs and losses of every member on one batch of examples.
 
@@ -73,11 +73,12 @@ def decode_together(
         sources, references: token ids of B examples; without references there are no losses.
         calls: counts layer calls.
         beat: called after each piece of work.
+        forced_bos_ids: tokens that the outputs begin with, instead of one that the rules have for all.
 
     Returns:
         By member name.
     """
-    batch = _Batch(pool, members, len(sources), references, rules, calls or LayerCalls(), beat)
+    batch = _Batch(pool, members, len(sources), references, rules, calls or LayerCalls(), beat, forced_bos_ids)
     for places in parts_of(sources, pool.device):
         batch.read([sources[i] for i in places], places)
     batch.decode_pending()
@@ -95,10 +96,10 @@ class _Batch:
 
     def __init__(
         self, pool: Pool, members: Sequence[Member], num_examples: int, references: Sequence[Sequence[int]] | None,
-        rules: Rules, calls: LayerCalls, beat: Callable[[], None],
+        rules: Rules, calls: LayerCalls, beat: Callable[[], None], forced_bos_ids: Sequence[int] | None,
     ) -> None:  # fmt: skip
         self.pool, self.members, self.references = pool, members, references
-        self.rules, self.calls, self.beat = rules, calls, beat
+        self.rules, self.calls, self.beat, self.forced_bos_ids = rules, calls, beat, forced_bos_ids
         no_losses = [0.0] * (0 if references is None else num_examples)
         self.results = {each.name: Outputs([[] for _ in range(num_examples)], no_losses.copy()) for each in members}
         self.pending: dict[tuple[Span, ...], list[Pending]] = {}  # by decoder
@@ -152,6 +153,8 @@ class _Batch:
         start: tuple[torch.Tensor, tuple[KeysValues, ...]] = (pool.shared.embed_at(given_BT, positions_1T), ())
         for path, (hidden_BTD, seen) in walk([member.decoder for member in members], start, force):
             said_BT, losses = _score(self._decoder(path), pool.shared.finish("decoder", hidden_BTD), labels_BT)
+            if (forced_bos_B := self._forced_bos(places)) is not None:
+                said_BT[:, 0] = forced_bos_B
             names = [member.name for member in members if member.decoder == path]
             for name in names:
                 for place, loss in zip(places, losses, strict=True):
@@ -190,15 +193,21 @@ class _Batch:
 
     def _decode(self, decoder: Decoder, parts: Sequence[Pending]) -> None:
         memory, prefix = join(parts)
+        examples = [i for part in parts for i in part.examples]
+        forced_bos_B = self._forced_bos(examples)
         if self.rules.num_beams > 1:
-            outputs = beam_search(decoder, memory, self.rules)
+            outputs = beam_search(decoder, memory, self.rules, forced_bos_B)
         else:
-            examples = [i for part in parts for i in part.examples]
-            outputs = greedy(decoder, memory, self.rules, prefix, self._drafts(examples))
+            outputs = greedy(decoder, memory, self.rules, prefix, self._drafts(examples), forced_bos_B)
         rest = iter(outputs)
         for part in parts:
             self._put(part.names, part.examples, [next(rest) for _ in part.examples])
         self.beat()
+
+    def _forced_bos(self, examples: Sequence[int]) -> torch.Tensor | None:
+        if self.forced_bos_ids is None:
+            return None
+        return torch.tensor([self.forced_bos_ids[i] for i in examples], device=self.pool.device)
 
     def _decoder(self, path: tuple[Span, ...]) -> Decoder:
         pool = self.pool

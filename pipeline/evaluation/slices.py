@@ -35,7 +35,7 @@ from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.families import FAMILIES
 from pipeline.rundir import create_once, digest_of, publish_sealed, read_json, read_sealed
 from pipeline.spans import STACKS, Assembly
-from pipeline.tokenizer import Wording, load_tokenizer
+from pipeline.tokenizer import Wording, forced_bos_ids, language_ids, load_tokenizer, with_languages
 from pipeline.world import is_out_of_memory, release_memory
 
 TOGETHER = "assemblies"
@@ -94,11 +94,14 @@ def _new_plan(subject: Subject, missing: Sequence[System]) -> dict[str, Any]:
 def tokenize(tokenizer: Any, subject: Subject, side: str, system: System | None = None) -> list[list[int]]:
     """Ids of all sources, or of all (first) references, for a system (None: the teacher)."""
     longest_source, longest_target, _ = subject.longest(system or subject.teacher)
+    ids = language_ids(tokenizer)
     if side == "source":
-        texts = [example["source"] for example in subject.examples]
-        return tokenizer(texts, truncation=True, max_length=longest_source).input_ids
-    texts = [each[0] for each in subject.references.texts]
-    return tokenizer(text_target=texts, truncation=True, max_length=longest_target).input_ids
+        texts = {"text": [each["source"] for each in subject.examples]}
+        languages, longest = [each.get("source_language", "") for each in subject.examples], longest_source
+    else:
+        texts = {"text" if ids else "text_target": [each[0] for each in subject.references.texts]}
+        languages, longest = list(subject.references.languages), longest_target
+    return with_languages(tokenizer(**texts, truncation=True, max_length=longest).input_ids, ids, languages)
 
 
 class Workshop:
@@ -192,7 +195,8 @@ class _Views:
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
         members = [self._member(name) for name in names]
         sources, references = ([side[i] for i in places] for side in (self.sources, self.references))
-        found = decode_in_memory(self.pool, members, sources, references, self.rules, beat)
+        forced = forced_bos_ids(self.pool.tokenizer, references)
+        found = decode_in_memory(self.pool, members, sources, references, self.rules, beat, forced)
         counts = [len(self.references[i]) for i in places]
         return {
             name: (
@@ -230,22 +234,33 @@ def decode_in_memory(
     references: Sequence[Sequence[int]] | None,
     rules: Rules,
     beat: Callable[[], None],
+    forced_bos_ids: Sequence[int] | None = None,
 ) -> dict[str, Outputs]:
     """decode_together of all members that fit into memory, if need be one by one and in smaller batches."""
     try:
-        return decode_together(pool, members, sources, references, rules, beat=beat)
+        return decode_together(pool, members, sources, references, rules, beat=beat, forced_bos_ids=forced_bos_ids)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
     release_memory(pool.device)
     if len(members) > 1:
-        alone = [decode_in_memory(pool, [member], sources, references, rules, beat) for member in members]
+        alone = [
+            decode_in_memory(pool, [member], sources, references, rules, beat, forced_bos_ids) for member in members
+        ]
         return {name: outputs for each in alone for name, outputs in each.items()}
     if len(sources) == 1:
         return {}
     (member,), half = members, len(sources) // 2
     halves = [
-        decode_in_memory(pool, members, sources[part], references and references[part], rules, beat).get(member.name)
+        decode_in_memory(
+            pool,
+            members,
+            sources[part],
+            references and references[part],
+            rules,
+            beat,
+            forced_bos_ids and forced_bos_ids[part],
+        ).get(member.name)
         for part in (slice(half), slice(half, None))
     ]
     if None in halves:
@@ -261,17 +276,21 @@ class _Plain:
         self.model, self.num_beams = model, subject.recipe.evaluate.num_beams
         self.max_new_tokens = subject.longest(system)[2]
         self.sources, self.references = (tokenize(tokenizer, subject, side, system) for side in ("source", "target"))
+        self.forced_bos_ids = forced_bos_ids(tokenizer, self.references)
         self.wording = Wording(tokenizer, subject.reference_texts)
 
     def __call__(self, names: list[str], places: list[int], beat: Callable[[], None]) -> dict[str, Any]:
         sources, references = ([ids[i] for i in places] for ids in (self.sources, self.references))
+        forced = self.forced_bos_ids and [self.forced_bos_ids[i] for i in places]
         size = len(places)
         while size:
             parts = [slice(first, first + size) for first in range(0, len(places), size)]
             try:
                 tokens, losses = [], []
                 for part in parts:
-                    tokens += generate(self.model, sources[part], self.max_new_tokens, self.num_beams)
+                    tokens += generate(
+                        self.model, sources[part], self.max_new_tokens, self.num_beams, forced and forced[part]
+                    )
                     losses += losses_of(self.model, sources[part], references[part])
                     beat()
             except Exception as error:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from data_prep.config import DataConfig
 from data_prep.hub import local_folder
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
@@ -32,7 +33,7 @@ from pipeline.rundir import RunDir, Stage, left_out
 from pipeline.scoring import check_bleu_tokenizer
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
-from pipeline.tokenizer import check_tokenizer, load_tokenizer, refuse_pointer, tokenizer_files
+from pipeline.tokenizer import check_tokenizer, language_ids, load_tokenizer, refuse_pointer, tokenizer_files
 from pipeline.weights import names_of_index
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
@@ -141,7 +142,7 @@ def check_teacher(recipe: Recipe, folder: Path, *, whole: bool = True) -> None:
         _check_weights(folder)
         check_fit(Planned.of(recipe), folder)
     if whole or _has_tokenizer(recipe):
-        _check_tokenizer(folder, local_folder(recipe.data.tokenizer), config)
+        _check_tokenizer(folder, recipe.data, config)
     check_lengths(config, recipe)
     refuse_unknown(generation_settings(folder), folder)
     check_ids(folder, config.to_dict(), read(folder / GENERATION))
@@ -180,13 +181,17 @@ def _check_weights(folder: Path) -> None:
             raise FileNotFoundError(f"teacher.folder {folder} lacks {', '.join(missing)}, which {found[0]} names")
 
 
-def _check_tokenizer(teacher: Path, tokenizer: Path, config: Any) -> None:
+def _check_tokenizer(teacher: Path, data: DataConfig, config: Any) -> None:
+    tokenizer = local_folder(data.tokenizer)
     own = check_tokenizer(tokenizer)
     if len(own) > config.vocab_size:
         raise ValueError(
             f"data.tokenizer {tokenizer} has {len(own)} tokens, the teacher's embedding only "
             f"{config.vocab_size}: give the teacher's own tokenizer"
         )
+    if language_ids(own):
+        for each in data.all_sets:
+            each.refuse_unsaid_languages()
     for name in ("pad_token_id", "eos_token_id"):
         ours, theirs = getattr(own, name), getattr(config, name)
         if ours != theirs and not (isinstance(theirs, list) and ours in theirs):

@@ -1,4 +1,4 @@
-"""Configurations of public T5, mT5 and BART models, so that a run can be planned where none has been fetched."""
+"""Configurations of public models, so that a run can be planned where none has been fetched."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ _GATED: dict[str, _Sizes] = {
 
 _BART: dict[str, _Sizes] = {"base": (768, 64, 3072, 12, 6), "large": (1024, 64, 4096, 16, 12)}
 
+_M2M100: dict[str, tuple[int, _Sizes]] = {  # pieces, and the rest
+    "m2m100_418M": (128112, (1024, 64, 4096, 16, 12)),
+    "m2m100_1.2B": (128112, (1024, 64, 8192, 16, 24)),
+    "nllb-200-distilled-600M": (256206, (1024, 64, 4096, 16, 12)),
+    "nllb-200-distilled-1.3B": (256206, (1024, 64, 8192, 16, 24)),
+    "nllb-200-1.3B": (256206, (1024, 64, 8192, 16, 24)),
+    "nllb-200-3.3B": (256206, (2048, 128, 8192, 16, 24)),
+}
+"""M2M100 (Fan et al. 2020) and NLLB (Costa-jussa et al. 2022)."""
+
 
 def public_config(name: str) -> dict[str, Any]:
     """What config.json of a public model says of its sizes.
@@ -48,11 +58,12 @@ def _t5(sizes: _Sizes, **more: Any) -> dict[str, Any]:
     return {**shared, **dict(zip(names, sizes, strict=True)), "num_decoder_layers": sizes[-1], **more}
 
 
-def _bart(sizes: _Sizes) -> dict[str, Any]:
+def _bart(sizes: _Sizes, **more: Any) -> dict[str, Any]:
     d_model, _, d_ff, num_heads, num_layers = sizes
     stacks = {"ffn_dim": d_ff, "attention_heads": num_heads, "layers": num_layers}
     both = {f"{stack}_{key}": value for stack in ("encoder", "decoder") for key, value in stacks.items()}
-    return {"model_type": "bart", "vocab_size": 50265, "max_position_embeddings": 1024, "d_model": d_model, **both}
+    shared = {"model_type": "bart", "vocab_size": 50265, "max_position_embeddings": 1024, "d_model": d_model}
+    return shared | both | more
 
 
 _OF_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -61,5 +72,10 @@ PUBLIC: dict[str, dict[str, Any]] = {
     **{f"{kind}-{size}": _t5(sizes, **_OF_GATED) for kind in ("t5-v1_1", "flan-t5") for size, sizes in _GATED.items()},
     **{f"mt5-{size}": _t5(sizes, model_type="mt5", vocab_size=250112, **_OF_GATED) for size, sizes in _GATED.items()},
     **{f"bart-{size}": _bart(sizes) for size, sizes in _BART.items()},
+    **{
+        f"mbart-large-50{kind}": _bart(_BART["large"], model_type="mbart", vocab_size=250054)
+        for kind in ("", "-many-to-many-mmt", "-one-to-many-mmt", "-many-to-one-mmt")
+    },
+    **{name: _bart(sizes, model_type="m2m_100", vocab_size=vocab) for name, (vocab, sizes) in _M2M100.items()},
 }
 """Sizes by name."""

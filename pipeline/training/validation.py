@@ -34,6 +34,8 @@ class Translation:
     """Further arguments of the module's forward that make it hand out logits, for each validation to decode with."""
     end_id: int
     score: Callable[[Sequence[list[int]], Sequence[list[int]]], float]
+    forces_bos: bool = False
+    """Whether an output begins with the token that its reference begins with: a language's."""
 
 
 class Validator:
@@ -93,15 +95,16 @@ class Validator:
     def _bleu(self, name: str, translation: Translation) -> float:
         pairs: list[tuple[list[int], list[int]]] = []
         for batch, counts in self._mine(self._decoded):
-            outputs_BT = self._greedy(batch, name, translation.args[name], translation.end_id)
+            outputs_BT = self._greedy(batch, name, translation)
             if counts:
                 for output, reference in zip(outputs_BT.tolist(), batch.labels_BT.tolist(), strict=True):
                     pairs.append((_until(output, translation.end_id), _until(reference, translation.end_id)))
         everyones = [pair for part in self._world.gather(pairs, self._group) for pair in part]
         return translation.score([output for output, _ in everyones], [reference for _, reference in everyones])
 
-    def _greedy(self, batch: MicroBatch, name: str, args: tuple[Any, ...], end_id: int) -> torch.Tensor:
+    def _greedy(self, batch: MicroBatch, name: str, translation: Translation) -> torch.Tensor:
         """Greedy outputs [B, T]; there is no cache: each token costs a forward of all tokens before it."""
+        end_id, args = translation.end_id, translation.args[name]
         longest = math.ceil(LONGEST_OUTPUT * batch.labels_BT.shape[1])
         labels_BT = batch.labels_BT.new_full((len(batch.labels_BT), 1), end_id)
         ended_B = labels_BT.new_zeros(len(labels_BT), dtype=torch.bool)
@@ -113,7 +116,10 @@ class Validator:
             going = not bool(ended_B.all()) and labels_BT.shape[1] <= longest
             if going:
                 # the last label only made room for the token that is found now
-                labels_BT[:, -1] = logits_NV.view(*labels_BT.shape, -1)[:, -1].argmax(-1).where(~ended_B, end_id)
+                said_B = logits_NV.view(*labels_BT.shape, -1)[:, -1].argmax(-1)
+                if translation.forces_bos and labels_BT.shape[1] == 1:
+                    said_B = batch.labels_BT[:, 0]
+                labels_BT[:, -1] = said_B.where(~ended_B, end_id)
                 ended_B |= labels_BT[:, -1] == end_id
                 labels_BT = torch.cat([labels_BT, labels_BT.new_full((len(labels_BT), 1), end_id)], 1)
             if not self._world.any(going):

@@ -11,7 +11,7 @@ from pipeline.bench import tokens
 from pipeline.bench.__main__ import main as bench
 from pipeline.decoding import decoder, padded_sources, together
 from pipeline.decoding.greedy import NOTHING, lay_out_drafts
-from pipeline.decoding.plain import up_to_end
+from pipeline.decoding.plain import generate, up_to_end
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import LayerCalls, Member, decode_together
 from pipeline.decoding.views import load_pool
@@ -79,6 +79,27 @@ def test_tokens_are_those_of_generate(run, name, monkeypatch):
         t: (expected[t], []) for t in expected
     }
     assert len({tuple(output) for each in expected.values() for output in each}) > 5, "outputs that hardly differ"
+
+
+@pytest.mark.parametrize("name", ["greedy", "beams, early", "greedy, changed scores"])
+def test_each_output_begins_with_what_its_example_asks_for(run, name):
+    settings, sources, some = SETTINGS[name], texts(3, 6, 10), ASSEMBLIES[:3]
+    forced = [(7, 9)[i % 2] for i in range(len(sources))]
+    pool = load_pool(run.teacher_model, torch.device("cpu"), run.library)
+    config = pool.model.generation_config.to_dict() | settings | {"num_beams": 1}
+    pool.model.generation_config = GenerationConfig(**config | {"forced_bos_token_id": 5})
+    rules, expected = rules_of(pool.model, MAX_NEW, settings.get("num_beams", 1)), {}
+    for text in some:
+        model = AutoModelForSeq2SeqLM.from_pretrained(run.root / text).eval()
+        model.generation_config = GenerationConfig(**config)
+        expected[text] = generate(model, sources, MAX_NEW, rules.num_beams, forced)
+    assert [output[0] for output in expected[some[0]]] == forced
+    alone = settings | {"forced_bos_token_id": forced[1]}
+    assert expected[some[0]][1] == by_transformers(run.root / some[0], sources[1:2], alone)[0]
+    references = [[*output[: 1 + i], 5, 1] for i, output in enumerate(expected[some[0]])]
+    for guesses in (references, None):
+        found = decode_together(pool, members()[:3], sources, guesses, rules, forced_bos_ids=forced)
+        assert {text: found[text].tokens for text in some} == expected
 
 
 def test_losses_are_those_of_the_exported_models(run):

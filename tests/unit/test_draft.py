@@ -23,9 +23,10 @@ def make_parts(root, kind):
     return Parts.of(RunDir(root / "run"))
 
 
-def random_sources(vocabulary_size, count=3):
+def random_examples(vocabulary_size, count=3):
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, vocabulary_size, (1, 4 + index), generator=generator) for index in range(count)]
+    sources = [torch.randint(3, vocabulary_size, (1, 4 + index), generator=generator) for index in range(count)]
+    return [{"input_ids": source_BS, "attention_mask": torch.ones_like(source_BS)} for source_BS in sources]
 
 
 @pytest.mark.parametrize("kind", ["v1.1", "bart"])
@@ -35,12 +36,12 @@ def test_a_draft_changes_nothing_but_the_time(tmp_path, kind):
     assert [way.assembly for way in ways[3:]] == [
         *["e1x4-d4"] * 3, *["e1x4-d2x2"] * 3, *["e4-d4"] * 3, *["e4-d2x2"] * 3,
     ]  # fmt: skip
-    sources = random_sources(300)
-    found = draft.measure(parts, ways, sources, NUM_NEW_TOKENS)
-    differing = [way for way, each in found.items() if each.num_equal < len(sources)]
+    examples = random_examples(300)
+    found = draft.measure(parts, ways, examples, NUM_NEW_TOKENS)
+    differing = [way for way, each in found.items() if each.num_equal < len(examples)]
     assert kind == "bart" or not differing
     assert not any(way.assembly for way in differing)  # prompt lookup fails where a BART forces its last token
-    own, chosen = found[ways[0]], draft.best(found, len(sources))
+    own, chosen = found[ways[0]], draft.best(found, len(examples))
     assert own.num_passes == own.num_tokens
     assert found[chosen].num_tokens == own.num_tokens
     assert min(found[way].num_passes for way in ways[3:]) < own.num_passes
@@ -50,8 +51,7 @@ def test_a_draft_changes_nothing_but_the_time(tmp_path, kind):
     assert written.generation_config.num_assistant_tokens == chosen.num_assistant_tokens
     teacher = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "teacher" / "model").eval()
     options = {"num_beams": 1, "do_sample": False, "max_new_tokens": NUM_NEW_TOKENS}
-    for source_BS in sources:
-        inputs = {"input_ids": source_BS, "attention_mask": torch.ones_like(source_BS)}
+    for inputs in examples:
         assert torch.equal(
             teacher.generate(**inputs, **options), teacher.generate(**inputs, **options, assistant_model=written)
         )

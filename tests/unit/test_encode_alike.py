@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from data_prep.demo import make_corpus
 from data_prep.encode import Encoder, write_plain_t5
 from data_prep.served import write
+from tests.languages import MADE
 
 SERVE = """
 import json, sys
@@ -165,6 +166,7 @@ TOKENIZERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer.json of another make": metaspace,
     "BART in two files": lambda folder: byte_pairs(folder, single_file=False),
     "BART in one file": lambda folder: byte_pairs(folder, single_file=True),
+    **{name: lambda folder, make=make: make(folder, corpus(), 400) for name, (make, _) in MADE.items()},
     "ByT5, Python alone": lambda folder: settings_of(folder, tokenizer_class="ByT5Tokenizer", extra_ids=10, **SPECIALS),
 }  # fmt: skip
 
@@ -208,7 +210,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
             write(given, out)
         for path in out.iterdir():
             (export / path.name).write_bytes(path.read_bytes())
-        model_settings(export, "bart" if "BART" in name else "t5")
+        model_settings(export, "bart" if "BART" in name else "m2m_100" if name in MADE else "t5")
         folders[name] = out, export
     return folders
 
@@ -224,7 +226,8 @@ def test_shards_hold_what_the_export_gives(
 ) -> None:
     folder, export = written[name]
     encoder = encoders.setdefault(name, Encoder(folder, 500, 500))
-    encoded = encoder.encode(batch, ["a"] * len(batch))
+    first = MADE[name][1][0] if name in MADE else ""  # which AutoTokenizer takes where it is not told another
+    encoded = encoder.encode(batch, ["a"] * len(batch), [(first, first)] * len(batch))
     left_out = set(encoded.dropped.get("empty source", []))
     kept = [text for place, text in enumerate(batch) if place not in left_out]
     stops = encoded.block.source_lengths.astype(int).cumsum()

@@ -156,6 +156,7 @@ def test_a_language_goes_before_the_script_and_a_setting_before_both(monkeypatch
     monkeypatch.setattr(scoring, "_can_make", lambda name: True)
     texts = [[SCRIPTS["zh"][0]]]
     assert References(texts, ["ja_XX"]).bleu_tokenizer == "ja-mecab"
+    assert References(texts, ["jpn_Jpan"]).bleu_tokenizer == "ja-mecab"
     assert References(texts, ["zh-Hant"]).bleu_tokenizer == References(texts, ["en"]).bleu_tokenizer == "zh"
     assert References([[SCRIPTS["ko"][0]]], []).bleu_tokenizer == "ko-mecab"
     references = References(texts, [""], "13a")
