@@ -64,15 +64,16 @@ def teacher_terms(step: int, outputs: TeacherOutputs, counts: GlobalCounts) -> L
 def full_model_task(model: PreTrainedModel) -> Task:
     """Train every parameter of a Hugging Face model on the task loss."""
     family = family_of(model.config.model_type)
+    layers = [layer for stack in STACKS for layer in family.layers(model, stack)]
     return Task(
         module=TeacherModel(model),
-        leaf_classes=[type(family.layers(model, "encoder")[0])],
+        leaf_classes=list(dict.fromkeys(map(type, layers))),  # one of a T5, two of others
         lr_factor=lambda name: family.lr_factor(name, model.config),
         clip_group=lambda name: "model",
         forward_args=lambda step, draws, counts: (),
         loss_terms=teacher_terms,
         validations={"task": ()},
-        layers=[layer for stack in STACKS for layer in family.layers(model, stack)],
+        layers=layers,
     )
 
 

@@ -30,7 +30,7 @@ from pipeline.planning.forecast import costs_of
 from pipeline.planning.planned import Planned
 from pipeline.planning.public_models import PUBLIC
 from pipeline.training.whole_model import full_model_task
-from tests.tiny import random_batch, tiny_t5
+from tests.tiny import random_batch, tiny_model, tiny_t5
 
 PUBLISHED = {"t5-small": 60.5, "t5-base": 222.9, "t5-large": 737.7, "t5-11b": 11307, "flan-t5-base": 247.6}
 PUBLISHED |= {"flan-t5-xl": 2849.8, "mt5-small": 300.2, "mt5-large": 1229.6, "mt5-xxl": 12921, "bart-large": 406.3}
@@ -104,14 +104,16 @@ def test_flops_of_both_phases_are_those_that_torch_counts(local):
     assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_flops_of_a_whole_model_are_those_that_torch_counts():
+@pytest.mark.parametrize("kind", ["v1.1", "bart", "m2m_100"])
+def test_flops_of_a_whole_model_are_those_that_torch_counts(kind):
     batch = full_batch()
-    task = full_model_task(tiny_t5("v1.1"))
+    task = full_model_task(tiny_model(kind))
     counts = GlobalCounts(batch.labels_BT.numel(), 1)
     found = counted_flops(lambda: task.loss_terms(0, task.module(batch), counts).total.backward())
     sizes = sizes_of(task.module, task.leaf_classes)
     expected = training_flops(sizes, batch.source_BS.numel(), batch.labels_BT.numel())
-    assert found == pytest.approx(expected, rel=0.02)
+    narrow = 0.02 if kind == "v1.1" else 0.05  # biases are counted as weights: at a width of 32 they are 4 %
+    assert found == pytest.approx(expected, rel=narrow)
 
 
 def test_checkpoints_that_are_kept_best_and_being_written():
