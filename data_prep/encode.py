@@ -67,8 +67,9 @@ class _Backend(Protocol):
     before: tuple[int, ...]
     """Ids that begin every text; end-of-sequence ends it."""
 
-    def rows(self, texts: list[str]) -> Rows:
-        """Ids of texts without what begins and ends them; none of an empty text."""
+    def rows(self, texts: list[str], *, are_targets: bool = False) -> Rows:
+        """Ids of texts without what begins and ends them; none of an empty text. Marian cuts targets into pieces of
+        their own."""
 
     def text(self, ids: list[int]) -> str: ...
 
@@ -119,7 +120,7 @@ class _Tokenizers:
         self.before = tuple(framed[:num_before])
         self._words = Words(model)
 
-    def rows(self, texts: list[str]) -> Rows:
+    def rows(self, texts: list[str], *, are_targets: bool = False) -> Rows:
         if self._words.can:
             return self._words.encode(texts)
         encoded = self._model.encode_batch_fast(texts, add_special_tokens=False)
@@ -142,8 +143,9 @@ class _Python:
         self.info = TokenizerInfo("python", len(self._model), *(-1 if each is None else each for each in special))
         self.before = tuple(self._model("").input_ids[:-1])
 
-    def rows(self, texts: list[str]) -> Rows:
-        encoded = self._model(texts).input_ids if texts else []
+    def rows(self, texts: list[str], *, are_targets: bool = False) -> Rows:
+        side = "text_target" if are_targets and hasattr(self._model, "spm_target") else "text"
+        encoded = self._model(**{side: texts}).input_ids if texts else []
         return _joined([row[len(self.before) : -1] for row in encoded])
 
     def text(self, ids: list[int]) -> str:
@@ -183,7 +185,7 @@ class Encoder:
         Args:
             languages: of source and target of each pair, for a tokenizer with tokens of languages (see `languages`).
         """
-        source, target = self._rows(sources), self._rows(targets)
+        source, target = self._rows(sources), self._rows(targets, are_targets=True)
         has_source, has_target = source[0] > 0, target[0] > 0
         empty = {"empty source": ~has_source, "empty target": has_source & ~has_target}
         dropped = {reason: np.flatnonzero(rows).tolist() for reason, rows in empty.items() if rows.any()}
@@ -194,9 +196,9 @@ class Encoder:
         block = Block(source_lengths, target_lengths, source_ids, target_ids)
         return Encoded(block, dropped, num_source, num_target)
 
-    def _rows(self, texts: Sequence[str]) -> Rows:
+    def _rows(self, texts: Sequence[str], *, are_targets: bool = False) -> Rows:
         # A text of spaces is empty, whatever a tokenizer makes of it.
-        rows = self._backend.rows(["" if text.isspace() else text for text in texts])
+        rows = self._backend.rows(["" if text.isspace() else text for text in texts], are_targets=are_targets)
         self.num_whole += rows[2]
         return rows
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
-Example = tuple[str, str, list[int], int]
-"""A text, its language, its ids as the shards have them, and the most tokens that it may have."""
+Example = tuple[str, str, str, list[int], int]
+"""A text, its side ("source" or "target"), its language, its ids as the shards have them, the most that it may have."""
 
 
 def write(source: Path, target: Path) -> None:

@@ -209,10 +209,10 @@ def check_tokenizer(source: Path) -> PreTrainedTokenizerBase:
                 f"{source}: the tokenizer has no {kind} token: name it in {TOKENIZER_CONFIG}, or give the tokenizer of "
                 f"a seq2seq model"
             )
-    if getattr(tokenizer, "spm_target", None) is not None:
+    if getattr(tokenizer, "separate_vocabs", False):
         raise ValueError(
-            f"{source}: the tokenizer cuts targets into pieces of their own (target.spm), which is not carried: use a "
-            f"model with one set of pieces"
+            f"{source}: the tokenizer numbers targets by a list of their own (separate_vocabs), which is not carried: "
+            f"use a model with one vocabulary"
         )
     ids = tokenizer("a").input_ids
     if (language := getattr(tokenizer, "src_lang", None)) and language_ids(tokenizer).get(language) != ids[0]:
@@ -257,17 +257,18 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def refuse_other_ids(folder: Path, examples: Iterable[tuple[str, str, list[int], int]]) -> None:
-    """Compare (text, its language, its ids, the most tokens it may have) with what the folder's AutoTokenizer gives.
+def refuse_other_ids(folder: Path, examples: Iterable[tuple[str, str, str, list[int], int]]) -> None:
+    """Compare (text, its side, its language, its ids, the most it may have) with what the folder's AutoTokenizer gives.
 
     Raises:
         ValueError: the first text with other ids.
     """
     tokenizer: Any = load_tokenizer(folder)
-    for text, language, ours, longest in examples:
+    for text, side, language, ours, longest in examples:
         if language_ids(tokenizer) and tokenizer.src_lang != language:
             tokenizer.src_lang = language
-        theirs = tokenizer(text, truncation=True, max_length=longest).input_ids
+        kind = "text_target" if side == "target" and hasattr(tokenizer, "spm_target") else "text"
+        theirs = tokenizer(**{kind: text}, truncation=True, max_length=longest).input_ids
         if theirs != ours:
             raise ValueError(
                 f"{folder}: AutoTokenizer gives {theirs} for {text!r}, the shards have {ours}: build with the versions "

@@ -151,10 +151,10 @@ def sample_of_unit(out: Path, plan: Plan, unit: Unit) -> list[Example]:
     kept = (record for number, record in enumerate(reader.records(unit)) if record and number not in dropped)
     records = list(itertools.islice(kept, _SAMPLE))
     sources = [record.source for record in records]
-    sides = [(sources, [record.languages[0] for record in records], config.max_source_tokens)]
+    sides = [("source", sources, [record.languages[0] for record in records], config.max_source_tokens)]
     if plan.set_of(unit).task == "pairs":
         targets, languages = [record.target for record in records], [record.languages[1] for record in records]
-        sides.append((targets, languages, config.max_target_tokens))
+        sides.append(("target", targets, languages, config.max_target_tokens))
         shard = out / sidecar["shard"]["path"]
         block = next(blocks_of_shard(shard.read_bytes(), str(shard)), None)
     else:
@@ -162,12 +162,13 @@ def sample_of_unit(out: Path, plan: Plan, unit: Unit) -> list[Example]:
     if block is None:
         return []
     sample: list[Example] = []
-    for (texts, languages, longest), lengths, ids in zip(
+    for (side, texts, languages, longest), lengths, ids in zip(
         sides, block.lengths, (block.source_ids, block.target_ids), strict=False
     ):
         rows = np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1])
         sample += [
-            (text, language, row.tolist(), longest) for text, language, row in zip(texts, languages, rows, strict=False)
+            (text, side, language, row.tolist(), longest)
+            for text, language, row in zip(texts, languages, rows, strict=False)
         ]
     return sample
 

@@ -1,4 +1,5 @@
-"""Small tokenizers with tokens of languages, as NLLB, M2M100 and mBART-50 have them: made, not downloaded."""
+"""Small tokenizers of translation models, made and not downloaded: with tokens of languages, as NLLB, M2M100 and
+mBART-50 have them, and with pieces of its own for each side, as OPUS-MT has it."""
 
 from __future__ import annotations
 
@@ -43,6 +44,18 @@ def mbart_50(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
     transformers.MBart50Tokenizer(vocab=vocab).save_pretrained(folder)
 
 
+def marian(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
+    numbers, texts = {"</s>": 0, "<unk>": 1}, list(texts)
+    for side in ("source", "target"):
+        model, pieces = _pieces(texts[side == "target" :: 2], num_pieces)
+        (folder / f"{side}.spm").write_bytes(model)
+        for piece, _ in pieces:
+            numbers.setdefault(piece, len(numbers))
+    (folder / "vocab.json").write_text(json.dumps({**numbers, "<pad>": len(numbers)}))
+    settings = {"source_lang": "en", "target_lang": "de", "tokenizer_class": "MarianTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def _pieces(texts: Iterable[str], num_pieces: int) -> tuple[bytes, list[tuple[str, float]]]:
     """A SentencePiece model, and its pieces with their scores, without special ones."""
     model = io.BytesIO()
@@ -61,3 +74,4 @@ MADE: dict[str, tuple[Callable[[Path, Iterable[str], int], None], tuple[str, str
     "mBART-50": (mbart_50, ("en_XX", "de_DE")),
 }
 """(what makes one, two of its languages)."""
+OF_TRANSLATORS = {**MADE, "OPUS-MT": (marian, ("en", "de"))}

@@ -7,7 +7,6 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from pipeline.rundir import RunDir
 from pipeline.tokenizer import vocabulary_size
 from pipeline.world import World
 from tests.builds import build, write_recipe
-from tests.languages import MADE
+from tests.languages import MADE, OF_TRANSLATORS
 from tests.tiny import tiny_model
 
 NUM_NEW_TOKENS, LONGEST_SOURCE = 10, 24
@@ -56,26 +55,24 @@ def written(path: Path, rows: list[dict[str, str]]) -> str:
 
 def tokenizer_of(folder: Path, kind: str, rows: list[dict[str, str]]) -> Path:
     folder.mkdir()
-    MADE[kind][0](folder, [text for row in rows for text in (row["source"], row["target"])], 300)
+    OF_TRANSLATORS[kind][0](folder, [text for row in rows for text in (row["source"], row["target"])], 300)
     return folder
 
 
-@pytest.fixture(scope="module", params=MADE)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """(recipe's data section, its records, the data that a build made of them)."""
-    root, rows = tmp_path_factory.mktemp("built"), records(MADE[request.param][1], 60)
-    data = {
+def data_of(root: Path, kind: str, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """The data section of a recipe."""
+    return {
         "corpus": "files", "train": [written(root / "train.jsonl", rows)], "test": [written(root / "test.jsonl", rows)],
-        "tokenizer": str(tokenizer_of(root / "tokenizer", request.param, rows)), "source_language": "{src}",
+        "tokenizer": str(tokenizer_of(root / "tokenizer", kind, rows)), "source_language": "{src}",
         "target_language": "{tgt}", "max_source_tokens": 24, "max_target_tokens": 16,
     }  # fmt: skip
-    done = build(write_recipe(root / "recipe.yaml", data), root / "data")
+
+
+@pytest.mark.parametrize("kind", OF_TRANSLATORS)
+def test_shards_hold_what_the_tokenizer_gives_each_side_in_its_language(kind: str, tmp_path: Path) -> None:
+    rows, out = records(OF_TRANSLATORS[kind][1], 60), tmp_path / "data"
+    done = build(write_recipe(tmp_path / "recipe.yaml", data_of(tmp_path, kind, rows)), out)
     assert done.returncode == 0, done.stderr
-    return data, rows, root / "data"
-
-
-def test_every_text_begins_with_the_token_of_its_language(built: Any) -> None:
-    _, rows, out = built
     manifest = read_manifest(out)
     examples = SplitReader(out, manifest, "train").read(np.arange(len(rows)))
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
@@ -93,8 +90,10 @@ def test_every_text_begins_with_the_token_of_its_language(built: Any) -> None:
     assert [(row["source_language"], row["language"]) for row in told] == [(row["src"], row["tgt"]) for row in rows]
 
 
-def test_what_a_tokenizer_of_languages_lacks_is_one_line(built: Any, tmp_path: Path) -> None:
-    data, rows, _ = built
+@pytest.mark.parametrize("kind", MADE)
+def test_what_a_tokenizer_of_languages_lacks_is_one_line(kind: str, tmp_path: Path) -> None:
+    rows = records(MADE[kind][1], 20)
+    data = data_of(tmp_path, kind, rows)
     with pytest.raises(ValueError, match=r"^data.target_language is empty, but the tokenizer begins every text"):
         planned(tmp_path / "unsaid", data | {"target_language": ""})
     rows = [*rows[:3], rows[3] | {"tgt": "xx"}]
