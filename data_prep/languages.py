@@ -10,7 +10,7 @@ LANGUAGES = "languages.json"  # beside a tokenizer that has such tokens
 
 
 def read_languages(folder: Path) -> dict[str, int]:
-    """Ids of the tokens of languages, by language, as `write_tokenizer` left them; none beside other tokenizers."""
+    """Ids of the tokens of languages, by language, as `write_languages` left them; none beside other tokenizers."""
     path = folder / LANGUAGES
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

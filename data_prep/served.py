@@ -1,7 +1,7 @@
 """Asks transformers about a tokenizer, in a process of its own: it takes longer to load than a small build lasts, and
 only one rank needs it.
 
-    python -m data_prep.served write SOURCE TARGET     # write_tokenizer
+    python -m data_prep.served write SOURCE TARGET     # write_tokenizer, write_languages
     python -m data_prep.served compare FOLDER          # refuse_other_ids of the examples that stdin has, one a line
 """
 
@@ -21,7 +21,7 @@ Example = tuple[str, str, str, list[int], int]
 
 
 def write(source: Path, target: Path) -> None:
-    """`write_tokenizer` of data_prep.tokenizer. ValueError as it raises it."""
+    """`write_tokenizer` and `write_languages` of data_prep.tokenizer. ValueError as they raise it."""
     _finish(_start("write", str(source), str(target)), "")
 
 
@@ -58,11 +58,12 @@ def main(arguments: list[str]) -> int:
     """The process that has transformers; one line on stderr where it refuses."""
     # It would load torch too, which takes as long again and which no tokenizer needs.
     cast(dict[str, Any], sys.modules)["torch"] = None
-    from data_prep.tokenizer import refuse_other_ids, write_tokenizer
+    from data_prep.tokenizer import refuse_other_ids, write_languages, write_tokenizer
 
     try:
         if arguments[0] == "write":
             write_tokenizer(Path(arguments[1]), Path(arguments[2]))
+            write_languages(Path(arguments[2]))
         else:
             refuse_other_ids(Path(arguments[1]), [json.loads(line) for line in sys.stdin])
     except (ValueError, OSError) as error:

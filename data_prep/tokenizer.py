@@ -187,8 +187,6 @@ def write_tokenizer(source: Path, target: Path) -> None:
     named = {getattr(tokenizer, kind) for kind in _USUAL}
     settings["additional_special_tokens"] = [each for each in extra if _content(each) not in named]
     settings["model_input_names"] = ["input_ids", "attention_mask"]
-    if languages := language_ids(tokenizer):
-        _write_json(target / LANGUAGES, languages)
     if backend is None:
         _write_json(target / TOKENIZER_CONFIG, settings)
         return
@@ -226,6 +224,12 @@ def check_tokenizer(source: Path) -> PreTrainedTokenizerBase:
             f"gives {ids} for 'a'): use the tokenizer of a seq2seq model"
         )
     return tokenizer
+
+
+def write_languages(folder: Path) -> None:
+    """Put the ids of the tokens of languages beside a tokenizer that has such: shards are made without transformers."""
+    if languages := language_ids(load_tokenizer(folder)):
+        _write_json(folder / LANGUAGES, languages)
 
 
 def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
