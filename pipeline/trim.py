@@ -53,13 +53,14 @@ def trim(folder: Path, texts: Sequence[str], out: Path) -> dict[str, Any]:
 def _write_trimmed(model: Any, folder: Path, texts: Sequence[str], temporary: Path) -> dict[str, Any]:
     """Write and check a model of this folder without what `texts` do not use; raises what `trim` does."""
     original: Any = load_tokenizer(folder)
-    kind = type(original.backend_tokenizer.model).__name__
+    kind = type(original.backend_tokenizer.model).__name__ if hasattr(original, "backend_tokenizer") else "Python"
     if kind != "Unigram":
         raise ValueError(f"{folder} has a {kind} tokenizer: only SentencePiece unigram is trimmed")
     save_ordinary(model, temporary)
     write_tokenizer(folder, temporary)
     tokenizer = json.loads((temporary / "tokenizer.json").read_text(encoding="utf-8"))
-    kept = kept_ids(tokenizer, _used_ids(folder, texts), set(itertools.chain.from_iterable(texts)))
+    used = _used_ids(folder, texts) | _named_ids(temporary)
+    kept = kept_ids(tokenizer, used, set(itertools.chain.from_iterable(texts)))
     before = (temporary / "model.safetensors").stat().st_size
     _trim_tokenizer(temporary, tokenizer, kept)
     _trim_weights(temporary, kept)
@@ -99,6 +100,16 @@ def _used_ids(folder: Path, texts: Iterable[str]) -> set[int]:
     return used
 
 
+def _named_ids(folder: Path) -> set[int]:
+    """Tokens that the settings of a model name: of several that end an output, the texts may use some."""
+    named: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        for ids in (ids for key, ids in settings.items() if key.endswith("_token_id") and ids is not None):
+            named.update(ids if isinstance(ids, list) else [ids])
+    return named
+
+
 def _trim_tokenizer(folder: Path, tokenizer: dict[str, Any], kept: Sequence[int]) -> None:
     """Rewrite tokenizer.json and, where it is, spiece.model in a folder."""
     new = {old: index for index, old in enumerate(kept)}
@@ -134,7 +145,8 @@ def _trim_weights(folder: Path, kept: Sequence[int]) -> None:
     weights = load_file(folder / "model.safetensors")
     rows = torch.tensor(kept)
     for name in set(names) & weights.keys():
-        weights[name] = weights[name].index_select(0, rows)
+        of_token = weights[name].shape.index(config["vocab_size"])  # the second dimension of a bias of logits
+        weights[name] = weights[name].index_select(of_token, rows)
     save_file(weights, folder / "model.trimmed", metadata={"format": "pt"})
     (folder / "model.trimmed").rename(folder / "model.safetensors")
     config["vocab_size"] = len(kept)

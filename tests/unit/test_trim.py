@@ -19,6 +19,7 @@ from data_prep.encode import Encoder, train_sentencepiece
 from pipeline import trim as trimming
 from pipeline.__main__ import main as pipeline_main
 from pipeline.trim import read_texts, trim
+from tests.languages import m2m_100, mbart_50
 from tests.tiny import tiny_bart, tiny_t5
 
 SIZES = {"v1.0": 640, "v1.1": 640, "mt5": 513}  # v1.x: 100 extra ids and rows that no token has
@@ -203,6 +204,37 @@ def test_another_kind_of_tokenizer_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="BPE tokenizer: only SentencePiece unigram is trimmed"):
         trim(tmp_path / "model", ["a b"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_a_tokenizer_of_python_alone_is_refused_in_one_line(german, tmp_path):
+    tiny_bart("m2m_100").save_pretrained(tmp_path)
+    m2m_100(tmp_path, german[0], 300)
+    with pytest.raises(ValueError, match="has a Python tokenizer: only SentencePiece unigram is trimmed"):
+        trim(tmp_path, ["a b"], tmp_path / "out")
+
+
+def test_languages_and_the_bias_of_the_logits_go_along(german, tmp_path):
+    """The model's settings name a token that no text has."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    mbart_50(folder, [*german[0], *german[1]], 300)
+    original = AutoTokenizer.from_pretrained(folder)
+    unused = original.convert_tokens_to_ids("▁the")
+    model = tiny_bart("mbart", 2, 2, vocab_size=len(original))
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 1, 2, 2
+        config.forced_eos_token_id = None
+    model.generation_config.eos_token_id = [2, unused]
+    model.save_pretrained(folder)
+    saved = trim(folder, german[0][:50], out)
+    assert saved["vocabulary_size"] < saved["original_vocabulary_size"]
+    kept = json.loads((out / "kept_ids.json").read_text(encoding="utf-8"))["original_id_of"]
+    trimmed = AutoTokenizer.from_pretrained(out)
+    for language in ("de_DE", "fr_XX"):
+        original.src_lang = trimmed.src_lang = language
+        assert [kept[number] for number in trimmed("ein Garten").input_ids] == original("ein Garten").input_ids
+    ends = AutoModelForSeq2SeqLM.from_pretrained(out).generation_config.eos_token_id
+    assert [kept[number] for number in ends] == [2, unused]
 
 
 def test_what_is_there_already_is_never_replaced(tmp_path):
