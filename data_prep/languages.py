@@ -22,8 +22,11 @@ def language_id(ids: Mapping[str, int], language: str) -> int:
         ValueError: it has none.
     """
     if language not in ids:
-        some = ", ".join(list(ids)[:5])
-        raise ValueError(f"the tokenizer has no token for language {language!r}, but {len(ids)} others ({some} ...)")
+        alike = [each for each in ids if each.lower().startswith(language.lower()[:2])] or list(ids)
+        raise ValueError(
+            f"the tokenizer has no token for language {language!r}; of its {len(ids)} languages the likeliest are "
+            f"{', '.join(alike[:5])}"
+        )
     return ids[language]
 
 

@@ -96,11 +96,12 @@ def test_what_a_tokenizer_of_languages_lacks_is_one_line(kind: str, tmp_path: Pa
     data = data_of(tmp_path, kind, rows)
     with pytest.raises(ValueError, match=r"^data.target_language is empty, but the tokenizer begins every text"):
         planned(tmp_path / "unsaid", data | {"target_language": ""})
-    rows = [*rows[:3], rows[3] | {"tgt": "xx"}]
+    wanted = MADE[kind][1][1]
+    rows = [*rows[:3], rows[3] | {"tgt": wanted[:2] + "x"}]
     out = tmp_path / "unknown"
     plan = planned(out, data | {"train": [written(tmp_path / "train.jsonl", rows)], "test": []})
     with pytest.raises(
-        ValueError, match=r"train.jsonl: record 4 \(id train/3\): the tokenizer has no token for .*'xx'"
+        ValueError, match=rf"train.jsonl: record 4 \(id train/3\): the tokenizer .* likeliest are .*{wanted}"
     ):
         UnitMaker(out, plan).make(plan.units[0])
 
