@@ -133,7 +133,7 @@ class TeacherConfig(Settings):
     """The large model: trained from scratch, fine-tuned from a folder, or taken as it is."""
 
     folder: str = identity("")
-    """Folder of a T5, Flan-T5, mT5 or BART model to start from, or hub:owner/name[@revision], which
+    """Folder of a model to start from (T5, mT5, BART, NLLB and others), or hub:owner/name[@revision], which
     `python -m pipeline fetch` downloads. Empty: train a model from scratch, with the sizes of teacher.architecture."""
     architecture: ArchitectureConfig = dataclasses.field(default_factory=ArchitectureConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
