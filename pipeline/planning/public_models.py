@@ -70,6 +70,7 @@ _OF_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 PUBLIC: dict[str, dict[str, Any]] = {
     **{f"t5-{size}": _t5(sizes) for size, sizes in _T5.items()},
     **{f"{kind}-{size}": _t5(sizes, **_OF_GATED) for kind in ("t5-v1_1", "flan-t5") for size, sizes in _GATED.items()},
+    "madlad400-3b-mt": _t5((1024, 128, 8192, 16, 32), vocab_size=256000, **_OF_GATED),
     **{f"mt5-{size}": _t5(sizes, model_type="mt5", vocab_size=250112, **_OF_GATED) for size, sizes in _GATED.items()},
     **{f"bart-{size}": _bart(sizes) for size, sizes in _BART.items()},
     **{
