@@ -99,7 +99,7 @@ def about(command: str) -> str:
 def _run_stage(name: str, arguments: Sequence[str]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun starts workers in sessions of their own, out of a kill's reach
         die_with_parent()
-    parser = recipe_parser(f"python -m pipeline {name}", about(name))
+    parser = recipe_parser(f"python -m pipeline {name}", about(name), arguments)
     if name == "run" or name in TRAINING:
         parser.add_argument("--extend", action="store_true", help="Continue with another num_steps or learning rate.")
     if name == "run":

@@ -41,14 +41,21 @@ class _Parser(ArgumentParser):
         return super().dump(recipe, **kwargs)
 
 
-def recipe_parser(program: str, description: str) -> ArgumentParser:
-    """A parser with every recipe field, `--config`, `--print_config` and `--verbose`."""
-    return settings_parser(program, description, Recipe)
+def recipe_parser(program: str, description: str, arguments: Sequence[str] = ()) -> ArgumentParser:
+    """A parser with every recipe field, `--config`, `--print_config` and `--verbose`.
+
+    Args:
+        arguments: those that it will parse. Help on the fields, which is read from their source and takes three times
+            as long as all else, is there when they ask for it.
+    """
+    return settings_parser(program, description, Recipe, arguments)
 
 
-def settings_parser(program: str, description: str, settings: type[Any]) -> ArgumentParser:
+def settings_parser(
+    program: str, description: str, settings: type[Any], arguments: Sequence[str] = ()
+) -> ArgumentParser:
     """The same with the fields of any settings dataclass."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(arguments))
     usage = f"{program} --config RECIPE [--any.field value ...]"
     parser = _Parser(prog=program, usage=usage, description=description, allow_abbrev=False)
     parser.settings = settings

@@ -27,7 +27,7 @@ def study_command(arguments: Sequence[str]) -> None:
         ValueError: a mistake in the study or in its recipes.
         SystemExit: a training failed, or was asked to stop (85).
     """
-    parser = settings_parser("python -m pipeline study", __doc__ or "", StudyConfig)
+    parser = settings_parser("python -m pipeline study", __doc__ or "", StudyConfig, arguments)
     values = parser.instantiate(parser.parse_args(with_recipe_paths(arguments)))
     config = StudyConfig(**{each.name: values[each.name] for each in fields(StudyConfig)})
     config.check()

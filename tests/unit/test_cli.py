@@ -22,7 +22,7 @@ def parse(*arguments):
 
 
 def test_help_documents_every_field():
-    text = re.sub(r"\s+", " ", recipe_parser("test", "").format_help().split("options:")[1])
+    text = re.sub(r"\s+", " ", recipe_parser("test", "", ["--help"]).format_help().split("options:")[1])
     for name in field_names(Recipe):
         match = re.search(rf"--{re.escape(name)} (?:\S+ )?(.*?)\(type:", text)
         assert match, name
