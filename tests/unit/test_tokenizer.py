@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from transformers import T5Config
 
+from data_prep.config import DataConfig
 from data_prep.encode import SPIECE, write_plain_t5
 from data_prep.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer, tokenizer_files, write_tokenizer
 from pipeline.planning.checks import _check_tokenizer
@@ -133,6 +134,6 @@ def test_the_vocabulary_of_data_must_be_the_teachers_in_every_layout(tmp_path: P
     (other / "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
     own = check_tokenizer(same)
     config = T5Config(vocab_size=len(numbers), pad_token_id=own.pad_token_id, eos_token_id=own.eos_token_id)
-    _check_tokenizer(teacher, same, config)
+    _check_tokenizer(teacher, DataConfig(tokenizer=str(same)), config)
     with pytest.raises(ValueError, match=r"other has no token '[ab]' of id \d+ as the teacher's in .*teacher does"):
-        _check_tokenizer(teacher, other, config)
+        _check_tokenizer(teacher, DataConfig(tokenizer=str(other)), config)
