@@ -144,8 +144,7 @@ class _Python:
         self.before = tuple(self._model("").input_ids[:-1])
 
     def rows(self, texts: list[str], *, are_targets: bool = False) -> Rows:
-        side = "text_target" if are_targets and hasattr(self._model, "spm_target") else "text"
-        encoded = self._model(**{side: texts}).input_ids if texts else []
+        encoded = self._model(**{"text_target" if are_targets else "text": texts}).input_ids if texts else []
         return _joined([row[len(self.before) : -1] for row in encoded])
 
     def text(self, ids: list[int]) -> str:
@@ -185,7 +184,7 @@ class Encoder:
         Args:
             languages: of source and target of each pair, for a tokenizer with tokens of languages (see `languages`).
         """
-        source, target = self._rows(sources), self._rows(targets, are_targets=True)
+        source, target = self._rows(sources), self._rows(targets, are_targets=not self.languages)
         has_source, has_target = source[0] > 0, target[0] > 0
         empty = {"empty source": ~has_source, "empty target": has_source & ~has_target}
         dropped = {reason: np.flatnonzero(rows).tolist() for reason, rows in empty.items() if rows.any()}

@@ -213,7 +213,7 @@ def check_tokenizer(source: Path) -> PreTrainedTokenizerBase:
             f"use a model with one vocabulary"
         )
     ids = tokenizer("a").input_ids
-    if (language := getattr(tokenizer, "src_lang", None)) and language_ids(tokenizer).get(language) != ids[0]:
+    if (language := getattr(tokenizer, "src_lang", None)) and not language_ids(tokenizer):
         raise ValueError(
             f"{source}: the tokenizer does not begin a text with the token of its language {language!r} (it gives "
             f"{ids} for 'a'), as NLLB's, M2M100's and mBART-50's do; older ones, which end it so, are not carried"
@@ -233,14 +233,17 @@ def write_languages(folder: Path) -> None:
 
 
 def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the tokens that texts of each language begin with; none of a tokenizer without such."""
+    """Ids of the tokens that texts of each language begin with; none of a tokenizer without such, or that puts them
+    elsewhere."""
     if getattr(tokenizer, "src_lang", None) is None:
         return {}
     if known := getattr(tokenizer, "lang_code_to_id", None):
-        return {language: number for language, number in known.items() if number != tokenizer.unk_token_id}
-    named = {getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-    added = tokenizer.added_tokens_decoder
-    return {each.content: number for number, each in added.items() if each.special and number not in named}
+        found = {language: number for language, number in known.items() if number != tokenizer.unk_token_id}
+    else:
+        named = {getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+        added = tokenizer.added_tokens_decoder
+        found = {each.content: number for number, each in added.items() if each.special and number not in named}
+    return found if found.get(tokenizer.src_lang) == tokenizer("a").input_ids[0] else {}
 
 
 def _content(token: str | dict[str, Any]) -> str:
@@ -268,10 +271,11 @@ def refuse_other_ids(folder: Path, examples: Iterable[tuple[str, str, str, list[
         ValueError: the first text with other ids.
     """
     tokenizer: Any = load_tokenizer(folder)
+    has_languages = bool(language_ids(tokenizer))
     for text, side, language, ours, longest in examples:
-        if language_ids(tokenizer) and tokenizer.src_lang != language:
+        if has_languages:
             tokenizer.src_lang = language
-        kind = "text_target" if side == "target" and hasattr(tokenizer, "spm_target") else "text"
+        kind = "text_target" if side == "target" and not has_languages else "text"
         theirs = tokenizer(**{kind: text}, truncation=True, max_length=longest).input_ids
         if theirs != ours:
             raise ValueError(

@@ -147,10 +147,10 @@ class _Labelling:
         places = self._places[unit * UNIT_EXAMPLES : (unit + 1) * UNIT_EXAMPLES]
         sources, references = _ids(self._reader.read(places))  # references are for the rule alone
         member = Member(TEACHER, *(tuple(self._pool.layers[stack]) for stack in STACKS))
+        all_forced = forced_bos_ids(self._pool.tokenizer, references)
         outputs: list[list[int] | None] = [None] * len(places)
         for batch in batches_of([len(ids) for ids in sources], self._recipe.evaluate.tokens_per_batch):
-            source, forced = [sources[i] for i in batch], forced_bos_ids(self._pool.tokenizer, references)
-            forced = forced and [forced[i] for i in batch]
+            source, forced = [sources[i] for i in batch], all_forced and [all_forced[i] for i in batch]
             found = decode_in_memory(self._pool, [member], source, None, self._rules, beat, forced).get(TEACHER)
             for position, tokens in zip(batch, found.tokens if found else [], strict=False):
                 outputs[position] = tokens

@@ -20,7 +20,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from data_prep.publish import discard
 from pipeline.families import family_of
-from pipeline.rundir import read_json
 from pipeline.tokenizer import copy_tokenizer
 
 INSTALL = "pip install ctranslate2==4.8.5"
@@ -155,17 +154,11 @@ def _loading(checkpoint: Path) -> str:
     if told.get("forced_bos_token_id") is not None:
         token = AutoTokenizer.from_pretrained(checkpoint).convert_ids_to_tokens(told["forced_bos_token_id"])
         lines.append(f"options['target_prefix'] = [[{token!r}]] * len(texts)")
-    languages = []
-    if language := (read_json(checkpoint / "tokenizer_config.json") or {}).get("src_lang"):
-        languages = [f"tokenizer.src_lang = tokenizer.tgt_lang = {language!r}  # of texts and outputs"]
-        lines.append("first = tokenizer.convert_ids_to_tokens(tokenizer(text_target='').input_ids[:1])")
-        lines.append("options['target_prefix'] = [first] * len(texts)")
     code = [
         "import ctranslate2",
         "from transformers import AutoTokenizer",
         'folder, texts = ".", ["a text"]  # this folder',
         "translator, tokenizer = ctranslate2.Translator(folder), AutoTokenizer.from_pretrained(folder)",
-        *languages,
         "pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts).input_ids]",
         *lines,
         "for result in translator.translate_batch(pieces, **options):",

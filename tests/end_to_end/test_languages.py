@@ -27,10 +27,10 @@ from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.label import Rule, label
 from pipeline.pretrained import model_of
 from pipeline.rundir import RunDir
-from pipeline.tokenizer import vocabulary_size
+from pipeline.tokenizer import check_tokenizer, language_ids, load_tokenizer, vocabulary_size
 from pipeline.world import World
 from tests.builds import build, write_recipe
-from tests.languages import MADE, OF_TRANSLATORS
+from tests.languages import MADE, OF_TRANSLATORS, nllb
 from tests.tiny import tiny_model
 
 NUM_NEW_TOKENS, LONGEST_SOURCE = 10, 24
@@ -104,6 +104,16 @@ def test_what_a_tokenizer_of_languages_lacks_is_one_line(kind: str, tmp_path: Pa
         ValueError, match=rf"train.jsonl: record 4 \(id train/3\): the tokenizer .* likeliest are .*{wanted}"
     ):
         UnitMaker(out, plan).make(plan.units[0])
+
+
+def test_a_tokenizer_that_ends_texts_with_their_language_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    """As NLLB's did before 2023, and mBART-25's does."""
+    nllb(tmp_path, [text for row in records(("", ""), 60) for text in (row["source"], row["target"])], 300)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"legacy_behaviour": True}))
+    assert language_ids(load_tokenizer(tmp_path)) == {}, "a peer of this kind keeps its ids"
+    with pytest.raises(ValueError, match="does not begin a text with the token of its language 'eng_Latn'"):
+        check_tokenizer(tmp_path)
 
 
 def planned(out: Path, data: dict[str, Any]) -> Plan:

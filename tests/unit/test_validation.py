@@ -30,7 +30,7 @@ def model(teacher):
     return ModularModel(copy.deepcopy(teacher), family_of("t5"), ((2, 3, 6), (2, 3, 6)), "last")
 
 
-def generated(teacher, batch, end_id):
+def generated(teacher, batch, end_id, **options):
     """Greedy ids of transformers, as long as ours may be."""
     return teacher.generate(
         input_ids=batch.source_BS,
@@ -40,17 +40,18 @@ def generated(teacher, batch, end_id):
         do_sample=False,
         eos_token_id=end_id,
         pad_token_id=0,
+        **options,
     )[:, 1:].tolist()
 
 
-def validator(model, score=None, end_id=1):
+def validator(model, score=None, end_id=1, forces_bos=False):
     batches = [random_batch(7, index) for index in range(3)]
     clock = PhaseClock(ALONE.device)
     settings = DistillConfig()
     task = modular_task(model, family_of("t5"), tiny_t5().config, settings, seed=0)
     assemblies = followed(model.stacks, settings)
     decoded = {name: ((assemblies[name],),) for name in ("teacher", "e6-d6")}
-    translation = Translation(decoded, end_id, score) if score else None
+    translation = Translation(decoded, end_id, score, forces_bos) if score else None
     return Validator(
         model, ALONE, None, clock, args=task.validations, batches=batches, decoded=batches[:2], translation=translation
     ), batches
@@ -87,6 +88,17 @@ def test_greedy_outputs_are_those_of_transformers(model, teacher):
     assert found[1][0] != expected
     labels = [row for batch in batches[:2] for row in batch.labels_BT.tolist()]
     assert found[0][1] == [[each for each in row[: [*row, end_id].index(end_id)] if each != -100] for row in labels]
+
+
+def test_outputs_begin_with_the_language_of_their_references(model, teacher):
+    found = []
+    ours, batches = validator(model, lambda outputs, references: found.append(outputs) or 0.0, forces_bos=True)
+    ours.bleu()
+    outputs = iter(found[0])
+    for batch in batches[:2]:
+        for place, first in enumerate(batch.labels_BT[:, 0].tolist()):
+            ids = generated(teacher, batch, 1, forced_bos_token_id=first)[place]
+            assert next(outputs) == (ids[: ids.index(1)] if 1 in ids else ids)
 
 
 def test_what_is_followed_goes_from_the_finest_to_the_coarsest():
