@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -27,8 +27,10 @@ METRICS = {  # name: what it is called
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
     "exact_match": "exact %",
+    "metricx": "MetricX",
     "loss": "loss",
 }
+_Value = TypeVar("_Value")
 NUM_BOOTSTRAP = 200
 NUM_PAIRED = 1000
 SEED = 12345
@@ -199,16 +201,18 @@ def quality_of(
     outputs: Sequence[str],
     losses: Sequence[tuple[float, int]],
     beat: Callable[[], None] = lambda: None,
+    errors: Sequence[float] = (),
 ) -> dict[str, Any]:
     """All scores of one system, each metric as its name, with _low and _high of a 95 % bootstrap interval.
 
-    Percent, except for the loss: cross entropy with the references per token, in nats. With several languages their
-    own scores stand under "languages".
+    Percent, except for MetricX (0 to 25, less is better) and for the loss: cross entropy with the references per token,
+    in nats. With several languages their own scores stand under "languages".
 
     Args:
         losses: for each example, the sum over the tokens of its (first) reference, and their number; empty where it
             could not be computed.
         beat: called with every example, of which long ones take a while.
+        errors: MetricX of each example; empty where there is no such model.
     """
     quality = _scores(references, outputs, beat)
     for name, values in _of_examples(references, outputs, beat).items():
@@ -216,15 +220,23 @@ def quality_of(
     if losses:
         sums, counts = (np.array(each, dtype=float) for each in zip(*losses, strict=True))
         quality |= _mean_with_interval("loss", sums, counts)
+    if errors:
+        quality |= _mean_with_interval("metricx", np.array(errors))
     signatures = {name: str(metric.get_signature()) for name, metric in references.corpus_metrics.items()}
     if num_long := references.corpus_metrics["ter"].num_long:
         signatures["ter"] += f"|no shifts in {num_long} long pairs"
     signatures["rouge"] = (
         f"F1, mean over examples, no stemming, words: {references.rouge_words}, rouge-score {version('rouge-score')}"
     )
+    if errors:
+        signatures["metricx"] = "MetricX-24 with references, mean over examples, 0 to 25, less is better"
     quality |= {"signatures": signatures, "num_examples": len(outputs), "bleu_tokenizer": references.bleu_tokenizer}
     if len(languages := sorted(set(references.languages))) > 1:
-        quality["languages"] = {each: _of_language(references, each, outputs, losses, beat) for each in languages}
+        of_parts = ((language, *references.part(language)) for language in languages)
+        quality["languages"] = {
+            language: quality_of(part, _at(places, outputs), _at(places, losses), beat, _at(places, errors))
+            for language, part, places in of_parts
+        }
     return quality
 
 
@@ -264,15 +276,9 @@ def _mean_with_interval(name: str, sums: np.ndarray, counts: np.ndarray | None =
     return {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _of_language(
-    references: References,
-    language: str,
-    outputs: Sequence[str],
-    losses: Sequence[tuple[float, int]],
-    beat: Callable[[], None],
-) -> dict[str, Any]:
-    part, places = references.part(language)
-    return quality_of(part, [outputs[i] for i in places], [losses[i] for i in places] if losses else [], beat)
+def _at(places: Sequence[int], values: Sequence[_Value]) -> list[_Value]:
+    """The values of some examples; none where there are none of any."""
+    return [values[i] for i in places] if values else []
 
 
 def p_values(references: References, baseline: Sequence[str], systems: Mapping[str, Sequence[str]]) -> dict[str, float]:

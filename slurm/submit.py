@@ -207,14 +207,16 @@ def check_ranks(stage: str, recipe: Recipe, cluster: Cluster, nodes: Nodes | Non
         return
     shape = cluster.jobs[STAGE_JOBS[stage]]
     nodes = nodes or Nodes(shape.nodes, shape.nodes)
-    num_micro_batches = batches[stage].micro_batches_per_step
+    batch = batches[stage]
+    num_micro_batches = batch.micro_batches_per_step
     for num_nodes in range(nodes.least, nodes.most + 1):
         num_ranks = num_nodes * shape.processes_per_node
         if num_micro_batches % num_ranks:
             raise ValueError(
                 f"stage {stage} has {num_micro_batches} micro-batches a step, which {num_ranks} ranks ({num_nodes} "
                 f"nodes x {shape.processes_per_node} processes) cannot share evenly: change --nodes, "
-                f"processes_per_node in the cluster file, or batch.micro_batches_per_step in the recipe"
+                f"processes_per_node in the cluster file, or batch.micro_batches_per_step in the recipe "
+                f"({batch.shared_by(num_ranks)})"
             )
 
 

@@ -103,7 +103,7 @@ def recipe_path(name: str) -> Path:
 def _check_yaml(path: Path) -> None:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a recipe: it must hold fields and their values, such as `name: summaries`")

@@ -66,6 +66,12 @@ class BatchConfig(Settings):
     micro_batches_per_step: int = identity(8, low=1)
     """Micro-batches of one optimizer step, all ranks together. The number of ranks must divide it."""
 
+    def shared_by(self, num_ranks: int) -> str:
+        """For messages: what makes a step as large and can be shared by so many ranks."""
+        count = -(-self.micro_batches_per_step // num_ranks) * num_ranks
+        tokens = max(1, self.tokens_per_micro_batch * self.micro_batches_per_step // count)
+        return f"{count} micro-batches of {tokens} tokens make a step as large"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(Settings):
@@ -330,6 +336,8 @@ class EvaluateConfig(Settings):
     """What BLEU takes for words, by sacreBLEU's name: 13a (cut at spaces and signs), zh, ja-mecab, ko-mecab, char,
     flores200 and others; ja-mecab and ko-mecab need packages. auto goes by the language of the records, or by the
     script of the references; without the packages it takes char for Japanese and 13a for Korean."""
+    metricx: str = identity("", before="")
+    """Folder of a MetricX-24 model with the tokenizer of mT5, which judges every output; empty: none."""
     same_source: str = identity("examples", before="examples", choices=("examples", "references"))
     """What test records are that have the same source: examples of their own, or further references of the first."""
     tokens_per_batch: int = operational(8192, low=1)

@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from data_prep.publish import sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.evaluation.cost import Sample, costs, full_batch
+from pipeline.evaluation.metricx import MetricX
 from pipeline.evaluation.slices import DecodingPlan, Workshop, agree_on_plan, merge, read_unit, tokenize
 from pipeline.evaluation.subject import Subject
 from pipeline.rundir import RunDir, Stage, publish_sealed, read_sealed, work_off, write_atomic
@@ -147,16 +149,18 @@ def score_system(
         publish_sealed(score_path, {**score, "failed": merged})
         return
     outputs, losses, num_tokens = merged
+    errors = _errors_of(subject, outputs, device, beat)
     lines = [
         {"id": example["id"], "source": example["source"], "reference": texts[0], "output": output, "loss": loss}
         | ({"references": list(texts)} if len(texts) > 1 else {})
-        for example, texts, output, (loss, _) in zip(
-            subject.examples, subject.references.texts, outputs, losses, strict=True
+        | ({"metricx": errors[i]} if errors else {})
+        for i, (example, texts, output, (loss, _)) in enumerate(
+            zip(subject.examples, subject.references.texts, outputs, losses, strict=True)
         )
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     score |= {
-        "quality": quality_of(subject.references, outputs, losses, beat),
+        "quality": quality_of(subject.references, outputs, losses, beat, errors),
         "num_tokens": num_tokens,
         "note": subject.note(system),
         "num_empty": sum(not output.strip() for output in outputs),
@@ -164,6 +168,16 @@ def score_system(
     }
     write_atomic(outputs_path, content)
     publish_sealed(score_path, score)
+
+
+def _errors_of(subject: Subject, outputs: list[str], device: torch.device, beat: Callable[[], None]) -> list[float]:
+    """What the recipe's MetricX model says of each output; nothing where it names none."""
+    settings = subject.recipe.evaluate
+    if not settings.metricx:
+        return []
+    model = MetricX.of(Path(settings.metricx), device, settings.dtype)
+    sources = [example["source"] for example in subject.examples]
+    return model.errors(sources, outputs, subject.references.texts, settings.tokens_per_batch, beat)
 
 
 def _warn(scores: dict[str, dict[str, Any]], of_all: str) -> None:

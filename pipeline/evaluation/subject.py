@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.decoding import Member
 from pipeline.evaluation.peers import most_positions, read_peers
 from pipeline.library import check_library
 from pipeline.pretrained import config_of
-from pipeline.rundir import RunDir, digest_of, read_json
+from pipeline.rundir import RunDir, digest_of, read_json, shared_hashes
 from pipeline.scoring import References
 from pipeline.spans import Assembly, Span, kept_layers
 from pipeline.weights import shapes_of
@@ -124,7 +124,10 @@ class Subject:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
-        return check_library(self.run.teacher_model, self.run.library)
+        return check_library(self.run.teacher_model, self.run.library, self._hashes)
+
+    def _hashes(self, files: Sequence[Path]) -> dict[Path, str]:
+        return shared_hashes(files, self.folder / "hashes")
 
     def key(self, system: System) -> dict[str, Any]:
         """All that a quality result depends on; a result with another key is not this system's."""
@@ -146,8 +149,11 @@ class Subject:
             weights = {"kind": system.kind, "assembly": system.assembly, "teacher": self._weights["teacher_sha256"]}
             weights |= {"modular": self._weights["modular_sha256"]} if has_modular else {}
         else:
-            weights = {"folder": digest_of(folder_hashes(self.folder_of(system)))}
-        return {"weights": weights, "test": self.test_sha256, "decoding": decoding, "scoring": self.references.how}
+            weights = {"folder": digest_of(folder_hashes(self.folder_of(system), self.folder / "hashes"))}
+        scoring = dict(self.references.how)
+        if settings.metricx:
+            scoring["metricx"] = digest_of(folder_hashes(Path(settings.metricx), self.folder / "hashes"))
+        return {"weights": weights, "test": self.test_sha256, "decoding": decoding, "scoring": scoring}
 
 
 def _check_systems(systems: list[System], run: RunDir) -> None:
@@ -188,8 +194,11 @@ def _by_source(examples: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @cache
-def folder_hashes(folder: Path) -> dict[str, str]:
+def folder_hashes(folder: Path, shared: Path | None = None) -> dict[str, str]:
     """sha256 of each file of a checkpoint folder, by name; read once in a process.
+
+    Args:
+        shared: where workers that need the same hashes find each other's; None reads all files here.
 
     Raises:
         FileNotFoundError: it is no checkpoint folder.
@@ -199,4 +208,6 @@ def folder_hashes(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json): run stage assemble again")
     for weights in folder.glob("*.safetensors"):
         shapes_of(weights)  # refuses what is cut off
-    return {path.name: sha256_of(path) for path in files_in(folder, "*")}
+    files = files_in(folder, "*")
+    hashes = shared_hashes(files, shared) if shared else {path: sha256_of(path) for path in files}
+    return {path.name: hashes[path] for path in files}

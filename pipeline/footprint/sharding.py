@@ -9,6 +9,8 @@ from typing import Any
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 AUTO = "auto"
+HPZ = "zero_hpz_partition_size"
+OFFLOADS = ("offload_optimizer", "offload_param")
 OURS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -39,8 +41,16 @@ def read_ds_config(name: str) -> dict[str, Any]:
     taken = [key for key in OURS if key in config]
     if taken:
         raise ValueError(f"{path} sets {', '.join(taken)}: the recipe decides these, remove them there")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f"{path}: {key} is {config[key]!r}: it must be a JSON object")
     zero = config.get("zero_optimization", {})
-    offloads = "offload_optimizer" in zero or "offload_param" in zero
+    for key, value in zero.items():
+        if value == AUTO and key != HPZ:
+            raise ValueError(f"{path}: zero_optimization.{key} is {AUTO!r}, which nobody fills in here: give a number")
+        if key in OFFLOADS and (not isinstance(value, dict) or value.get("device") != "cpu"):
+            raise ValueError(f'{path}: zero_optimization.{key} must be {{"device": "cpu"}}, or left out')
+    offloads = any(key in zero for key in OFFLOADS)
     if zero.get("stage") not in (2, 3) or (zero["stage"] == 2 and offloads) or config.get("fp16", {}).get("enabled"):
         raise ValueError(f"{path}: this engine runs ZeRO stage 3, or stage 2 without offload, in bf16 or fp32")
     return config
@@ -81,9 +91,9 @@ class Sharding:
             ranks_per_node=ranks_per_node,
             stage=zero["stage"],
             element_bytes=2 if config.get("bf16", {}).get("enabled") else 4,
-            has_hpz=zero.get("zero_hpz_partition_size", 1) != 1,
-            offloads_optimizer="offload_optimizer" in zero,
-            offloads_parameters="offload_param" in zero,
+            has_hpz=zero.get(HPZ, 1) != 1,
+            offloads_optimizer=OFFLOADS[0] in zero,
+            offloads_parameters=OFFLOADS[1] in zero,
             reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             keeps_weights=zero["stage"] == 3 and not zero.get("memory_efficient_linear", True),

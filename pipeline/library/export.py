@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from pipeline.rundir import RunDir, read_json, write_atomic
 from pipeline.spans import STACKS
 
 
-def check_library(teacher: Path, library: Path) -> dict[str, str]:
+def check_library(
+    teacher: Path, library: Path, hashes_of: Callable[[Sequence[Path]], Mapping[Path, str]] | None = None
+) -> dict[str, str]:
     """sha256 of the weights of a teacher's folder and of a module library, after the library's manifest was held
     against both.
+
+    Args:
+        hashes_of: where the hashes come from; None reads both files whole.
 
     Raises:
         FileNotFoundError: one of them is missing.
@@ -31,11 +37,12 @@ def check_library(teacher: Path, library: Path) -> dict[str, str]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
     manifest, found = read_json(manifest_path) or {}, {}
+    hashes = hashes_of([weights, modular]) if hashes_of else {path: sha256_of(path) for path in (weights, modular)}
     for path, name, cure in (
         (weights, "teacher_sha256", "it is not the teacher that the library was trained for, or it is damaged"),
         (modular, "modular_sha256", "it is damaged: copy it again, or remove the distill folder and run that stage"),
     ):
-        found[name] = sha256_of(path)
+        found[name] = hashes[path]
         if found[name] != manifest[name]:
             raise ValueError(f"{path} does not match {manifest_path}: {cure}")
     return found

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 
 from data_prep.config import DataConfig
-from data_prep.hub import local_folder
+from data_prep.hub import local_folder, refuse_pointer
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
@@ -22,7 +22,7 @@ from pipeline.assemble import assembly_to_recover, baselines_of, requested_assem
 from pipeline.beside import GENERATION, check_ids, read
 from pipeline.config import Recipe
 from pipeline.decoding import generation_settings, refuse_unknown
-from pipeline.evaluation import read_peers
+from pipeline.evaluation import check_metricx, read_peers
 from pipeline.families import family_of, refuse_uncarried
 from pipeline.footprint import AUTO, read_ds_config
 from pipeline.model import check_lengths
@@ -33,7 +33,7 @@ from pipeline.rundir import RunDir, Stage, left_out
 from pipeline.scoring import check_bleu_tokenizer
 from pipeline.search import check_budgets
 from pipeline.spans import Budget, Cost, Stacks, costs_of_sizes, shape_of
-from pipeline.tokenizer import check_tokenizer, language_ids, load_tokenizer, refuse_pointer, tokenizer_files
+from pipeline.tokenizer import check_tokenizer, language_ids, load_tokenizer, tokenizer_files
 from pipeline.weights import names_of_index
 
 CHECKED_STAGES = ("teacher", "distill", "baseline", "assemble")
@@ -51,8 +51,7 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     _check_ranks(recipe)
     _check_run_directory(run)
     _check_parts(recipe)
-    check_bleu_tokenizer(recipe.evaluate.bleu_tokenizer)
-    check_peers(recipe)
+    check_named_files(recipe)
     if recipe.teacher.folder:
         check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
@@ -75,7 +74,7 @@ def _check_ranks(recipe: Recipe) -> None:
         if batch.micro_batches_per_step % num_ranks:
             raise ValueError(
                 f"{name}.batch.micro_batches_per_step is {batch.micro_batches_per_step}, which launch.num_ranks "
-                f"{num_ranks} does not divide: make it a multiple of {num_ranks}"
+                f"{num_ranks} does not divide: make it a multiple of {num_ranks}; {batch.shared_by(num_ranks)}"
             )
     if torch.cuda.is_available() and not dist.is_nccl_available():
         raise ValueError("this torch has CUDA but not NCCL: install a build of torch with NCCL")
@@ -118,12 +117,20 @@ def check_micro_batches(recipe: Recipe, run: RunDir) -> None:
             )
 
 
-def check_peers(recipe: Recipe) -> None:
-    """Refuse the first of evaluate.folders that could not be scored.
+def check_named_files(recipe: Recipe) -> None:
+    """Refuse what a recipe names beside the teacher and cannot be used: DeepSpeed configurations, scorers, peers.
 
     Raises:
-        ValueError: why.
+        ValueError: the first of them, and why.
     """
+    for name in {recipe.teacher.loop.ds_config, recipe.distill.loop.ds_config}:
+        if name.endswith(".json"):
+            from pipeline.training import check_ds_config  # late: importing DeepSpeed takes a while
+
+            check_ds_config(name)
+    check_bleu_tokenizer(recipe.evaluate.bleu_tokenizer)
+    if recipe.evaluate.metricx:
+        check_metricx(Path(recipe.evaluate.metricx))
     for refusal in read_peers(recipe.evaluate.folders)[1]:
         raise ValueError(refusal)
 

@@ -24,7 +24,7 @@ from pipeline.footprint import (
     useful_flops,
 )
 from pipeline.model import Sampler
-from pipeline.planning.checks import check_peers, check_teacher
+from pipeline.planning.checks import check_named_files, check_teacher
 from pipeline.planning.disk import bytes_of_stages
 from pipeline.planning.planned import Planned
 
@@ -73,7 +73,7 @@ def estimate(
             raise ValueError(f"--{name} must be above 0, not {value:g}")
     if not 0 < share <= 1:
         raise ValueError(f"--share must lie above 0 and up to 1, not {share:g}")
-    check_peers(recipe)
+    check_named_files(recipe)
     planned = Planned.of(recipe)
     if planned.folder:
         check_teacher(recipe, planned.folder, whole=False)

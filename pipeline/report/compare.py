@@ -112,7 +112,7 @@ def compare_systems(a: Scored, b: Scored, num_examples: int, console: Console) -
     for name, label in METRICS.items():
         if name in a.row.scores and name in b.row.scores:
             x, y = a.row.scores[name], b.row.scores[name]
-            digits = 3 if name == "loss" else 1
+            digits = 3 if name in ("loss", "metricx") else 1
             extra = f"  (p = {p:.3f})" if name == "bleu" else ""
             table.add_row(label, f"{x:.{digits}f}", f"{y:.{digits}f}", f"{y - x:+.{digits}f}{extra}")
     for label, quantity in (("MB", lambda row: row.bytes / 1e6), ("ms", lambda row: row.latency_ms)):

@@ -176,13 +176,13 @@ def _row(values: Mapping[str, str]) -> Row:
     numbers |= {name: float(values[name]) for name in ("ratio_layers", "ratio_non_embedding", "ratio_bytes")}
     times = ("latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "tokens_per_s", "peak_memory_bytes")
     numbers |= {name: _number(values[f"time_{name}"]) for name in times}
-    columns = [metric + end for metric in METRICS for end in ("", "_low", "_high")]
+    columns = [metric + end for metric in METRICS for end in ("", "_low", "_high") if values.get(metric)]
     return Row(
         name=values["name"],
         kind=values["kind"],
         assembly=values["assembly"],
         requests=tuple((preset, float(ratio)) for preset, ratio in requests),
-        scores={column: float(values[column]) for column in columns if values[column]},
+        scores={column: float(values[column]) for column in columns},
         percent=_number(values["percent_of_teacher"]),
         p_value=_number(values["p_value"]),
         layer_flops=_number(values["layer_flops"]),

@@ -20,13 +20,15 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read when it is imported
 
 import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups, set_z3_leaf_modules
 from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import OptimConfig
-from pipeline.footprint import read_ds_config
+from pipeline.footprint import AUTO, read_ds_config
 from pipeline.training.partitions import Partition, Stage2Partition, Stage3Partition
 from pipeline.world import World, free_port, return_freed_memory
 
@@ -43,6 +45,20 @@ class ParameterSlice:
     """Index of the first element in the flattened parameter."""
     tensors: dict[str, torch.Tensor]
     """weight, exp_avg, exp_avg_sq."""
+
+
+def check_ds_config(name: str) -> None:
+    """Refuse a DeepSpeed configuration that DeepSpeed itself does not take.
+
+    Raises:
+        ValueError: a key that it does not know, or a value of another kind; also as read_ds_config does.
+    """
+    zero = {key: value for key, value in read_ds_config(name)["zero_optimization"].items() if value != AUTO}
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{name}: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def join_world() -> World:

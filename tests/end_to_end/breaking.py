@@ -12,6 +12,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MT5Config, MT5ForConditionalGeneration
 
 from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.rundir.run_dir import STAGES, RunDir
@@ -110,6 +111,12 @@ def pickled(content: object) -> Callable[[], object]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
     return do
+
+
+def metricx_alone() -> None:
+    """Put a model of MetricX's kind at peer/, without a tokenizer."""
+    config = MT5Config(vocab_size=250112, d_model=2, d_kv=1, d_ff=2, num_layers=1, num_decoder_layers=1, num_heads=1)
+    MT5ForConditionalGeneration(config).save_pretrained("peer")
 
 
 def cut_gzip() -> None:

@@ -14,6 +14,7 @@ from tests.end_to_end.breaking import (
     Mistake,
     begun,
     cut_gzip,
+    metricx_alone,
     text,
     write_jsonl,
 )
@@ -23,6 +24,8 @@ RECIPE = {
     "stage": Mistake("unknown stage 'distil'", stage="distil"),
     "no recipe": Mistake("no recipe 'nosuch'", "--config nosuch"),
     "not yaml": Mistake("recipe.yaml", break_it=text("recipe.yaml", "name: [")),
+    "nested without end": Mistake("recipe.yaml: not valid YAML", break_it=text("recipe.yaml", "a: " + 2000 * "[")),
+    "in UTF-16": Mistake("recipe.yaml: not valid YAML", break_it=text("recipe.yaml", "name: a".encode("utf-16"))),
     "a list": Mistake("recipe.yaml", break_it=text("recipe.yaml", "- name\n")),
     "unknown key": Mistake("did you mean distill.losses.hidden?", "--distill.lossses.hidden 3"),
     "unknown key in the file": Mistake(
@@ -91,6 +94,11 @@ BEFORE_ANY_WORK = {
         "evaluate.bleu_tokenizer is ko-mecab, which cannot be made here", "--evaluate.bleu_tokenizer ko-mecab",
         lambda: sys.modules.update({"mecab_ko": None}),
     ),
+    "MetricX missing": Mistake("nowhere holds no model: it needs", "--evaluate.metricx nowhere"),
+    "MetricX of another kind": Mistake("is of no MetricX model (model_type t5", "--evaluate.metricx teacher"),
+    "MetricX without a tokenizer": Mistake(
+        "peer has no tokenizer: copy that of google/mt5-xl", "--evaluate.metricx peer", metricx_alone
+    ),
     "other model": Mistake("nowhere is not a Hugging Face folder", "--evaluate.folders [nowhere]"),
     "ds_config not json": Mistake(
         "ds.json is not valid JSON", "--distill.loop.ds_config ds.json", text("ds.json", "{")
@@ -104,6 +112,10 @@ BEFORE_ANY_WORK = {
     "run_dir is a file": Mistake("is a file", "--run_dir recipe.yaml"),
     "run_dir not writable": Mistake("cannot write to /proc", "--run_dir /proc/run"),
     "ds_config": Mistake("no DeepSpeed configuration 'zero9'", "--distill.loop.ds_config zero9"),
+    "ds_config with a typing error": Mistake(
+        "ds.json: zero_optimization.overlap_com: Extra inputs are not permitted", "--distill.loop.ds_config ds.json",
+        text("ds.json", '{"zero_optimization": {"stage": 3, "overlap_com": true}}'),
+    ),
     "ds_config decides": Mistake(
         "sets gradient_clipping", "--distill.loop.ds_config ds.json",
         text("ds.json", '{"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}'),

@@ -31,6 +31,10 @@ REFUSALS = {  # what a refusal says, its values left out: the mistake by which p
     "belongs to it": "peer with too many tokens",
     "evaluate.folders: {} names no decoder_start_token_id: add it to its settings": "peer without a start",
     "evaluate.bleu_tokenizer is {}, which cannot be made here ({})": "tokenizer of BLEU",
+    "evaluate.metricx: {} holds no model: it needs config.json and weights": "MetricX missing",
+    "evaluate.metricx: {} is of no MetricX model (model_type {}, vocab_size {}): give one such as "
+    "google/metricx-24-hybrid-large-v2p6": "MetricX of another kind",
+    "evaluate.metricx: {} has no tokenizer: copy that of google/mt5-xl beside the model": "MetricX without a tokenizer",
     "{} has {}, which decoding here does not carry: give a copy of the model without {} as teacher.folder":
         "settings of generation",
     "{} cannot be read ({})": "settings of generation damaged",

@@ -18,7 +18,17 @@ from pipeline.__main__ import main
 from tests.end_to_end.breaking import LINES, ROOT, train_tokenizer, write_jsonl
 from tests.end_to_end.mistakes import MISTAKES
 
-FOLDERS = {"settings", "weights", "quantised", "peer", "number", "token", "index"}  # first words of mistakes in models
+FOLDERS = {
+    "settings",
+    "weights",
+    "quantised",
+    "peer",
+    "number",
+    "token",
+    "index",
+    "MetricX",
+    "ds_config",
+}  # first words of mistakes in models
 SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 6, "num_decoder_layers": 6}
 
 

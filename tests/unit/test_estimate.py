@@ -293,6 +293,10 @@ def test_local_flops_count_the_teacher_once_and_no_gradient_of_its_encoding():
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "without offload"),
         ({"fp16": {"enabled": True}}, "bf16 or fp32"),
         ({"gradient_clipping": 1.0}, "the recipe decides these"),
+        ({"zero_optimization": True}, "mine.json: zero_optimization is True: it must be a JSON object"),
+        ({"bf16": True}, "mine.json: bf16 is True"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size is"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param must be"),
     ],
 )
 def test_configurations_that_the_engine_does_not_run_are_refused(tmp_path, change, message):
