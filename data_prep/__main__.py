@@ -40,7 +40,7 @@ def data_section(recipe: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{recipe}: no such recipe; give a YAML file with a data: section")
     try:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as err:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
         raise ValueError(f"{recipe}: not valid YAML: {' '.join(str(err).split())}") from err
     section = content.get("data") if isinstance(content, dict) else None
     if not isinstance(section, dict):
@@ -140,6 +140,8 @@ def main(arguments: list[str]) -> int:
             raise
         if arguments[0] not in ("plan", "build") or _is_first_rank() or isinstance(err, OSError):
             text = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
+            for parsed, written in (("config", "--config"), ("out", "--out"), ("folder", "FOLDER")):
+                text = text.replace(f"{arguments[0]}.{parsed}", written)  # an option as it is typed
             print(f"data_prep: {' '.join(text.split())}", file=sys.stderr)
         return 2
 

@@ -12,11 +12,23 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 PREFIX = "hub:"
+LFS = b"version https://git-lfs"
 _DATA = re.compile(
     r"hub:datasets/(?P<name>[\w.-]+(/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})(/(?P<files>[^#]+))?(?P<part>#.+)?"
 )
 _SMALL = ("*.json", "*.model", "*.txt")  # settings, tokenizers, and their notes
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first kind that a repository has
+
+
+def refuse_pointer(path: Path) -> None:
+    """Tell a file of a repository that was cloned without its large files.
+
+    Raises:
+        ValueError: the file only says where the real one is.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in its repository")
 
 
 def local_folder(name: str) -> Path:

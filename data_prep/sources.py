@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 from pyarrow import parquet
 
+from data_prep.hub import refuse_pointer
 from data_prep.publish import sha256_of
 from data_prep.textfile import TEXT_FORMATS, Piece, Row, TextFile, text_suffix
 
@@ -34,6 +35,7 @@ def open_input(path: Path, name: str, split: str = "train", quotes: str = "auto"
         return ArrowFile(path, name, split)
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no such file; check the data.train, data.validation and data.test paths")
+    refuse_pointer(path)
     if path.suffix == ".parquet":
         return ArrowFile(path, name)
     if text_suffix(path) not in TEXT_FORMATS:

@@ -30,6 +30,7 @@ _LONGEST_WINDOW = {
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": partial(zstd.open, options=_LONGEST_WINDOW)}
 _MARK = "\ufeff".encode()  # of byte order: some programs begin files with it, and `cat` leaves it inside
 _BUFFER_BYTES = 1 << 20
+_SEPARATORS = ",;\t|"
 TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 csv.field_size_limit(1 << 30)  # max_line_bytes is the limit
 
@@ -88,6 +89,7 @@ class TextFile:
             for row in self._raw_rows(max_line_bytes):
                 if offset == 0 and self._delimiter:
                     offset = len(row)  # the header belongs to no piece
+                    self._check_header(row)
                     continue
                 rows.append(row)
                 stop += 1
@@ -138,6 +140,16 @@ class TextFile:
             self.quotes, warning = settle(lines, self._delimiter, self._name)
             if warning:
                 print(f"data_prep: warning: {warning}", file=sys.stderr)
+
+    def _check_header(self, row: bytes) -> None:
+        """Tell a table whose cells something else separates: its header is one cell then."""
+        text = _decode(row.removeprefix(_MARK), f"{self._name}:1").strip()
+        other = next((kind for kind in _SEPARATORS if kind in text), None)
+        if other and self._delimiter and self._delimiter not in text:
+            raise ValueError(
+                f"{self._name}:1: the header is one cell, {text!r}: cells of a .csv end with a comma, and those of a "
+                f".tsv with a tab, not with {other!r}; write the table so"
+            )
 
     def _lines(self, max_line_bytes: int) -> Iterator[bytes]:
         with self._open() as stream, self._guarded():

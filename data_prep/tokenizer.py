@@ -20,10 +20,10 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from data_prep.hub import refuse_pointer
 from data_prep.languages import LANGUAGES
 
 SPIECE, TOKENIZER_JSON, TOKENIZER_CONFIG = "spiece.model", "tokenizer.json", "tokenizer_config.json"
-LFS = b"version https://git-lfs"
 _SETTINGS = "config.json"
 _KINDS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm")
 _GENERIC = "PreTrainedTokenizerFast"  # known to transformers 4 and 5; both then take tokenizer.json as it stands
@@ -36,17 +36,6 @@ def tokenizer_files(folder: Path) -> list[str]:
     return sorted(
         path.name for path in folder.glob("*") if path.is_file() and any(fnmatch(path.name, kind) for kind in _KINDS)
     )
-
-
-def refuse_pointer(path: Path) -> None:
-    """Tell a file of a repository that was cloned without its large files.
-
-    Raises:
-        ValueError: the file only says where the real one is.
-    """
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in its repository")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

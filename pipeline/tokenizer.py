@@ -15,7 +15,6 @@ from data_prep.tokenizer import (
     copy_tokenizer,
     language_ids,
     load_tokenizer,
-    refuse_pointer,
     tokenizer_files,
     write_tokenizer,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "forced_bos_ids",
     "language_ids",
     "load_tokenizer",
-    "refuse_pointer",
     "tokenizer_files",
     "vocabulary_size",
     "with_languages",

@@ -124,8 +124,8 @@ def load_cluster(path: Path) -> Cluster:
         ValueError: a key is missing, unknown or of the wrong type, or a value is impossible; names key and file.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
     table |= {key: _renamed(table[key], f"{path} [{key}]") for key in ("jobs", "time_limits") if key in table}
     jobs = _take(table, "jobs", dict, str(path))

@@ -47,6 +47,16 @@ def test_cluster_file_of_a_site_is_whole(sinfo: str, tmp_path: Path) -> None:
     assert cluster.account == "abc"
 
 
+def test_a_cluster_file_in_other_letters_is_read_or_told(tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    text = cluster_file(parse_partitions(SINFO), mpi="pmi2", account="abc", python="/v/bin/python")
+    file.write_text(text, encoding="utf-8-sig")  # as some editors write it
+    assert load_cluster(file).account == "abc"
+    file.write_text(text, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"site.toml: not a TOML file: 'utf-8' codec"):
+        load_cluster(file)
+
+
 def test_training_goes_where_the_gpus_are(tmp_path: Path) -> None:
     file = tmp_path / "site.toml"
     file.write_text(cluster_file(parse_partitions(SINFO), mpi="pmi2", account="", python="/v/bin/python"))

@@ -117,6 +117,7 @@ def test_records_have_ids_dotted_fields_prefixes_and_language_tags() -> None:
         (b'{"source": "a", "target": 5}', "field 'target' is a int, not a text"),
         (b'{"source": "a"', "a.jsonl:1: not a JSON object"),
         (b"[1]", "a JSON list, not an object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a.jsonl is a pointer of Git LFS, not the file"),
         (b'{"source": "a\\u0000", "target": "b"}', "a.jsonl:1: field 'source' holds a NUL character"),
         (
             b'{"source": "\\ud800", "target": "b"}',
@@ -148,6 +149,19 @@ def test_a_ragged_csv_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("source,target\na,b\na,b,c\n")
     with pytest.raises(ValueError, match=r"a.csv: row 2: 3 cells where the header has 2; check the quoting"):
         read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "other"),
+    [("a.csv", "source;target", ";"), ("a.tsv", "source,target", ","), ("a.csv", "a\tb", "\t")],
+)
+def test_a_table_whose_cells_something_else_separates_is_told(
+    tmp_path: Path, name: str, header: str, other: str
+) -> None:
+    (tmp_path / name).write_text(f'{header}\n"a"{other}"b"\n')
+    with pytest.raises(ValueError, match=r"the header is one cell, .* not with ") as error:
+        read(tmp_path / name)
+    assert repr(header) in str(error.value)
 
 
 def test_a_quote_that_does_not_end_is_named(tmp_path: Path) -> None:
