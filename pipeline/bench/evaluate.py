@@ -7,9 +7,10 @@ import gc
 import json
 import logging
 import random
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,14 @@ import torch
 import transformers
 
 from pipeline.bench import Measure, report
+from pipeline.bench.engines import translated
 from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.config.recipe import SEARCHED
 from pipeline.decoding.plain import batches_of, generate, load, losses_of
 from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import LayerCalls, Member, decode_together, parts_of
 from pipeline.decoding.views import load_pool
+from pipeline.engines import to_ctranslate2
 from pipeline.evaluation.slices import tokenize
 from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.library.export import check_library
@@ -34,6 +37,7 @@ from pipeline.tokenizer import load_tokenizer
 
 NUM_UNIFORM = 50
 GEMM_SIZE = 768
+ENGINES = ("float32", "int8")
 
 
 @dataclass
@@ -56,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th system (the teacher always)")
     parser.add_argument("--repeats", type=int, default=1, help="times both sides take turns; medians are reported")
     parser.add_argument("--no-dropped", action="store_true", help="without the layer-dropping baselines")
+    parser.add_argument("--engines", action="store_true", help="CTranslate2, too: fp32 and int8, folder by folder")
     parser.add_argument("--write", type=Path, default=None, help="folder for a Markdown file of the results")
 
 
@@ -73,12 +78,16 @@ def main(arguments: argparse.Namespace) -> None:
         "losses too": _together,
         "baseline": _one_by_one,
     }
+    scratch = tempfile.TemporaryDirectory()
+    for quantization in ENGINES if arguments.engines else ():
+        sides[quantization] = partial(_by_engine, converted(subject, quantization, Path(scratch.name)))
     load(subject.folder_of(subject.teacher), device)  # what a process does once is neither side's
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, side in sides.items():
             results[name].append(_timed(side, subject, device))
-    ours, whole, theirs = (sorted(each, key=lambda each: each.seconds)[len(each) // 2] for each in results.values())
+    middle = {name: sorted(each, key=lambda each: each.seconds)[len(each) // 2] for name, each in results.items()}
+    ours, whole, theirs = (middle.pop(name) for name in ("outputs", "losses too", "baseline"))
     views = [subject.member(system) for system in subject.systems if system.kind in VIEWS]
     encoders = [member.encoder for member in views]
     num_parts, floor_s = _num_parts(subject, device), _floor_s(subject, ours, device)
@@ -105,7 +114,15 @@ def main(arguments: argparse.Namespace) -> None:
             num_parts * count_prefixes(encoders),
         ),
     ]  # fmt: skip
-    report("evaluate", measures, _notes(subject, (ours, whole), theirs), arguments.write)
+    measures += [
+        Measure(
+            "evaluate", f"process time, outputs alone, against {name}", ours.process_seconds, each.process_seconds,
+            f"CTranslate2 {name}, folder by folder", "s", floor_s,
+        )
+        for name, each in middle.items()
+    ]  # fmt: skip
+    report("evaluate", measures, _notes(subject, (ours, whole), theirs, middle), arguments.write)
+    scratch.cleanup()
 
 
 def load_subject(root: Path, num_examples: int, num_beams: int) -> Subject:
@@ -199,6 +216,25 @@ def _one_by_one(subject: Subject, device: torch.device) -> Result:
     return result
 
 
+def converted(subject: Subject, quantization: str, scratch: Path) -> dict[str, Path]:
+    """Every system's folder as CTranslate2 takes it; neither side's time counts this."""
+    folders = {}
+    for system in subject.systems:
+        folders[system.name] = scratch / quantization / system.name
+        folders[system.name].mkdir(parents=True)
+        to_ctranslate2(subject.folder_of(system), folders[system.name], quantization)
+    return folders
+
+
+def _by_engine(folders: Mapping[str, Path], subject: Subject, device: torch.device) -> Result:
+    """CTranslate2, folder by folder, in the order of lengths that it chooses itself."""
+    result, settings = Result(), subject.recipe.evaluate
+    sources = [example["source"] for example in subject.examples]
+    for name, folder in folders.items():
+        result.tokens[name] = translated(folder, sources, settings.num_beams, settings.max_new_tokens).ids
+    return result
+
+
 def _put(result: Result, name: str, places: list[int], tokens: list[list[int]], count: int) -> None:
     outputs = result.tokens.setdefault(name, [[] for _ in range(count)])
     for place, ids in zip(places, tokens, strict=True):
@@ -233,12 +269,17 @@ def _weights(layer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
 
 
-def _notes(subject: Subject, ours: Sequence[Result], theirs: Result) -> str:
+def _notes(subject: Subject, ours: Sequence[Result], theirs: Result, engines: Mapping[str, Result]) -> str:
     different, count = Counter[str](), 0
     for name, outputs in ((name, outputs) for each in ours for name, outputs in each.tokens.items()):
         different[name] += sum(a != b for a, b in zip(outputs, theirs.tokens[name], strict=True))
         count += len(outputs)
-    settings = subject.recipe.evaluate
+    settings, eos = subject.recipe.evaluate, load_tokenizer(subject.run.teacher_model).eos_token_id
+    pairs = {
+        name: [(ids, other) for system in each.tokens for ids, other in
+               zip(each.tokens[system], theirs.tokens[system], strict=True)]
+        for name, each in engines.items()
+    }  # fmt: skip
     lines = [
         f"{len(subject.systems)} systems of {subject.run.root.name} x {len(subject.examples)} examples, "
         f"{settings.num_beams} beam(s), at most {settings.max_new_tokens} new tokens, batches of "
@@ -246,6 +287,11 @@ def _notes(subject: Subject, ours: Sequence[Result], theirs: Result) -> str:
         "sides.",
         f"Outputs that differ, with and without losses: {different.total()} of {count}; by system "
         f"{json.dumps({name: each for name, each in different.items() if each})}.",
+        *(
+            f"Outputs of CTranslate2 {name} that differ from generate's: "
+            f"{sum(ids != [token for token in other if token != eos] for ids, other in found)} of {len(found)}."
+            for name, found in pairs.items()
+        ),
         *_shares(subject),
     ]
     return "\n\n".join(lines)

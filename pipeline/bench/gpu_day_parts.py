@@ -25,6 +25,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5ForConditio
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from pipeline import doctor
+from pipeline.bench.gpu_day_gathers import gathers
 from pipeline.bench.step_model import loss_of, new_engine, new_task, random_batch, t5
 from pipeline.bench.timing import num_launches
 from pipeline.checkpoints.format import Snapshot
@@ -241,7 +242,7 @@ def _peak_gib(world: World) -> float:
 
 
 PARTS: dict[str, Callable[[World, dict[str, Any]], Figures]] = {
-    each.__name__: each for each in (machine, shapes, step, kernels, bart, norm, decoding)
+    each.__name__: each for each in (machine, shapes, step, kernels, gathers, bart, norm, decoding)
 }
 
 
