@@ -56,6 +56,13 @@ def marian(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def pegasus(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
+    _, pieces = _pieces(texts, num_pieces)
+    frames = ["<pad>", "</s>", "<mask_1>", "<mask_2>", "<unk>"]
+    vocab = [*((name, 0.0) for name in frames), *pieces]
+    transformers.PegasusTokenizer(vocab=vocab, offset=len(frames)).save_pretrained(folder)
+
+
 def _pieces(texts: Iterable[str], num_pieces: int) -> tuple[bytes, list[tuple[str, float]]]:
     """A SentencePiece model, and its pieces with their scores, without special ones."""
     model = io.BytesIO()

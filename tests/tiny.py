@@ -50,10 +50,15 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
 
 
 def tiny_bart(
-    kind: str = "bart", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64
-):
+    kind: str = "bart", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64,
+    **ids: int,
+):  # fmt: skip
     """A random model with layer norms: "bart" (tied head), "bart-scaled" (embeddings scaled, every head and embedding
-    its own), or one of SPECIAL."""
+    its own), or one of SPECIAL.
+
+    Args:
+        ids: of special tokens, where they are not as SPECIAL has them.
+    """
     torch.manual_seed(seed)
     stacks = {
         f"{stack}_{name}": value
@@ -65,6 +70,7 @@ def tiny_bart(
         special["decoder_start_token_id"] = special["eos_token_id"]
     if kind == "marian":
         special |= {"pad_token_id": vocab_size - 1, "decoder_start_token_id": vocab_size - 1}
+    special |= ids
     config = CONFIG_MAPPING[kind.removesuffix("-scaled")](
         vocab_size=vocab_size,
         d_model=32,
@@ -91,10 +97,13 @@ def tiny_bart(
     return model.eval()
 
 
-def tiny_model(kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64):
-    """A random model of one of KINDS."""
-    make = tiny_t5 if kind in ("v1.0", "v1.1", "mt5") else tiny_bart
-    return make(kind, num_layers, num_decoder_layers, seed, vocab_size)
+def tiny_model(
+    kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64, **ids: int
+):
+    """A random model of one of KINDS; `ids` as tiny_bart takes them."""
+    if kind in ("v1.0", "v1.1", "mt5"):
+        return tiny_t5(kind, num_layers, num_decoder_layers, seed, vocab_size)
+    return tiny_bart(kind, num_layers, num_decoder_layers, seed, vocab_size, **ids)
 
 
 def hf_logits(model, batch: MicroBatch) -> torch.Tensor:

@@ -26,8 +26,10 @@ from data_prep.tokenizer import load_tokenizer, write_tokenizer
 from pipeline.assemble import Parts, write_checkpoint
 from pipeline.rundir import RunDir
 from pipeline.spans import Assembly
+from pipeline.tokenizer import vocabulary_size
 from pipeline.training import save_model
 from pipeline.trim import trim
+from tests.languages import marian, mbart_50, nllb, pegasus
 from tests.readers.environments import PACKAGES, place_of
 from tests.tiny import OWN_TOKENIZER, tiny_model
 from tests.unit.test_modular import modular_of, perturb
@@ -37,6 +39,8 @@ ASSEMBLIES = ("e1x4-d1x4", "e2x2-d4", "e4-d1x4")  # the teacher's own, both stac
 TEXTS = ["the garden is green", "a house stands in the old garden", "green", "the old house is a house"]
 READ = Path(__file__).with_name("read.py")
 MAX_NEW_TOKENS = 10
+WITH_PIECES = {"mbart": mbart_50, "m2m_100": nllb, "marian": marian, "pegasus": pegasus}
+"""Kinds whose tokenizers are made by tests/languages.py; an NLLB is an M2M100."""
 GENERATION = {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2, "min_length": 4, "max_length": 9}
 
 
@@ -44,7 +48,9 @@ def make_tokenizer(kind: str, folder: Path) -> None:
     """A tokenizer of the family's kind with at most 300 tokens, as data preparation writes it."""
     raw, corpus = folder / "raw", TEXTS * 8 + ["".join(word) for word in itertools.permutations("abcdef", 4)]
     raw.mkdir(parents=True)
-    if kind.startswith("bart"):
+    if kind in WITH_PIECES:
+        WITH_PIECES[kind](raw, corpus, 120)
+    elif kind.startswith("bart"):
         pieces = tokenizers.ByteLevelBPETokenizer()
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         pieces.train_from_iterator(corpus, 290, special_tokens=special, show_progress=False)
@@ -70,7 +76,11 @@ def exported(root: Path, kind: str, texts: tuple[str, ...], strength: float = 1.
     """
     make_tokenizer(kind, root)
     run = RunDir(root / "run")
-    teacher = tiny_model(kind, 4, 4, vocab_size=300)
+    if kind in WITH_PIECES:
+        ids = ids_of(load_tokenizer(root / "tokenizer"), kind)
+        teacher = tiny_model(kind, 4, 4, vocab_size=vocabulary_size(root / "tokenizer"), **ids)
+    else:
+        teacher = tiny_model(kind, 4, 4, vocab_size=300)
     for parameter in teacher.parameters():
         parameter.data *= strength if parameter.dim() == 2 else 1
     for name, value in GENERATION.items():
@@ -87,6 +97,13 @@ def exported(root: Path, kind: str, texts: tuple[str, ...], strength: float = 1.
         write_checkpoint(parts, Assembly.parse(text), root / text)
         models[str(root / text)] = parts.models.assembly(Assembly.parse(text))
     return models, root / "tokenizer"
+
+
+def ids_of(tokenizer: Any, kind: str) -> dict[str, int]:
+    """Special tokens of a model as its tokenizer has them."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    start = pad if kind in ("marian", "pegasus") else eos
+    return {"pad_token_id": pad, "eos_token_id": eos, "forced_eos_token_id": eos, "decoder_start_token_id": start}
 
 
 def trimmed(root: Path, kind: str, text: str) -> tuple[dict[str, Any], Path]:
@@ -149,7 +166,7 @@ def test_a_sample_is_read_alike(tmp_path, kind, version):
 
 @pytest.mark.readers
 @pytest.mark.parametrize("version", PACKAGES)
-@pytest.mark.parametrize("kind", OWN_TOKENIZER)
+@pytest.mark.parametrize("kind", [*OWN_TOKENIZER, *WITH_PIECES])
 def test_every_family_is_read_alike(tmp_path, kind, version):
     check(tmp_path, version, *exported(tmp_path, kind, ASSEMBLIES))
 
