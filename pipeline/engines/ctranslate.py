@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from data_prep.publish import discard
+from pipeline.beside import GENERATION, TOKENIZER_CONFIG, read
 from pipeline.families import family_of
 from pipeline.tokenizer import copy_tokenizer
 
@@ -28,7 +29,7 @@ QUANTIZATIONS = (
 )  # fmt: skip
 AUTO = "AutoTokenizer"
 TOLERANCE = 2e-3  # of a log-probability in fp32: sums in another order
-GENERATION = {  # generation_config.json's names of what translate_batch takes
+OPTIONS = {  # generation_config.json's names of what translate_batch takes
     "num_beams": "beam_size", "length_penalty": "length_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
     "repetition_penalty": "repetition_penalty", "min_length": "min_decoding_length",
 }  # fmt: skip
@@ -103,7 +104,10 @@ def _converter(checkpoint: Path) -> Any:
 
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
             tokenizer = super().load_tokenizer(tokenizer_class, model_name_or_path, **options)
+            if tokenizer.bos_token is None:  # as of mBART-50; the engine wants a name, and uses it nowhere
+                tokenizer.bos_token = tokenizer.eos_token
             num_tokens = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+            tokenizer.num_madeup_words = 0  # which it would add once more to an M2M100's
             tokenizer.add_tokens([f"<unused_{index}>" for index in range(len(tokenizer), num_tokens)])
             return tokenizer
 
@@ -122,11 +126,13 @@ def check_scores(checkpoint: Path, folder: Path) -> None:
     translator = ctranslate2.Translator(str(folder), device="cpu", intra_threads=torch.get_num_threads())
     model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32).eval()
     words = _vocabulary(folder)
+    drawn = torch.tensor([i for i in range(len(words)) if i != model.config.pad_token_id])  # no text has padding in it
     start = model.config.decoder_start_token_id
     generator = torch.Generator().manual_seed(0)
     for source_length, target_length in zip(SOURCE_LENGTHS, TARGET_LENGTHS, strict=True):
         source_S, target_T = (
-            torch.randint(len(words), (length,), generator=generator) for length in (source_length, target_length)
+            drawn[torch.randint(len(drawn), (length,), generator=generator)]
+            for length in (source_length, target_length)
         )
         inputs_T = torch.cat([torch.tensor([start]), target_T])
         logits_TV = model(input_ids=source_S[None], decoder_input_ids=inputs_T[None]).logits[0, :-1, : len(words)]
@@ -145,22 +151,30 @@ def _vocabulary(folder: Path) -> list[str]:
 
 
 def _loading(checkpoint: Path) -> str:
-    """How the folder is used, with what generation_config.json says in CTranslate2's words."""
-    path = checkpoint / "generation_config.json"
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    options = {theirs: told[ours] for ours, theirs in GENERATION.items() if told.get(ours) is not None}
+    """How the folder is used, with what generation_config.json says in CTranslate2's words; a tokenizer with tokens of
+    languages is told them first."""
+    told = read(checkpoint / GENERATION)
+    options = {theirs: told[ours] for ours, theirs in OPTIONS.items() if told.get(ours) is not None}
     options = {"beam_size": 1, **options, "max_decoding_length": told.get("max_new_tokens") or 128}
-    lines = [f"options = {options}"]
-    if told.get("forced_bos_token_id") is not None:
+    first, languages = [], []
+    if language := read(checkpoint / TOKENIZER_CONFIG).get("src_lang"):
+        languages = [
+            f"tokenizer.src_lang = tokenizer.tgt_lang = {language!r}  # of the texts, and of what is to be written"
+        ]
+        first = ["first = tokenizer.convert_ids_to_tokens(tokenizer(text_target='').input_ids[:1])"]
+    elif told.get("forced_bos_token_id") is not None:
         token = AutoTokenizer.from_pretrained(checkpoint).convert_ids_to_tokens(told["forced_bos_token_id"])
-        lines.append(f"options['target_prefix'] = [[{token!r}]] * len(texts)")
+        first = [f"first = [{token!r}]"]
     code = [
         "import ctranslate2",
         "from transformers import AutoTokenizer",
         'folder, texts = ".", ["a text"]  # this folder',
         "translator, tokenizer = ctranslate2.Translator(folder), AutoTokenizer.from_pretrained(folder)",
+        *languages,
         "pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts).input_ids]",
-        *lines,
+        f"options = {options}",
+        *first,
+        *(["options['target_prefix'] = [first] * len(texts)"] if first else []),
         "for result in translator.translate_batch(pieces, **options):",
         "    ids = tokenizer.convert_tokens_to_ids(result.hypotheses[0])",
         "    print(tokenizer.decode(ids, skip_special_tokens=True))",

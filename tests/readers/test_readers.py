@@ -29,7 +29,7 @@ from pipeline.spans import Assembly
 from pipeline.tokenizer import vocabulary_size
 from pipeline.training import save_model
 from pipeline.trim import trim
-from tests.languages import marian, mbart_50, nllb, pegasus
+from tests.languages import m2m_100, marian, mbart_50, nllb, pegasus
 from tests.readers.environments import PACKAGES, place_of
 from tests.tiny import OWN_TOKENIZER, tiny_model
 from tests.unit.test_modular import modular_of, perturb
@@ -39,8 +39,11 @@ ASSEMBLIES = ("e1x4-d1x4", "e2x2-d4", "e4-d1x4")  # the teacher's own, both stac
 TEXTS = ["the garden is green", "a house stands in the old garden", "green", "the old house is a house"]
 READ = Path(__file__).with_name("read.py")
 MAX_NEW_TOKENS = 10
-WITH_PIECES = {"mbart": mbart_50, "m2m_100": nllb, "marian": marian, "pegasus": pegasus}
-"""Kinds whose tokenizers are made by tests/languages.py; an NLLB is an M2M100."""
+WITH_PIECES = {
+    "mBART-50": ("mbart", mbart_50), "NLLB": ("m2m_100", nllb), "M2M100": ("m2m_100", m2m_100),
+    "OPUS-MT": ("marian", marian), "Pegasus": ("pegasus", pegasus),
+}  # fmt: skip
+"""Kind of a model, and what makes its tokenizer."""
 GENERATION = {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2, "min_length": 4, "max_length": 9}
 
 
@@ -49,7 +52,7 @@ def make_tokenizer(kind: str, folder: Path) -> None:
     raw, corpus = folder / "raw", TEXTS * 8 + ["".join(word) for word in itertools.permutations("abcdef", 4)]
     raw.mkdir(parents=True)
     if kind in WITH_PIECES:
-        WITH_PIECES[kind](raw, corpus, 120)
+        WITH_PIECES[kind][1](raw, corpus, 120)
     elif kind.startswith("bart"):
         pieces = tokenizers.ByteLevelBPETokenizer()
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -78,9 +81,11 @@ def exported(root: Path, kind: str, texts: tuple[str, ...], strength: float = 1.
     run = RunDir(root / "run")
     if kind in WITH_PIECES:
         ids = ids_of(load_tokenizer(root / "tokenizer"), kind)
-        teacher = tiny_model(kind, 4, 4, vocab_size=vocabulary_size(root / "tokenizer"), **ids)
+        teacher = tiny_model(WITH_PIECES[kind][0], 4, 4, vocab_size=vocabulary_size(root / "tokenizer"), **ids)
     else:
         teacher = tiny_model(kind, 4, 4, vocab_size=300)
+    if kind == "OPUS-MT":  # as its makers have it, and engines take for granted
+        teacher.get_input_embeddings().weight.data[teacher.config.pad_token_id] = 0.0
     for parameter in teacher.parameters():
         parameter.data *= strength if parameter.dim() == 2 else 1
     for name, value in GENERATION.items():
@@ -102,7 +107,7 @@ def exported(root: Path, kind: str, texts: tuple[str, ...], strength: float = 1.
 def ids_of(tokenizer: Any, kind: str) -> dict[str, int]:
     """Special tokens of a model as its tokenizer has them."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    start = pad if kind in ("marian", "pegasus") else eos
+    start = pad if kind in ("OPUS-MT", "Pegasus") else eos
     return {"pad_token_id": pad, "eos_token_id": eos, "forced_eos_token_id": eos, "decoder_start_token_id": start}
 
 

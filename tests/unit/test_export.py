@@ -14,10 +14,13 @@ from pipeline import export as exporting
 from pipeline.__main__ import main
 from pipeline.engines import ctranslate
 from pipeline.ordinary import check_ordinary
-from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, exported
+from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, WITH_PIECES, exported
 from tests.tiny import OWN_TOKENIZER
 
 ASSEMBLIES = ("e2x2-d4", "e4-d1x4")  # both stacks changed, the decoder deeper
+STRONGER = {"bart": 3.0, "bart-scaled": 3.0, "Pegasus": 2.0, "OPUS-MT": 3.0}
+"""By what factor matrices are larger, so that outputs are not all the same."""
+LANGUAGES = {"NLLB": ("deu_Latn", "fra_Latn"), "M2M100": ("de", "fr"), "mBART-50": ("de_DE", "fr_XX")}
 NEEDS_ENGINE = pytest.mark.skipif(ctranslate.is_missing(), reason=f"no CTranslate2 here: {ctranslate.INSTALL}")
 
 
@@ -52,15 +55,44 @@ def plain_outputs(folder, num_beams):
 
 
 @NEEDS_ENGINE
-@pytest.mark.parametrize("kind", OWN_TOKENIZER)
+@pytest.mark.parametrize("kind", [*OWN_TOKENIZER, *WITH_PIECES])
 def test_ctranslate2_writes_what_generate_writes(tmp_path, kind):
-    models, _ = exported(tmp_path, kind, ASSEMBLIES, strength=3.0 if kind.startswith("bart") else 1.0)
+    models, _ = exported(tmp_path, kind, ASSEMBLIES, strength=STRONGER.get(kind, 1.0))
     for folder, text in zip(models, ASSEMBLIES, strict=True):
         run_export(tmp_path, "--assembly", text, "--to", "ctranslate2")
         converted = tmp_path / "run" / "export" / "ctranslate2-float32" / text
         assert engine_outputs(converted, 1) == plain_outputs(folder, 1)
         assert len({tuple(row) for row in plain_outputs(folder, 1)}) > 1
         assert f"`{text}`" in (converted / "README.md").read_text()
+
+
+@NEEDS_ENGINE
+@pytest.mark.parametrize("kind", ["NLLB", "M2M100", "mBART-50"])
+def test_the_code_beside_an_engines_model_asks_for_a_language(tmp_path, monkeypatch, capsys, kind):
+    """As generate is asked: the text begins with the token of its language, the output with that of its own."""
+    models, _ = exported(tmp_path, kind, ASSEMBLIES[:1])
+    run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", "ctranslate2")
+    converted = tmp_path / "run" / "export" / "ctranslate2-float32" / ASSEMBLIES[0]
+    folder = next(iter(models))
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    source, target = LANGUAGES[kind]
+    tokenizer.src_lang, tokenizer.tgt_lang = source, target
+    first = tokenizer(text_target="").input_ids[0]
+    model.generation_config = type(model.generation_config)(decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
+    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    ids_1T = model.generate(**inputs, forced_bos_token_id=first, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    code = (converted / "README.md").read_text().partition("## Use")[2]
+    lines = [line.removeprefix("    ") for line in code.splitlines() if line.startswith("    ")]
+    changes = {
+        "tokenizer.src_lang = ": f"tokenizer.src_lang, tokenizer.tgt_lang = {LANGUAGES[kind]}",
+        "options = ": f"options = {{'beam_size': 1, 'max_decoding_length': {MAX_NEW_TOKENS}}}",
+    }
+    asked = [next((new for old, new in changes.items() if line.startswith(old)), line) for line in lines]
+    assert sum(a != b for a, b in zip(asked, lines, strict=True)) == 2
+    monkeypatch.chdir(converted)
+    capsys.readouterr()
+    exec("\n".join(asked).replace('"a text"', repr(TEXTS[0])), {})
+    assert capsys.readouterr().out == tokenizer.decode(ids_1T[0], skip_special_tokens=True) + "\n"
 
 
 @NEEDS_ENGINE
