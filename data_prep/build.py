@@ -37,7 +37,7 @@ from data_prep.plan import (
     unit_name,
 )
 from data_prep.publish import is_temporary, make_folder, publish_bytes, temporary_name
-from data_prep.served import Comparison
+from data_prep.served import Served
 from data_prep.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -75,21 +75,21 @@ def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
     """
     begin = time.monotonic()
     try:
-        done = _on_first_rank(lambda: _is_finished(out, config))
-        plan, missing = (None, []) if done else _on_first_rank(lambda: _plan_and_missing(out, config))
-        MPI.Finalize()
-        if plan is None or plan_only:
+        with Served() as served:
+            done = _on_first_rank(lambda: _is_finished(out, config))
+            plan, missing = (None, []) if done else _on_first_rank(lambda: _plan_and_missing(out, config, served))
+            MPI.Finalize()
+            if plan is None or plan_only:
+                if is_first_rank():
+                    print(f"data: {_plan_summary(out) if plan_only else _nothing_to_do(out)}")
+                return True
+            _make_share(out, plan, missing)
             if is_first_rank():
-                print(f"data: {_plan_summary(out) if plan_only else _nothing_to_do(out)}")
-            return True
-        comparison = Comparison(out / TOKENIZER) if is_first_rank() else None
-        _make_share(out, plan, missing)
-        if comparison:
-            _wait_for_others(out, plan, missing, config.patience_s)
-            _compare_sample(out, plan, comparison)
-            manifest = _finish(out, plan)
-            seconds = time.monotonic() - begin
-            print(f"data: {_summary(manifest)}; {seconds:.1f} s on {_WORLD} rank(s), in {out}")
+                _wait_for_others(out, plan, missing, config.patience_s)
+                _compare_sample(out, plan, served)
+                manifest = _finish(out, plan)
+                seconds = time.monotonic() - begin
+                print(f"data: {_summary(manifest)}; {seconds:.1f} s on {_WORLD} rank(s), in {out}")
     except _OtherRankFailedError:
         return False
     return True
@@ -142,8 +142,9 @@ def _settings_of_format(version: int, config: DataConfig) -> dict[str, Any]:
     return settings
 
 
-def _plan_and_missing(out: Path, config: DataConfig) -> tuple[Plan, list[Unit]]:
-    plan = make_plan(out, config)
+def _plan_and_missing(out: Path, config: DataConfig, served: Served) -> tuple[Plan, list[Unit]]:
+    served.start()
+    plan = make_plan(out, config, served)
     missing = [unit for unit in plan.units if published(out, plan, unit) is None]
     if missing:
         (out / MANIFEST).unlink(missing_ok=True)  # readers refuse a directory that is being repaired
@@ -214,11 +215,11 @@ def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s:
 # ---- the end
 
 
-def _compare_sample(out: Path, plan: Plan, comparison: Comparison) -> None:
+def _compare_sample(out: Path, plan: Plan, served: Served) -> None:
     """The first examples of the first unit of each file have the ids that the tokenizer's folder gives by itself."""
     first_of_input = {unit.input: unit for unit in reversed(plan.units)}
     units = list(first_of_input.values())[:_COMPARED_UNITS]
-    comparison.end([example for unit in units for example in sample_of_unit(out, plan, unit)])
+    served.compare(out / TOKENIZER, [example for unit in units for example in sample_of_unit(out, plan, unit)])
 
 
 def _finish(out: Path, plan: Plan) -> Manifest:

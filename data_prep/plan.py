@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep import served
 from data_prep.config import DataConfig, SetConfig, identity_settings
 from data_prep.corruption import segment_tokens, span_counts
 from data_prep.encode import SPIECE, TOKENIZER_CONFIG, TOKENIZER_JSON, Encoder, train_sentencepiece, write_plain_t5
 from data_prep.hub import data_files, local_folder, names_data
 from data_prep.partition import Unit
 from data_prep.publish import files_in, make_folder, publish_json, publishing_folder, remove_temporaries, sha256_of
+from data_prep.served import Served
 from data_prep.shards import FORMAT_VERSION
 from data_prep.sources import ArrowFile, Fields, Record, open_input
 from data_prep.textfile import Piece, TextFile
@@ -146,8 +146,11 @@ def refuse_difference(out: Path, planned: dict[str, Any], wanted: dict[str, Any]
         raise ValueError(f"{out}: begun with other {what} ({shown}); go back to those, or choose another --out")
 
 
-def make_plan(out: Path, config: DataConfig) -> Plan:
+def make_plan(out: Path, config: DataConfig, served: Served) -> Plan:
     """Corpus, tokenizer and plan.json under `out`, each made only where it is not there yet.
+
+    Args:
+        served: has transformers, which writes the tokenizer.
 
     Raises ValueError where `out` was begun with other settings or inputs, naming the difference.
     """
@@ -161,13 +164,13 @@ def make_plan(out: Path, config: DataConfig) -> Plan:
         _make_corpus_folder(out, config)
     if published is not None:
         _refuse_changed_inputs(out, published)
-        made_anew = make_tokenizer_folder(out, published)
+        made_anew = make_tokenizer_folder(out, published, served)
         refuse_difference(out, published.tokenizer, made_anew, "tokenizer")
         return published
     plan = _scan(out, config, settings)
     if config.drop_duplicates:
         plan = Plan(settings, plan.inputs, {}, plan.units, _find_duplicates(out, plan))
-    plan = Plan(settings, plan.inputs, make_tokenizer_folder(out, plan), plan.units, plan.duplicates)
+    plan = Plan(settings, plan.inputs, make_tokenizer_folder(out, plan, served), plan.units, plan.duplicates)
     _check_sentinels(out, plan)
     _check_languages(out, plan)
     publish_json(out / PLAN, asdict(plan))
@@ -264,7 +267,7 @@ def _make_corpus_folder(out: Path, config: DataConfig) -> None:
     _publish_folder(out / CORPUS, {"seed_and_sizes": list(sizes)}, fill)
 
 
-def make_tokenizer_folder(out: Path, plan: Plan, anew: bool = False) -> dict[str, Any]:
+def make_tokenizer_folder(out: Path, plan: Plan, served: Served, anew: bool = False) -> dict[str, Any]:
     """Train the tokenizer or take the given one, unless it stands; returns what plan and manifest say of it."""
     folder = out / TOKENIZER
     if anew:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data_prep.plan import TOKENIZER, Plan, make_tokenizer_folder, read_plan, unit_name
 from data_prep.publish import publish_bytes, publish_json, sha256_of
+from data_prep.served import Served
 from data_prep.shards import Manifest, ShardEntry, Split, blocks_of_shard, publish_index, read_index, read_manifest
 from data_prep.units import UnitMaker, published, sidecar_path
 
@@ -73,7 +74,9 @@ def repair(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: plan.json is missing or of another build; build the data again elsewhere")
     done = []
     if damaged := _damaged_tokenizer_files(folder, manifest):
-        _refuse_other(folder / TOKENIZER, make_tokenizer_folder(folder, plan, anew=True), plan.tokenizer)
+        with Served() as served:
+            made = make_tokenizer_folder(folder, plan, served, anew=True)
+        _refuse_other(folder / TOKENIZER, made, plan.tokenizer)
         done.append(f"{', '.join(map(str, damaged))}: made again")
     wanted = {entry.path: problem for entry, problem in _damaged_shards(folder, manifest, 1).items() if problem}
     done += _repair_shards(folder, manifest, plan, wanted)

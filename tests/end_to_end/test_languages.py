@@ -19,6 +19,7 @@ from data_prep.config import DataConfig
 from data_prep.demo import make_corpus
 from data_prep.plan import Plan, make_plan
 from data_prep.reader import SplitReader
+from data_prep.served import Served
 from data_prep.shards import read_manifest
 from data_prep.units import UnitMaker
 from pipeline import draft
@@ -118,7 +119,8 @@ def test_a_tokenizer_that_ends_texts_with_their_language_is_refused_and_left_as_
 
 def planned(out: Path, data: dict[str, Any]) -> Plan:
     lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
-    return make_plan(out, DataConfig(**data | lists))
+    with Served() as served:
+        return make_plan(out, DataConfig(**data | lists), served)
 
 
 def write_teacher(folder: Path, kind: str, tokenizer: Path) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from data_prep.demo import make_corpus
 from data_prep.encode import Encoder, write_plain_t5
-from data_prep.served import write
+from data_prep.served import Served
 from tests.languages import MADE
 
 SERVE = """
@@ -207,7 +207,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
         given, out, export = (tmp_path_factory.mktemp(kind) for kind in ("given", "out", "export"))
         make(given)
         if not write_plain_t5(given, out):
-            write(given, out)
+            with Served() as served:
+                served.write(given, out)
         for path in out.iterdir():
             (export / path.name).write_bytes(path.read_bytes())
         model_settings(export, "bart" if "BART" in name else "m2m_100" if name in MADE else "t5")

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from data_prep.config import DataConfig
-from data_prep.plan import make_plan
+from data_prep.plan import Plan, make_plan
 from data_prep.publish import discard, publishing_folder, remove_temporaries, replace_folder, unused_name
+from data_prep.served import Served
 from pipeline.checkpoints.format import checkpoints, step_of
 from pipeline.config.recipe import Recipe, TeacherConfig
 from pipeline.evaluation.subject import folder_hashes
@@ -125,13 +126,18 @@ def test_names_that_nfs_keeps_are_no_part_of_what_is_compared(tmp_path: Path) ->
 def test_a_build_goes_on_while_its_tokenizer_is_read(tmp_path: Path) -> None:
     """Its plan stays the same, which holds a hash of the tokenizer; the leftover goes as soon as it can."""
     config = DataConfig(**SMALL)
-    first = make_plan(tmp_path, config)
+
+    def plan() -> Plan:
+        with Served() as served:
+            return make_plan(tmp_path, config, served)
+
+    first = plan()
     (tmp_path / "tokenizer" / ".nfs00aa").write_text("")
-    assert make_plan(tmp_path, config) == first
+    assert plan() == first
     left = tmp_path / "left.tmp-elsewhere-1"
     write_atomic(left / "file", "")
     with kept_open(tmp_path):
-        assert [make_plan(tmp_path, config) for _ in range(2)] == [first, first]
+        assert [plan() for _ in range(2)] == [first, first]
         assert left.exists()
-    assert make_plan(tmp_path, config) == first
+    assert plan() == first
     assert not left.exists()
