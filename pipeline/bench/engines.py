@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.bench import Measure, report
+from pipeline.engines import PATIENCE
 from pipeline.export import Form, assemblies_of, bytes_of, export
 from pipeline.rundir import RunDir
 from pipeline.scoring import References, bleu, p_values
@@ -124,7 +125,10 @@ def translated(folder: Path, sources: Sequence[str], num_beams: int, longest: in
     started_at = time.process_time()
     translator, tokenizer = ctranslate2.Translator(str(folder), intra_threads=1), AutoTokenizer.from_pretrained(folder)
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(list(sources)).input_ids]
-    results = translator.translate_batch(pieces, beam_size=num_beams, max_decoding_length=longest, max_batch_size=BATCH)
+    patience = PATIENCE if num_beams > 1 else 1.0  # as the README of an exported folder says
+    results = translator.translate_batch(
+        pieces, beam_size=num_beams, patience=patience, max_decoding_length=longest, max_batch_size=BATCH
+    )
     rows: list[Any] = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
     return Outputs(tokenizer.batch_decode(rows, skip_special_tokens=True), rows, time.process_time() - started_at)
 

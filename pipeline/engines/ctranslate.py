@@ -33,6 +33,9 @@ OPTIONS = {  # generation_config.json's names of what translate_batch takes
     "num_beams": "beam_size", "length_penalty": "length_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
     "repetition_penalty": "repetition_penalty", "min_length": "min_decoding_length",
 }  # fmt: skip
+PATIENCE = 3.0
+"""For how many times as many finished outputs as beams a search goes on. With 1, its default, it ends where generate with
+`early_stopping` does; without that generate goes on as long as a better one may come."""
 SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
 
 
@@ -156,6 +159,8 @@ def _loading(checkpoint: Path) -> str:
     told = read(checkpoint / GENERATION)
     options = {theirs: told[ours] for ours, theirs in OPTIONS.items() if told.get(ours) is not None}
     options = {"beam_size": 1, **options, "max_decoding_length": told.get("max_new_tokens") or 128}
+    if options["beam_size"] > 1 and told.get("early_stopping") is not True:
+        options["patience"] = PATIENCE
     first, languages = [], []
     if language := read(checkpoint / TOKENIZER_CONFIG).get("src_lang"):
         languages = [

@@ -34,7 +34,9 @@ def engine_outputs(folder, num_beams):
 
     translator, tokenizer = ctranslate2.Translator(str(folder)), AutoTokenizer.from_pretrained(folder)
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(TEXTS).input_ids]
-    results = translator.translate_batch(pieces, beam_size=num_beams, max_decoding_length=MAX_NEW_TOKENS)
+    results = translator.translate_batch(
+        pieces, beam_size=num_beams, patience=ctranslate.PATIENCE, max_decoding_length=MAX_NEW_TOKENS
+    )
     vocabulary = {
         piece: index for index, piece in enumerate(json.loads((folder / "shared_vocabulary.json").read_text()))
     }
@@ -61,9 +63,11 @@ def test_ctranslate2_writes_what_generate_writes(tmp_path, kind):
     for folder, text in zip(models, ASSEMBLIES, strict=True):
         run_export(tmp_path, "--assembly", text, "--to", "ctranslate2")
         converted = tmp_path / "run" / "export" / "ctranslate2-float32" / text
-        assert engine_outputs(converted, 1) == plain_outputs(folder, 1)
+        for num_beams in (1, 4):
+            assert engine_outputs(converted, num_beams) == plain_outputs(folder, num_beams)
         assert len({tuple(row) for row in plain_outputs(folder, 1)}) > 1
-        assert f"`{text}`" in (converted / "README.md").read_text()
+        assert f"`{text}`" in (told := (converted / "README.md").read_text())
+        assert f"'patience': {ctranslate.PATIENCE}" in told, "the settings of generation have 3 beams"
 
 
 @NEEDS_ENGINE
