@@ -34,8 +34,8 @@ OPTIONS = {  # generation_config.json's names of what translate_batch takes
     "repetition_penalty": "repetition_penalty", "min_length": "min_decoding_length",
 }  # fmt: skip
 PATIENCE = 3.0
-"""For how many times as many finished outputs as beams a search goes on. With 1, its default, it ends where generate with
-`early_stopping` does; without that generate goes on as long as a better one may come."""
+"""For how many times as many finished outputs as beams a search goes on. With 1, its default, it ends where generate
+with `early_stopping` does; without that generate goes on as long as a better one may come."""
 SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
 
 
