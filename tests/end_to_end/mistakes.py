@@ -146,7 +146,7 @@ DATA = {
         "truncated or damaged", "--data.train [train.jsonl.gz]", lambda: shutil.copy("train.jsonl", "train.jsonl.gz")
     ),
     "sheet with semicolons": Mistake(
-        "present: source;target", "--data.train [a.csv]", text("a.csv", "source;target\na;b\n")
+        "the header is one cell, 'source;target'", "--data.train [a.csv]", text("a.csv", "source;target\na;b\n")
     ),
     "utf-16": Mistake("not UTF-8", "--data.train [a.jsonl]", text("a.jsonl", "\ufeff{}".encode("utf-16"))),
     "other settings": Mistake(
