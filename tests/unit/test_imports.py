@@ -200,6 +200,23 @@ def test_torch_finds_huge_pages_allowed():
     assert found.stdout.split() == ["1", "False"], found.stderr
 
 
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ""),
+    ],
+)
+def test_segments_of_a_gpus_memory_may_grow_unless_the_user_says_otherwise(own, told):
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    program = "import os, pipeline; print(os.environ.get('PYTORCH_ALLOC_CONF', ''))"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment | own, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == told, found.stderr
+
+
 COMMANDS = tuple(f"pipeline.{each}" for each in (
     "teacher", "distill", "baselines", "recover", "label", "trim", "run", "doctor", "launch"
 ))  # fmt: skip
