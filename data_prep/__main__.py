@@ -140,8 +140,9 @@ def main(arguments: list[str]) -> int:
             raise
         if arguments[0] not in ("plan", "build") or _is_first_rank() or isinstance(err, OSError):
             text = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
-            for parsed, written in (("config", "--config"), ("out", "--out"), ("folder", "FOLDER")):
-                text = text.replace(f"{arguments[0]}.{parsed}", written)  # an option as it is typed
+            if isinstance(err, argparse.ArgumentError):  # which names an option as it is parsed, not as it is typed
+                for parsed, typed in (("config", "--config"), ("out", "--out"), ("folder", "FOLDER")):
+                    text = text.replace(f"{arguments[0]}.{parsed}", typed)
             print(f"data_prep: {' '.join(text.split())}", file=sys.stderr)
         return 2
 

@@ -77,6 +77,8 @@ def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
     try:
         with Served() as served:
             done = _on_first_rank(lambda: _is_finished(out, config))
+            if is_first_rank() and not (done or plan_only):
+                served.start()
             plan, missing = (None, []) if done else _on_first_rank(lambda: _plan_and_missing(out, config, served))
             MPI.Finalize()
             if plan is None or plan_only:
@@ -143,7 +145,6 @@ def _settings_of_format(version: int, config: DataConfig) -> dict[str, Any]:
 
 
 def _plan_and_missing(out: Path, config: DataConfig, served: Served) -> tuple[Plan, list[Unit]]:
-    served.start()
     plan = make_plan(out, config, served)
     missing = [unit for unit in plan.units if published(out, plan, unit) is None]
     if missing:

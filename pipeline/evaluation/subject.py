@@ -15,6 +15,7 @@ from data_prep.publish import files_in, sha256_of
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
+from pipeline.evaluation.metricx import check_metricx
 from pipeline.evaluation.peers import most_positions, read_peers
 from pipeline.library import check_library
 from pipeline.pretrained import config_of
@@ -52,6 +53,8 @@ class Subject:
                 raise FileNotFoundError(f"{path} is missing: run stage {stage} first")
         systems = [System(**each) for each in (read_json(run.systems) or {})["systems"]]
         _check_systems(systems, run)
+        if recipe.evaluate.metricx:
+            check_metricx(Path(recipe.evaluate.metricx))
         peers, refused = read_peers(recipe.evaluate.folders)
         with open(test, encoding="utf-8") as file:
             found: Iterator[dict[str, Any]] = (

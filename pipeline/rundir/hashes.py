@@ -22,18 +22,15 @@ def shared_hashes(files: Sequence[Path], folder: Path) -> dict[Path, str]:
     """
     found = {file: sha256_of(file) for file in files if file.stat().st_size < SMALL}
     large = [file for file in files if file not in found]
-    keys = {file: _key(file) for file in large}
+    records = {file: folder / f"{digest_of(_key(file))[:16]}.json" for file in large}
 
     def known(file: Path) -> str | None:
-        record = read_sealed(folder / f"{digest_of(keys[file])[:16]}.json")
+        record = read_sealed(records[file])
         return record["sha256"] if record else None
 
-    def read(file: Path, beat: Any) -> None:
-        publish_sealed(folder / f"{digest_of(keys[file])[:16]}.json", {**keys[file], "sha256": sha256_of(file)})
-
     work_off(
-        folder / "claims", large, name=lambda file: digest_of(keys[file])[:16],
-        is_done=lambda file: known(file) is not None, do=read, wait=True,
+        folder / "claims", large, name=lambda file: records[file].stem, is_done=lambda file: known(file) is not None,
+        do=lambda file, beat: publish_sealed(records[file], {**_key(file), "sha256": sha256_of(file)}), wait=True,
     )  # fmt: skip
     return found | {file: known(file) or sha256_of(file) for file in large}
 

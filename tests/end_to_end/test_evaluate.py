@@ -233,6 +233,7 @@ def cut(name: str) -> Callable[[Path], None]:
             "'e2-x' is not an assembly",
         ),
         (damage_library, {}, "modular.safetensors does not match .*library.json: it is damaged"),
+        (lambda root: None, {"metricx": "nowhere"}, "evaluate.metricx: nowhere holds no model"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -243,7 +244,7 @@ def test_bad_input_is_one_clear_line(
     damage(root)
     folders = tuple(text.format(root=root) for text in settings.get("folders", ()))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        evaluate_here(root, folders=folders)
+        evaluate_here(root, **{**settings, "folders": folders})
     assert "\n" not in str(caught.value)
 
 

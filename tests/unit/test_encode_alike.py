@@ -239,3 +239,10 @@ def test_shards_hold_what_the_export_gives(
 
 
 encoders: dict[str, Encoder] = {}
+
+
+def test_a_process_of_transformers_that_dies_is_told_in_one_line(tmp_path: Path) -> None:
+    with Served() as served:
+        served.start().kill()
+        with pytest.raises(ValueError, match=r"^transformers ended with status -9$"):
+            served.write(tmp_path, tmp_path / "out")
