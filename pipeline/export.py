@@ -19,13 +19,15 @@ import transformers
 from tqdm import tqdm
 
 from data_prep.publish import publish_json, publishing_folder
-from pipeline.assemble import Parts, card_of, scores_of, write_card, write_checkpoint
-from pipeline.engines import QUANTIZATIONS, refuse_missing, to_ctranslate2
+from pipeline.assemble import Parts, scores_of, write_checkpoint, write_converted
+from pipeline.config import QUANTIZATIONS
+from pipeline.engines import refuse_missing
 from pipeline.rundir import RunDir, read_json
 from pipeline.spans import Assembly
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MADE = "export.json"
+SCORES_BEFORE = "These are the scores of the checkpoint before it was converted."
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def export_command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     form = _form(options.to, options.quantization, options.dtype)
     if form.to == "ctranslate2":
-        refuse_missing()
+        refuse_missing("--to ctranslate2")
     run = RunDir(options.run)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -127,13 +129,8 @@ def _write(
             with tempfile.TemporaryDirectory(dir=place, prefix=prefix, ignore_cleanup_errors=True) as scratch:
                 checkpoint = Path(scratch) / "checkpoint"
                 write_checkpoint(parts, assembly, checkpoint)
-                loading = to_ctranslate2(checkpoint, temporary, form.quantization)
-            scores = ["These are the scores of the checkpoint before it was converted.", "", *scores] if scores else []
-            card = card_of(
-                assembly, kind=parts.config["model_type"], dropped=False, library=parts.manifest, loading=loading,
-                scores=scores,
-            )  # fmt: skip
-            write_card(temporary, card)
+                scores = [SCORES_BEFORE, "", *scores] if scores else []
+                write_converted(parts, assembly, checkpoint, temporary, form.quantization, scores)
         publish_json(temporary / MADE, made)
 
 

@@ -13,4 +13,4 @@ from pipeline.assemble.requests import (
 )
 from pipeline.assemble.stage import assemble
 from pipeline.assemble.systems import System
-from pipeline.assemble.write import Parts, write_checkpoint
+from pipeline.assemble.write import Parts, write_checkpoint, write_converted

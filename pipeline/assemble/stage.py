@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 import transformers
 from tqdm import tqdm
 
+from data_prep.publish import publishing_folder
 from pipeline.assemble.requests import baselines_of, check_granularities, requested_assemblies, stacks_of
-from pipeline.assemble.systems import describe
-from pipeline.assemble.write import Parts, write_checkpoint
+from pipeline.assemble.systems import System, describe
+from pipeline.assemble.write import Parts, write_checkpoint, write_converted
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir, Stage, read_json, write_atomic
+from pipeline.spans import Assembly
 
 
 def assemble(recipe: Recipe, run: RunDir) -> None:
@@ -40,7 +42,21 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
             write_checkpoint(parts, assembly, folder, dropped=kind == "dropped")
             system = describe(run, folder, kind, name, assembly)
             systems.append(replace(system, requests=tuple(asked) if kind != "dropped" else ()))
+            if kind != "dropped":
+                systems += [convert(run, parts, system, each) for each in recipe.assemble.ctranslate2]
     for baseline in baselines_of(recipe, stacks):
         systems.append(describe(run, baseline.model(run), "finetuned", baseline.name, baseline.assembly))
     write_atomic(run.systems, json.dumps({"systems": [asdict(system) for system in systems]}, indent=1))
     stage.publish([stage.folder / "models", run.systems], started_at=started_at)
+
+
+def convert(run: RunDir, parts: Parts, system: System, quantization: str) -> System:
+    """Publish a system's checkpoint as a model of CTranslate2, beside it."""
+    checkpoint, name = run.root / system.folder, f"ct2-{quantization}-{system.assembly}"
+    folder = checkpoint.parent / name
+    with publishing_folder(folder) as temporary:
+        write_converted(parts, Assembly.parse(system.assembly), checkpoint, temporary, quantization)
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    return replace(
+        system, name=name, kind="engine", folder=str(folder.relative_to(run.root)), requests=(), bytes=num_bytes
+    )

@@ -19,7 +19,8 @@ class System:
 
     name: str
     kind: str
-    """teacher, assembly, dropped (layer dropping, no training) or finetuned (shrink and fine-tune)."""
+    """teacher, assembly, dropped (layer dropping, no training), finetuned (shrink and fine-tune), engine (teacher or
+    assembly as a model of CTranslate2) or peer (another folder)."""
     folder: str
     """Relative to the run directory."""
     assembly: str

@@ -13,6 +13,7 @@ from pipeline.config.recipe import (
     COARSEST,
     CROSSED,
     PURE,
+    QUANTIZATIONS,
     SAMPLED,
     SAMPLERS,
     SEARCHED,

@@ -17,6 +17,10 @@ from pipeline.spans import PRESETS, Stacks
 SEARCHED = "searched"
 SAMPLED, COARSEST, PURE, CROSSED = "sampled", "coarsest", "pure", "crossed"
 BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200", "spm", "none")
+QUANTIZATIONS = (
+    "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32",
+)  # fmt: skip
+"""Of weights, by CTranslate2's names."""
 SAMPLERS = (
     "stratified",
     "uniform",
@@ -314,6 +318,9 @@ class AssembleConfig(Settings):
     assemblies: tuple[str, ...] = identity(())
     """Further assemblies by their text form, such as e2x3-d6: encoder of 3 layers for 2 teacher layers each, decoder of
     one layer for 6."""
+    ctranslate2: tuple[str, ...] = identity((), before=(), choices=QUANTIZATIONS)
+    """Quantizations, such as int8, in which the teacher and every assembly are also written as models of CTranslate2;
+    each is scored and timed beside its checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

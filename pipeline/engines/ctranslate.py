@@ -11,6 +11,8 @@ Shapes: B examples, S source tokens, T target tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,11 @@ from pipeline.families import family_of
 from pipeline.tokenizer import copy_tokenizer
 
 INSTALL = "pip install ctranslate2==4.8.5"
-QUANTIZATIONS = (
-    "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32",
-)  # fmt: skip
 AUTO = "AutoTokenizer"
+MODEL = "model.bin"
 TOLERANCE = 2e-3  # of a log-probability in fp32: sums in another order
-OPTIONS = {  # generation_config.json's names of what translate_batch takes
-    "num_beams": "beam_size", "length_penalty": "length_penalty", "no_repeat_ngram_size": "no_repeat_ngram_size",
-    "repetition_penalty": "repetition_penalty", "min_length": "min_decoding_length",
-}  # fmt: skip
+OPTIONS = ("length_penalty", "no_repeat_ngram_size", "repetition_penalty")
+"""Settings of generation_config.json that translate_batch takes under the same names."""
 PATIENCE = 3.0
 """For how many times as many finished outputs as beams a search goes on. With 1, its default, it ends where generate
 with `early_stopping` does; without that generate goes on as long as a better one may come."""
@@ -44,14 +42,17 @@ def is_missing() -> bool:
     return find_spec("ctranslate2") is None
 
 
-def refuse_missing() -> None:
+def refuse_missing(setting: str) -> None:
     """Say what to install.
+
+    Args:
+        setting: what asks for it.
 
     Raises:
         ValueError: the package is not installed.
     """
     if is_missing():
-        raise ValueError(f"--to ctranslate2 needs the package ctranslate2, which is not installed: {INSTALL}")
+        raise ValueError(f"{setting} needs the package ctranslate2, which is not installed: {INSTALL}")
 
 
 def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
@@ -71,6 +72,8 @@ def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
     for name, text in _files(converter, folder, quantization).items():
         (folder / name).write_text(text, encoding="utf-8")
     copy_tokenizer(checkpoint, folder)
+    if (checkpoint / GENERATION).is_file():
+        shutil.copy2(checkpoint / GENERATION, folder / GENERATION)  # for Translator
     if quantization == "float32":
         check_scores(checkpoint, folder)
     return _loading(checkpoint)
@@ -80,7 +83,7 @@ def _files(converter: Any, folder: Path, quantization: str) -> dict[str, str]:
     """Convert beside `folder`, since the converter wants no folder to be there; move the model in; return the rest."""
     made = folder / "made"
     converter.convert(str(made), quantization=quantization)
-    (made / "model.bin").rename(folder / "model.bin")
+    (made / MODEL).rename(folder / MODEL)
     texts = {path.name: path.read_text(encoding="utf-8") for path in made.iterdir()}
     discard(made)
     return texts
@@ -153,14 +156,79 @@ def _vocabulary(folder: Path) -> list[str]:
     return json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
 
 
+def options_of(told: Mapping[str, Any], num_beams: int, max_new_tokens: int) -> dict[str, Any]:
+    """What generate goes by, in the words of translate_batch.
+
+    Args:
+        told: what generation_config.json says.
+    """
+    options = {name: told[name] for name in OPTIONS if told.get(name) is not None}
+    options |= {"beam_size": num_beams, "max_decoding_length": max_new_tokens}
+    if num_beams > 1 and told.get("early_stopping") is not True:
+        options["patience"] = PATIENCE
+    # generate counts the token that the decoder starts with; the engine by itself would allow no empty output
+    options["min_decoding_length"] = max(0, (told.get("min_length") or 0) - 1)
+    return options
+
+
+class Translator:
+    """A converted model that takes and gives token ids, as a model of transformers does."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        import ctranslate2
+
+        self._model = ctranslate2.Translator(
+            str(folder), device=device.type, device_index=device.index or 0, intra_threads=torch.get_num_threads()
+        )
+        self._told = read(folder / GENERATION)
+        self._words = _vocabulary(folder)
+        self._ids = {word: index for index, word in enumerate(self._words)}
+        self.num_bytes = (folder / MODEL).stat().st_size
+
+    def generate(
+        self, sources: Sequence[Sequence[int]], max_new_tokens: int, num_beams: int,
+        forced_bos_ids: Sequence[int] | None = None, min_new_tokens: int = 0,
+    ) -> list[list[int]]:  # fmt: skip
+        """Output ids of one batch, each with its end of sequence.
+
+        Args:
+            forced_bos_ids: what each output begins with; None where the generation settings say it.
+            min_new_tokens: no output is shorter; 0 where the generation settings say it.
+        """
+        options = options_of(self._told, num_beams, max_new_tokens)
+        if min_new_tokens:
+            options["min_decoding_length"] = min_new_tokens
+        forced = self._told.get("forced_bos_token_id")
+        if forced_bos_ids is None and forced is not None:
+            forced_bos_ids = [forced] * len(sources)
+        prefix = [[self._words[each]] for each in forced_bos_ids] if forced_bos_ids else None
+        results = self._model.translate_batch(
+            self._named(sources), target_prefix=prefix, return_end_token=True, max_input_length=0, **options
+        )
+        outputs: list[list[int]] = [[self._ids[word] for word in result.hypotheses[0]] for result in results]
+        if (end := self._told.get("forced_eos_token_id")) is not None:
+            outputs = [ids if len(ids) < max_new_tokens else [*ids[:-1], end] for ids in outputs]
+        return outputs
+
+    def losses_of(self, sources: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[float]:
+        """Cross entropy with the reference of each example of one batch, summed over its tokens, in nats.
+
+        Args:
+            references: each with its end of sequence.
+        """
+        targets = [ids[:-1] for ids in references]  # the engine adds the end
+        results = self._model.score_batch(self._named(sources), self._named(targets), max_input_length=0)
+        return [-sum(result.log_probs) for result in results]
+
+    def _named(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
+        return [[self._words[each] for each in ids] for ids in rows]
+
+
 def _loading(checkpoint: Path) -> str:
     """How the folder is used, with what generation_config.json says in CTranslate2's words; a tokenizer with tokens of
     languages is told them first."""
     told = read(checkpoint / GENERATION)
-    options = {theirs: told[ours] for ours, theirs in OPTIONS.items() if told.get(ours) is not None}
-    options = {"beam_size": 1, **options, "max_decoding_length": told.get("max_new_tokens") or 128}
-    if options["beam_size"] > 1 and told.get("early_stopping") is not True:
-        options["patience"] = PATIENCE
+    options = options_of(told, told.get("num_beams") or 1, told.get("max_new_tokens") or 128)
     first, languages = [], []
     if language := read(checkpoint / TOKENIZER_CONFIG).get("src_lang"):
         languages = [

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.decoding import MAX_EXAMPLES_PER_BATCH, load, padded_sources
+from pipeline.engines import Translator
 from pipeline.evaluation.peers import most_positions
 from pipeline.world import is_out_of_memory, release_memory
 
@@ -31,6 +32,7 @@ NUM_WARMUP = 2
 EXAMPLES_PER_ROUND = 4
 THROUGHPUT_TOKENS = 8
 THROUGHPUT_REPEATS = 3
+WEIGHTS = (".safetensors", ".bin")
 MEMORY_SHARE = 0.25  # of the free memory, for all systems loaded at once; a job's limit may lie below the machine's
 
 Costs = dict[str, float]
@@ -55,6 +57,7 @@ def costs(
     device: torch.device,
     dtype: str = "checkpoint",
     may_fail: Collection[str] = (),
+    engines: Collection[str] = (),
 ) -> dict[str, Costs]:
     """Costs of each system; one that runs out of memory is left out, and one that may fail and does.
 
@@ -64,9 +67,10 @@ def costs(
 
     Args:
         dtype: as evaluate.dtype of a recipe.
+        engines: those that are models of CTranslate2; FLOPs, and memory on a GPU, are not known of them.
     """
     release_memory(device)  # what decoding has left in the allocator is free, though the device does not say so
-    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders.values()]
+    sizes = [path.stat().st_size for folder in folders.values() for path in folder.glob("*") if path.suffix in WEIGHTS]
     together = sum(sizes) < MEMORY_SHARE * free_memory(device)
     groups = [list(folders)] if together else [[name] for name in folders]
     result: dict[str, Costs] = {}
@@ -74,8 +78,9 @@ def costs(
         loaded: dict[str, Any] = {}
         for name in group:
             try:
-                loaded[name] = load(folders[name], device, dtype)[0]
-                result[name] = _memory_and_flops(loaded[name], sample)
+                folder = folders[name]
+                loaded[name] = Translator(folder, device) if name in engines else load(folder, device, dtype)[0]
+                result[name] = _memory_and_flops(loaded[name], sample, device)
             except Exception as error:
                 if not is_out_of_memory(error) and name not in may_fail:
                     raise
@@ -131,6 +136,10 @@ def _throughputs(models: Mapping[str, Any], sample: Sample) -> dict[str, Costs]:
 
 def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beams: int) -> float:
     """Seconds to decode a batch for so many tokens."""
+    if isinstance(model, Translator):
+        begin = time.perf_counter()
+        model.generate(sources, num_tokens, num_beams, min_new_tokens=num_tokens)
+        return time.perf_counter() - begin
     longest_source, longest_target = most_positions(model.config)
     vocab_size = model.get_input_embeddings().num_embeddings  # of a peer, for which the ids were not made
     num_tokens = min(num_tokens, longest_target or num_tokens)
@@ -149,12 +158,16 @@ def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beam
     return time.perf_counter() - begin
 
 
-def _memory_and_flops(model: Any, sample: Sample) -> Costs:
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    before = _start_of_peak(model.device)
+def _memory_and_flops(model: Any, sample: Sample, device: torch.device) -> Costs:
+    is_engine = isinstance(model, Translator)
+    weights = model.num_bytes if is_engine else sum(each.numel() * each.element_size() for each in model.parameters())
+    before = _start_of_peak(device)
     _seconds(model, sample.batch, THROUGHPUT_TOKENS, sample.num_beams)
-    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else _status("VmHWM")
-    return {"peak_memory_bytes": float(weights + max(0, peak - before)), "layer_flops": layer_flops(model, sample)}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    memory = {"peak_memory_bytes": float(weights + max(0, peak - before))}
+    if is_engine:
+        return memory if device.type == "cpu" else {}
+    return memory | {"layer_flops": layer_flops(model, sample)}
 
 
 def layer_flops(model: Any, sample: Sample) -> float:

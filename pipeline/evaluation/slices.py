@@ -11,7 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from pipeline.decoding import (
     losses_of,
     rules_of,
 )
+from pipeline.engines import Translator
 from pipeline.evaluation.subject import VIEWS, Subject
 from pipeline.families import FAMILIES
 from pipeline.rundir import create_once, digest_of, publish_sealed, read_json, read_sealed
@@ -128,7 +129,7 @@ class Workshop:
         try:
             decoded = self._decode(names, places, beat)
         except Exception as error:
-            if not self._is_peer(group):
+            if not self._may_fail(group):
                 raise
             decoded, record["failed"][group] = {}, reason_of(error)
         for name, each in decoded.items():
@@ -137,9 +138,9 @@ class Workshop:
         record["seconds"] = time.perf_counter() - started_at
         publish_sealed(plan.path(group, index), record)
 
-    def _is_peer(self, group: str) -> bool:
+    def _may_fail(self, group: str) -> bool:
         """Whether what goes wrong is this one system's affair, and no reason to score none."""
-        return group != TOGETHER and self.subject.system(group).kind == "peer"
+        return group != TOGETHER and self.subject.system(group).kind in ("peer", "engine")
 
     def _decoder_of(self, group: str) -> Callable[..., dict[str, Any]]:
         try:
@@ -147,7 +148,7 @@ class Workshop:
         except Exception as error:
             if is_out_of_memory(error):
                 return lambda names, places, beat: {}
-            if not self._is_peer(group):
+            if not self._may_fail(group):
                 raise
             reason = reason_of(error)
 
@@ -163,6 +164,9 @@ class Workshop:
             return _Views(subject, subject.teacher, load_pool(run.teacher_model, self.device, run.library, dtype))
         system = subject.system(group)
         folder = subject.folder_of(system)
+        if system.kind == "engine":
+            engine = Translator(folder, self.device)
+            return _Plain(subject, system, engine.generate, engine.losses_of, load_tokenizer(folder), self.device)
         config = read_json(folder / "config.json") or {}
         if config.get("model_type") in FAMILIES:
             pool = load_pool(folder, self.device, dtype=dtype)
@@ -170,7 +174,9 @@ class Workshop:
                 return _Views(subject, system, pool)
             except ValueError:  # its generation config asks for more than Rules carry
                 del pool
-        return _Plain(subject, system, *load(folder, self.device, dtype))
+        model, tokenizer = load(folder, self.device, dtype)
+        search, losses = partial(generate, model), partial(losses_of, model)
+        return _Plain(subject, system, search, losses, tokenizer, self.device)
 
 
 class _Views:
@@ -270,10 +276,19 @@ def decode_in_memory(
 
 
 class _Plain:
-    """Decodes one folder with transformers' own generate."""
+    """Decodes one folder with transformers' own generate or with its engine.
 
-    def __init__(self, subject: Subject, system: System, model: Any, tokenizer: Any) -> None:
-        self.model, self.num_beams = model, subject.recipe.evaluate.num_beams
+    Args:
+        search: as `generate` of decoding, for this folder.
+        losses: as `losses_of` of decoding, for this folder.
+    """
+
+    def __init__(
+        self, subject: Subject, system: System, search: Callable[..., list[list[int]]],
+        losses: Callable[..., list[float]], tokenizer: Any, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.search, self.losses, self.device = search, losses, device
+        self.num_beams = subject.recipe.evaluate.num_beams
         self.max_new_tokens = subject.longest(system)[2]
         self.sources, self.references = (tokenize(tokenizer, subject, side, system) for side in ("source", "target"))
         self.forced_bos_ids = forced_bos_ids(tokenizer, self.references)
@@ -288,15 +303,13 @@ class _Plain:
             try:
                 tokens, losses = [], []
                 for part in parts:
-                    tokens += generate(
-                        self.model, sources[part], self.max_new_tokens, self.num_beams, forced and forced[part]
-                    )
-                    losses += losses_of(self.model, sources[part], references[part])
+                    tokens += self.search(sources[part], self.max_new_tokens, self.num_beams, forced and forced[part])
+                    losses += self.losses(sources[part], references[part])
                     beat()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                release_memory(self.model.device)
+                release_memory(self.device)
                 size //= 2
                 continue
             counts = [len(ids) for ids in references]

@@ -141,7 +141,9 @@ def score_system(
         "assembly": system.assembly,
         "device": device_name(device),
         "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "sacrebleu", "rouge-score")
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "sacrebleu", "rouge-score", "ctranslate2")
+            if name != "ctranslate2" or system.kind == "engine"
         },
         "key": subject.key(system),
     }
@@ -218,9 +220,9 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
         typical=(sources[middle], targets[middle]),
         num_beams=settings.num_beams,
     )
-    peers = {system.name for system in systems if system.kind == "peer"}
     folders = {system.name: subject.folder_of(system) for system in systems}
-    found = costs(folders, sample, world.device, settings.dtype, peers)
+    peers, engines = ({each.name for each in systems if each.kind == kind} for kind in ("peer", "engine"))
+    found = costs(folders, sample, world.device, settings.dtype, peers | engines, engines)
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
 
@@ -256,7 +258,7 @@ def table_of(
             "parameters": system.num_parameters,
             "non_embedding_parameters": system.num_non_embedding_parameters,
             "bytes": system.bytes,
-            "layer_flops": int(cost["layer_flops"]) if cost else "",
+            "layer_flops": int(cost["layer_flops"]) if "layer_flops" in cost else "",
             **{f"{name}{end}": quality.get(name + end, "") for name in METRICS for end in ("", "_low", "_high")},
             "percent_of_teacher": 100 * quality["bleu"] / teacher_bleu if quality and teacher_bleu else "",
             "p_value": significance.get(system.name, ""),

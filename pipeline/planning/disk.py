@@ -34,7 +34,10 @@ def bytes_of_stages(planned: Planned) -> dict[str, float]:
     teacher, distill = recipe.teacher, recipe.distill
     requests = requested_assemblies(recipe, planned.stacks)
     num_modular = planned.distill_sizes.num_trained
-    folders = [sizes.bytes(each) * (1 if each.ratio_of_layers == 1 else 2) for each in requests]  # layers dropped, too
+    # an assembly stands there twice, the second time with layers dropped
+    folders: list[float] = [sizes.bytes(each) * (1 if each.ratio_of_layers == 1 else 2) for each in requests]
+    quantized = [_bytes_of_quantized(name) / BYTES_OF_A_WEIGHT for name in recipe.assemble.ctranslate2]
+    folders += [sizes.bytes(each) * share for each in requests for share in quantized]
     found = {
         "data": _bytes_of_data(recipe),
         "teacher": BYTES_OF_A_WEIGHT * planned.teacher_sizes.num_trained,
@@ -49,6 +52,12 @@ def bytes_of_stages(planned: Planned) -> dict[str, float]:
         found["baseline"] += checkpoints(trained, recipe.baseline.optim.num_steps, distill.loop)
         found["baseline"] += 2 * sizes.bytes(each.assembly)  # what it starts from, and the model
     return found
+
+
+def _bytes_of_quantized(name: str) -> int:
+    """Of most weights in a model of CTranslate2."""
+    kind = name.partition("_")[0]
+    return {"int8": 1, "float32": 4}.get(kind, 2)
 
 
 def checkpoints(num_trained: int, num_steps: int, loop: LoopConfig) -> float:

@@ -1,7 +1,7 @@
 """python -m pipeline choose: name the assembly that fits a budget, and export it.
 
 With a budget of latency or size, the best BLEU within it; with only a share of the teacher's BLEU to keep, the smallest
-assembly that keeps it.
+assembly that keeps it. Where models of CTranslate2 were scored beside the checkpoints, one of them may fit best.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.publish import publishing_folder
 from pipeline.report.data import CHOICES, Row, count_text, read_rows
 from pipeline.rundir import RunDir, check_empty, read_json
 from pipeline.spans import Assembly
@@ -64,7 +65,7 @@ def check_scores(run: RunDir) -> None:
 def choose(
     rows: Sequence[Row], *, latency_ms: float | None = None, num_bytes: float | None = None, keep: float | None = None
 ) -> Row:
-    """The teacher or the assembly that fits.
+    """The teacher or the assembly that fits, as a checkpoint or as a model of CTranslate2.
 
     Raises:
         ValueError: no budget is given, or nothing fits; the message names what comes nearest.
@@ -73,13 +74,13 @@ def choose(
         raise ValueError("give a budget: --latency-ms, --bytes or --keep")
     if keep is not None and not 0 < keep <= 1.5:
         raise ValueError(f"--keep {keep:g} is a share of the teacher's BLEU: write 0.98 for 98 %")
-    candidates = [row for row in rows if row.kind in ("teacher", *CHOICES)]
+    candidates = [row for row in rows if row.kind in ("teacher", "engine", *CHOICES)]
     fitting = [row for row in candidates if _fits(row, latency_ms, num_bytes, keep)]
     if not fitting:
         raise ValueError(f"no assembly of this run fits; {_nearest(candidates, latency_ms, num_bytes, keep)}")
     if latency_ms is None and num_bytes is None:
-        return min(fitting, key=lambda row: (row.non_embedding_parameters, -row.bleu))
-    return max(fitting, key=lambda row: (row.bleu, -row.non_embedding_parameters))
+        return min(fitting, key=lambda row: (row.bytes, -row.bleu))
+    return max(fitting, key=lambda row: (row.bleu, -row.bytes))
 
 
 def _fits(row: Row, latency_ms: float | None, num_bytes: float | None, keep: float | None) -> bool:
@@ -132,12 +133,23 @@ def describe(row: Row) -> str:
 
 
 def export(run: RunDir, row: Row, folder: Path) -> None:
-    """Put the checkpoint of a system into a folder, from the teacher and the library.
+    """Put a system into a folder: its checkpoint, from the teacher and the library, or its model of CTranslate2.
 
     Raises:
         ValueError: the folder is not empty.
     """
-    from pipeline.assemble import Parts, scores_of, write_checkpoint  # late: only an export needs torch
+    from pipeline.assemble import (
+        Parts,
+        scores_of,
+        write_checkpoint,
+        write_converted,
+    )  # late: only an export needs torch
 
     check_empty(folder, "--export")
-    write_checkpoint(Parts.of(run), Assembly.parse(row.assembly), folder, scores=scores_of(run, row.name))
+    parts, assembly, scores = Parts.of(run), Assembly.parse(row.assembly), scores_of(run, row.name)
+    if row.kind != "engine":
+        write_checkpoint(parts, assembly, folder, scores=scores)
+        return
+    checkpoint, quantization = run.stage("assemble") / "models" / row.assembly, row.name.split("-")[1]
+    with publishing_folder(folder) as temporary:
+        write_converted(parts, assembly, checkpoint, temporary, quantization, scores)

@@ -26,9 +26,10 @@ SERIES = {  # how a system is drawn: what it is called
     "named": "asked for by name",
     "dropped": "layers dropped, no training",
     "finetuned": "small model fine-tuned directly",
+    "engine": "by CTranslate2",
     "peer": "other models",
 }
-CHOICES = ("assembly",)  # kinds that one may choose
+CHOICES = ("assembly",)  # kinds that headlines choose from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Row:
     @property
     def label(self) -> str:
         """What it is called in tables."""
-        return self.name if self.kind == "peer" else self.assembly
+        return self.name if self.kind in ("peer", "engine") else self.assembly
 
     @property
     def layers(self) -> str:
@@ -240,6 +241,14 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
         else:
             found[row.kind if row.kind in SERIES else "peer"].append(row)
     return {name: sorted(each, key=lambda row: row.non_embedding_parameters) for name, each in found.items() if each}
+
+
+def size_of(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
+    """(name, quantity) by which systems are drawn as large or small: that by which an engine's model is smaller than
+    its checkpoint, where there is one."""
+    if any(row.kind == "engine" for row in rows):
+        return "MB of weights", lambda row: row.bytes / 1e6
+    return "non-embedding parameters", lambda row: row.non_embedding_parameters
 
 
 def frontier(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> list[Row]:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.data import CHOICES, SERIES, Report, Row, count_text, frontier, series
+from pipeline.report.data import CHOICES, SERIES, Report, Row, count_text, frontier, series, size_of
 from pipeline.scoring import METRICS
 from pipeline.spans import PRESETS
 
@@ -27,6 +27,7 @@ SHAPES = {  # series -> outline around (0, 0), about 14 wide
     "searched": "M-4,-5.5L4,-5.5L6.5,0L4,5.5L-4,5.5L-6.5,0Z",
     "dropped": "M-4.5,-4.5L4.5,4.5M-4.5,4.5L4.5,-4.5",
     "finetuned": "M0,-7L7,0L0,7L-7,0Z",
+    "engine": "M0,6L6,-5L-6,-5Z",
     "peer": "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
 }
 LABEL_GAP = 40  # between the labels of two points, in pixels
@@ -42,9 +43,10 @@ def render_page(data: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": count_text, "number": number, "p_text": p_text}
+    size_label, size = size_of(data.rows)
     charts = []
     for title, quantity, label, text_of in (
-        ("Quality against size", lambda row: row.non_embedding_parameters, "non-embedding parameters", count_text),
+        ("Quality against size", size, size_label, count_text),
         ("Quality against latency", lambda row: row.latency_ms, "ms for one example at batch 1", "{:g}".format),
         (
             "Quality against throughput",
@@ -131,7 +133,9 @@ def scatter(
     groups = series([row for row in rows if row.name in quantities])
     labelled: list[tuple[float, float]] = []
     labels: list[Markup] = []  # above all points
-    for name in [each for each in ("dropped", "finetuned", "peer", "searched", "named", *PRESETS) if each in groups]:
+    for name in [
+        each for each in ("dropped", "finetuned", "engine", "peer", "searched", "named", *PRESETS) if each in groups
+    ]:
         for row in groups[name]:
             place = (x(quantities[row.name]), y(row.bleu))
             parts.append(_point(name, row, place, y))

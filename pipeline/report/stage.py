@@ -20,12 +20,12 @@ from rich.text import Text
 from pipeline.config import Recipe
 from pipeline.curves import write_summary
 from pipeline.pictures import as_png, new_figure
-from pipeline.report.data import SERIES, Line, Report, Row, count_text, frontier, load_report, series
+from pipeline.report.data import SERIES, Line, Report, Row, count_text, frontier, load_report, series, size_of
 from pipeline.report.page import bleu_axis, render_page
 from pipeline.rundir import RunDir, write_atomic
 
 WIDTH_WITHOUT_TERMINAL = 200
-GROUPS = {"named": "by name", "finetuned": "fine-tuned", "peer": "other"}
+GROUPS = {"named": "by name", "finetuned": "fine-tuned", "engine": "engine", "peer": "other"}
 COLUMNS = {  # name -> justification
     "asked by": "left",
     "asked": "right",
@@ -44,8 +44,7 @@ COLUMNS = {  # name -> justification
     "tokens/s": "right",
 }
 LEFT_OUT_WHEN_NARROW = ("enc+dec", "\u00b1", "exact %", "params", "MB", "tokens/s")
-QUANTITIES: dict[str, Callable[[Row], float | None]] = {  # less is better
-    "non-embedding parameters": lambda row: row.non_embedding_parameters,
+TIMES: dict[str, Callable[[Row], float | None]] = {  # less is better
     "latency at batch 1 (ms)": lambda row: row.latency_ms,
     "time a token at full batch (\u00b5s)": lambda row: 1e6 / row.tokens_per_s if row.tokens_per_s else None,
 }
@@ -57,6 +56,7 @@ MARKS = {  # series: (marker, colour)
     "dropped": ("x", "#777777"),
     "finetuned": ("D", "#97326f"),
     "searched": ("h", "#6a4bc4"),
+    "engine": ("v", "#00737a"),
     "peer": ("P", "#7a5c00"),
 }
 
@@ -156,12 +156,13 @@ def markdown(data: Report) -> str:
 
 def quality_picture(data: Report) -> bytes:
     """BLEU against size, latency and throughput, as PNG."""
-    figure, axes = new_figure(len(QUANTITIES), figsize=(17, 5.2))
+    quantities = dict([size_of(data.rows)]) | TIMES
+    figure, axes = new_figure(len(quantities), figsize=(17, 5.2))
     scale = bleu_axis(data.rows)
     values, places = zip(*scale.knots, strict=True)
     heights = [places[0] - place for place in places]
     to_height, to_bleu = partial(np.interp, xp=values, fp=heights), partial(np.interp, xp=heights, fp=values)
-    for axis, (label, quantity) in zip(axes, QUANTITIES.items(), strict=True):
+    for axis, (label, quantity) in zip(axes, quantities.items(), strict=True):
         measured = [row for row in data.rows if quantity(row) is not None]
         for name, rows in series(measured).items():
             _draw_series(axis, name, rows, [quantity(row) or 0.0 for row in rows])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ from safetensors.torch import load_file, save_file
 from transformers import BartForConditionalGeneration, PegasusForConditionalGeneration, T5Tokenizer
 
 from data_prep.publish import sha256_of
+from pipeline.assemble.stage import convert
+from pipeline.assemble.systems import System
+from pipeline.assemble.write import Parts
 from pipeline.config.recipe import EvaluateConfig, Recipe
+from pipeline.engines import ctranslate
 from pipeline.evaluation.subject import Subject
+from pipeline.report.choose import choose, export
+from pipeline.report.data import read_rows
 from pipeline.report.stage import report
 from pipeline.rundir import hashes
 from pipeline.rundir.run_dir import RunDir
@@ -337,6 +344,41 @@ def test_peers_enter_the_table_and_empty_outputs_are_told(
     assert [line for line in capsys.readouterr().err.split("\n") if "empty" in line] == [
         "warning: all outputs of mute are empty: its scores say only that"
     ]
+
+
+@pytest.mark.skipif(ctranslate.is_missing(), reason=f"no CTranslate2 here: {ctranslate.INSTALL}")
+def test_models_of_an_engine_are_scored_timed_chosen_and_exported(finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    run, before = RunDir(root), when_published(root)
+    systems = [System(**each) for each in json.loads(run.systems.read_text())["systems"]]
+    parts, checkpoint = Parts.of(run), next(each for each in systems if each.name == "e1x2-d2")
+    engines = [convert(run, parts, checkpoint, quantization) for quantization in ("float32", "int8")]
+    run.systems.write_text(json.dumps({"systems": [asdict(each) for each in (*systems, *engines)]}))
+    evaluate_here(root)
+    assert {name: when_published(root)[name] for name in before} == before
+    rows = {row.name: row for row in read_rows(run.scores)[0]}
+    plain, whole, small = rows["e1x2-d2"], rows["ct2-float32-e1x2-d2"], rows["ct2-int8-e1x2-d2"]
+    assert [row.kind for row in (plain, whole, small)] == ["assembly", "engine", "engine"]
+    assert texts_of(root, whole.name) == texts_of(root, plain.name)
+    assert texts_of(root, small.name) != texts_of(root, plain.name)
+    for name, score in plain.scores.items():
+        assert whole.scores[name] == pytest.approx(score, abs=2e-4), name
+    assert 0 < small.scores["loss"] != plain.scores["loss"]
+    assert small.bytes == (root / "assemble/models/ct2-int8-e1x2-d2/model.bin").stat().st_size < 0.6 * plain.bytes
+    assert all(row.latency_ms and row.tokens_per_s and row.peak_memory_bytes for row in (whole, small))
+    assert (small.layer_flops, small.parameters, small.layers) == (None, plain.parameters, plain.layers)
+    assert choose(list(rows.values()), num_bytes=small.bytes) == small
+    export(run, small, tmp_path / "out")
+    assert "ctranslate2.Translator" in (card := (tmp_path / "out" / "README.md").read_text())
+    assert f"{small.bleu:.4g} (" in card
+    exported = ctranslate.Translator(tmp_path / "out", torch.device("cpu"))
+    assert exported.num_bytes == small.bytes
+
+
+def texts_of(root: Path, name: str) -> list[str]:
+    lines = (root / f"evaluate/outputs/{name}.jsonl").read_text().splitlines()
+    return [json.loads(line)["output"] for line in lines]
 
 
 def test_what_runs_out_of_memory_is_marked_and_the_others_go_on(finished: Path, tmp_path: Path) -> None:

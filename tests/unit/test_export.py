@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline import export as exporting
 from pipeline.__main__ import main
+from pipeline.decoding import generate, losses_of
 from pipeline.engines import ctranslate
 from pipeline.ordinary import check_ordinary
 from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, WITH_PIECES, exported
@@ -68,6 +70,38 @@ def test_ctranslate2_writes_what_generate_writes(tmp_path, kind):
         assert len({tuple(row) for row in plain_outputs(folder, 1)}) > 1
         assert f"`{text}`" in (told := (converted / "README.md").read_text())
         assert f"'patience': {ctranslate.PATIENCE}" in told, "the settings of generation have 3 beams"
+
+
+@NEEDS_ENGINE
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"min_length": 5}, {"forced_bos_token_id": 9, "forced_eos_token_id": 7, "no_repeat_ngram_size": 2}],
+)
+def test_a_converted_model_takes_and_gives_ids_as_generate_does(tmp_path, settings):
+    models, _ = exported(tmp_path, "v1.1", ASSEMBLIES[:1])
+    checkpoint, folder = Path(next(iter(models))), tmp_path / "converted"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"][1] *= 10  # then some outputs end, some of them at once
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    told = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, **settings}
+    (checkpoint / "generation_config.json").write_text(json.dumps(told))
+    folder.mkdir()
+    ctranslate.to_ctranslate2(checkpoint, folder, "float32")
+    engine = ctranslate.Translator(folder, torch.device("cpu"))
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
+    generator = torch.Generator().manual_seed(0)
+    sources, references = (
+        [[*torch.randint(3, 180, (length,), generator=generator).tolist(), 1] for length in range(1, 25)]
+        for _ in range(2)
+    )
+    expected = generate(model, sources, 8, 1)
+    assert engine.generate(sources, 8, 1) == expected
+    lengths = {len(ids) for ids in expected}
+    assert (min(lengths), max(lengths)) == (settings.get("min_length", 1 + ("forced_bos_token_id" in settings)), 8)
+    assert engine.losses_of(sources, references) == pytest.approx(losses_of(model, sources, references), rel=1e-4)
+    assert {len(ids) for ids in engine.generate(sources, 6, 1, min_new_tokens=6)} == {6}
+    other = engine.generate(sources, 8, 1, forced_bos_ids=[11] * 12 + [12] * 12)
+    assert other == generate(model, sources, 8, 1, forced_bos_ids=[11] * 12 + [12] * 12)
 
 
 @NEEDS_ENGINE

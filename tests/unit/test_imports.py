@@ -37,7 +37,7 @@ ORDER = (  # a room imports only rooms that stand before it
     "pipeline.model",
     "pipeline.checkpoints", "pipeline.footprint", "pipeline.training",
     # the product and what is made of it
-    "pipeline.library", "pipeline.assemble", "pipeline.engines", "pipeline.decoding", "pipeline.evaluation",
+    "pipeline.library", "pipeline.engines", "pipeline.assemble", "pipeline.decoding", "pipeline.evaluation",
     "pipeline.search", "pipeline.report",
     # commands
     "pipeline.teacher", "pipeline.distill", "pipeline.baselines", "pipeline.recover", "pipeline.label", "pipeline.trim",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from rich.console import Console
 
 from pipeline.config.recipe import Recipe
 from pipeline.evaluation.stage import csv_text
+from pipeline.report.choose import choose
 from pipeline.report.data import (
+    SERIES,
     Row,
     count_text,
     frontier,
@@ -25,7 +28,7 @@ from pipeline.report.data import (
     table_lines,
 )
 from pipeline.report.page import SHAPES, Axis, bleu_axis, nice_ticks, render_page
-from pipeline.report.stage import cells, markdown, print_table, report
+from pipeline.report.stage import cells, markdown, print_table, quality_picture, report
 from pipeline.rundir.run_dir import RunDir
 from pipeline.scoring import METRICS
 
@@ -234,6 +237,28 @@ def test_what_failed_is_named_and_not_drawn(run: RunDir, page: str) -> None:
     assert data.failed == [("e1x2-d6", "out of memory")]
     assert "e1x2-d6" not in {row.name for row in data.rows}
     assert "Left out: <code>e1x2-d6</code>, out of memory." in page
+
+
+def test_models_of_an_engine_are_told_apart_from_their_checkpoints(run: RunDir) -> None:
+    name = "ct2-int8-e2x3-d2x3"
+    for folder, suffix in (("scores", ".json"), ("outputs", ".jsonl")):
+        shutil.copy(run.root / f"evaluate/{folder}/e2x3-d2x3{suffix}", run.root / f"evaluate/{folder}/{name}{suffix}")
+    engine = scores_row(name, "engine", "e2x3-d2x3", "", (3, 3), 96.0, 10.0) | {"bytes": "700000", "layer_flops": ""}
+    (run.scores).write_text(csv_text([*(scores_row(*system) for system in SYSTEMS), engine]))
+    data = load_report(Recipe(), run)
+    line = next(line for line in markdown(data).splitlines() if name in line)
+    assert "| engine |" in line
+    assert "| 0.7 |" in line
+    assert [row.name for row in series(data.rows)["engine"]] == [name]
+    assert name not in {row.name for row in frontier(data.rows, lambda row: row.bytes)}, "headlines are of checkpoints"
+    page = render_page(data)
+    assert f'data-name="{name}"' in page
+    assert "MB of weights" in page
+    assert SERIES["engine"] in page
+    assert quality_picture(data)
+    assert choose(data.rows, num_bytes=1e6).name == name
+    assert choose(data.rows, keep=0.97).name == name, "the fewest bytes"
+    assert choose(data.rows, keep=0.98).name == "e2x3-d2x3"
 
 
 def test_languages_have_their_own_scores(page: str) -> None:
