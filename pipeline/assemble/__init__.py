@@ -12,5 +12,5 @@ from pipeline.assemble.requests import (
     theseus_settings,
 )
 from pipeline.assemble.stage import assemble
-from pipeline.assemble.systems import System
+from pipeline.assemble.systems import ENGINE_PREFIX, System
 from pipeline.assemble.write import Parts, write_checkpoint, write_converted

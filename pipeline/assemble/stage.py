@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data_prep.publish import publishing_folder
 from pipeline.assemble.requests import baselines_of, check_granularities, requested_assemblies, stacks_of
-from pipeline.assemble.systems import System, describe
+from pipeline.assemble.systems import ENGINE_PREFIX, System, describe
 from pipeline.assemble.write import Parts, write_checkpoint, write_converted
 from pipeline.config import Recipe
 from pipeline.rundir import RunDir, Stage, read_json, write_atomic
@@ -52,7 +52,7 @@ def assemble(recipe: Recipe, run: RunDir) -> None:
 
 def convert(run: RunDir, parts: Parts, system: System, quantization: str) -> System:
     """Publish a system's checkpoint as a model of CTranslate2, beside it."""
-    checkpoint, name = run.root / system.folder, f"ct2-{quantization}-{system.assembly}"
+    checkpoint, name = run.root / system.folder, f"{ENGINE_PREFIX}{quantization}-{system.assembly}"
     folder = checkpoint.parent / name
     with publishing_folder(folder) as temporary:
         write_converted(parts, Assembly.parse(system.assembly), checkpoint, temporary, quantization)

@@ -12,6 +12,9 @@ from pipeline.families import family_of
 from pipeline.rundir import RunDir
 from pipeline.spans import Assembly
 
+ENGINE_PREFIX = "ct2-"
+"""Begins the name of a model of CTranslate2; its quantization and its assembly follow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class System:

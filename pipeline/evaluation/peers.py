@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from pipeline.assemble import System
+from pipeline.assemble import ENGINE_PREFIX, System
+from pipeline.config import QUANTIZATIONS
 from pipeline.decoding import generation_settings
 from pipeline.families import FAMILIES, family_of
 from pipeline.ordinary import check_shapes
@@ -22,7 +23,9 @@ from pipeline.weights import shapes_of
 
 LAYER_KEYS = (("num_layers", "encoder_layers"), ("num_decoder_layers", "decoder_layers"))
 VOCABULARY = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
-OWN_PREFIXES = ("drop-", "finetune-", "logit-", "theseus-")  # of a run's systems, before an assembly
+OWN_PREFIXES = (  # of a run's systems, before an assembly
+    "drop-", "finetune-", "logit-", "theseus-", *(f"{ENGINE_PREFIX}{each}-" for each in QUANTIZATIONS),
+)  # fmt: skip
 
 
 def read_peers(texts: Sequence[str]) -> tuple[list[System], list[str]]:

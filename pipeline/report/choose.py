@@ -138,18 +138,20 @@ def export(run: RunDir, row: Row, folder: Path) -> None:
     Raises:
         ValueError: the folder is not empty.
     """
-    from pipeline.assemble import (
+    from pipeline.assemble import (  # late: only an export needs torch
+        ENGINE_PREFIX,
         Parts,
         scores_of,
         write_checkpoint,
         write_converted,
-    )  # late: only an export needs torch
+    )
 
     check_empty(folder, "--export")
     parts, assembly, scores = Parts.of(run), Assembly.parse(row.assembly), scores_of(run, row.name)
     if row.kind != "engine":
         write_checkpoint(parts, assembly, folder, scores=scores)
         return
-    checkpoint, quantization = run.stage("assemble") / "models" / row.assembly, row.name.split("-")[1]
+    checkpoint = run.stage("assemble") / "models" / row.assembly
+    quantization = row.name.removeprefix(ENGINE_PREFIX).partition("-")[0]
     with publishing_folder(folder) as temporary:
         write_converted(parts, assembly, checkpoint, temporary, quantization, scores)

@@ -196,7 +196,8 @@ BROKEN_FOLDERS = {
         peer(lambda folder: os.truncate(next(folder.glob("model-*")), 9000)),
     ),
     "peer called as an assembly": Mistake(
-        "a system drop-e2x3-d6, as systems of this run are called", "--evaluate.folders [drop-e2x3-d6=peer]", peer()
+        "a system ct2-int8-e2x3-d6, as systems of this run are called",
+        "--evaluate.folders [ct2-int8-e2x3-d6=peer]", peer(),
     ),
     "peer called as no file": Mistake("calls a system 'a/b'", "--evaluate.folders [a/b=peer]", peer()),
     "peers of one name": Mistake("two systems are called p", "--evaluate.folders [p=peer,p=teacher]", peer()),
