@@ -37,6 +37,10 @@ _M2M100: dict[str, tuple[int, _Sizes]] = {  # pieces, and the rest
 """M2M100 (Fan et al. 2020) and NLLB (Costa-jussa et al. 2022)."""
 
 
+_PEGASUS = {"large": 1024, "cnn_dailymail": 1024, "xsum": 512, "multi_news": 1024, "arxiv": 1024, "pubmed": 1024}
+"""Positions of the fine-tuned models, which are all of one size (Zhang et al. 2020)."""
+
+
 def public_config(name: str) -> dict[str, Any]:
     """What config.json of a public model says of its sizes.
 
@@ -77,6 +81,13 @@ PUBLIC: dict[str, dict[str, Any]] = {
         f"mbart-large-50{kind}": _bart(_BART["large"], model_type="mbart", vocab_size=250054)
         for kind in ("", "-many-to-many-mmt", "-one-to-many-mmt", "-many-to-one-mmt")
     },
+    **{
+        f"pegasus-{name}": _bart(
+            (1024, 64, 4096, 16, 16), model_type="pegasus", vocab_size=96103, max_position_embeddings=count
+        )
+        for name, count in _PEGASUS.items()
+    },
+    "opus-mt-en-de": _bart((512, 64, 2048, 8, 6), model_type="marian", vocab_size=58101, max_position_embeddings=512),
     **{name: _bart(sizes, model_type="m2m_100", vocab_size=vocab) for name, (vocab, sizes) in _M2M100.items()},
 }
 """Sizes by name."""

@@ -10,7 +10,8 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config.cli import RECIPES
 
-COSTLY = ["t5_base", "t5_large", "mt5_large", "t5_11b", "nllb_600m", "mbart_large_50", "madlad_3b"]
+COSTLY = ["t5_base", "t5_large", "mt5_large", "t5_11b", "nllb_600m", "mbart_large_50", "madlad_3b", "opus_mt",
+          "pegasus_large"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COSTLY)
