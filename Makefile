@@ -14,7 +14,7 @@ help:  ## show this list
 demo: .venv/installed  ## run the whole pipeline on the built-in corpus, from data to report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here  ## run all tests, on WORKERS (3: many wait) processes (40 minutes on 2 quiet cores)
+test: .venv/installed slurm-here chromium-here onnx-here  ## run all tests, on WORKERS (3: many wait) processes (40 minutes on 2 quiet cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## check format, style and types
@@ -80,3 +80,8 @@ chromium-here:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 		|| echo "no Chromium here: the test of the report's page is skipped (Debian: apt-get install chromium)"
+
+# exports for ONNX Runtime are tested with it; nothing else needs its packages
+.PHONY: onnx-here
+onnx-here: .venv/installed
+	@$(BIN)/python -m tests.readers.environments onnx || echo "no ONNX here: the tests of its exports are skipped"

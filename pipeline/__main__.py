@@ -16,7 +16,7 @@ evaluate   score and time all checkpoints in one batch
 report     make the table, scores.csv, report.html and the pictures
 compare    show what differs between two systems or two runs, and how surely
 choose     name, and export, the assembly that fits a budget of latency, bytes or quality
-export     write assemblies as ordinary folders, in half the bytes, or for the engine CTranslate2
+export     write assemblies as ordinary folders, in half the bytes, for the engine CTranslate2, or as ONNX
 draft      find and write the assembly that makes the teacher itself faster, by writing ahead for it
 trim       remove the tokens that given texts never use from a T5, mT5 or mBART-50 folder
 study      hold one run for all sizes against a run for each, at equal cost

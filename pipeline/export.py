@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from data_prep.publish import publish_json, publishing_folder
 from pipeline.assemble import Parts, scores_of, write_checkpoint, write_converted
-from pipeline.config import QUANTIZATIONS
-from pipeline.engines import refuse_missing
+from pipeline.engines import ENGINES
 from pipeline.rundir import RunDir, read_json
 from pipeline.spans import Assembly
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUANTIZATIONS = tuple({each: None for engine in ENGINES.values() for each in engine.quantizations})
+WEIGHTS = (".bin", ".safetensors", ".onnx", ".onnx_data")
 MADE = "export.json"
 SCORES_BEFORE = "These are the scores of the checkpoint before it was converted."
 
@@ -35,19 +36,19 @@ class Form:
     """What an assembly is written as."""
 
     to: str
-    """folder or ctranslate2."""
+    """folder, or one of ENGINES."""
     quantization: str = "float32"
     dtype: str = "fp32"
     """Of an ordinary folder."""
 
     @property
     def name(self) -> str:
-        return f"{self.to}-{self.quantization if self.to == 'ctranslate2' else self.dtype}"
+        return f"{self.to}-{self.quantization if self.to in ENGINES else self.dtype}"
 
     @property
     def versions(self) -> dict[str, str]:
         """Of what writes it."""
-        names = ("transformers", "ctranslate2") if self.to == "ctranslate2" else ("transformers",)
+        names = ("transformers", *(ENGINES[self.to].packages if self.to in ENGINES else ()))
         return {name: metadata.version(name) for name in names}
 
 
@@ -63,15 +64,15 @@ def export_command(arguments: Sequence[str]) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--assembly", help="one assembly, such as e2x3-d1x4.2")
     which.add_argument("--all", action="store_true", help="the teacher and every assembly of stage assemble")
-    parser.add_argument("--to", choices=("folder", "ctranslate2"), default="folder", help="what to write")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of ctranslate2 (default: float32)")
+    parser.add_argument("--to", choices=("folder", *ENGINES), default="folder", help="what to write")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of an engine (default: float32); onnx has int8")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of an ordinary folder (default: fp32)")
     parser.add_argument("--out", type=Path, help="folder to put the folders into (default: RUN/export)")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     form = _form(options.to, options.quantization, options.dtype)
-    if form.to == "ctranslate2":
-        refuse_missing("--to ctranslate2")
+    if form.to in ENGINES:
+        ENGINES[form.to].refuse_missing(f"--to {form.to}")
     run = RunDir(options.run)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -82,9 +83,12 @@ def export_command(arguments: Sequence[str]) -> None:
 
 def _form(to: str, quantization: str | None, dtype: str | None) -> Form:
     if to == "folder" and quantization:
-        raise ValueError(f"--quantization {quantization} is for --to ctranslate2; an ordinary folder has --dtype bf16")
+        engines = " or ".join(ENGINES)
+        raise ValueError(f"--quantization {quantization} is for --to {engines}; an ordinary folder has --dtype bf16")
     if to != "folder" and dtype:
-        raise ValueError(f"--dtype {dtype} is for --to folder; for {to} write --quantization bfloat16")
+        raise ValueError(f"--dtype {dtype} is for --to folder; --to {to} has --quantization")
+    if quantization and quantization not in ENGINES[to].quantizations:
+        raise ValueError(f"--to {to} has no {quantization}: choose one of {', '.join(ENGINES[to].quantizations)}")
     return Form(to, quantization or "float32", dtype or "fp32")
 
 
@@ -130,10 +134,10 @@ def _write(
                 checkpoint = Path(scratch) / "checkpoint"
                 write_checkpoint(parts, assembly, checkpoint)
                 scores = [SCORES_BEFORE, "", *scores] if scores else []
-                write_converted(parts, assembly, checkpoint, temporary, form.quantization, scores)
+                write_converted(parts, assembly, checkpoint, temporary, form.to, form.quantization, scores)
         publish_json(temporary / MADE, made)
 
 
 def bytes_of(folder: Path) -> int:
     """Bytes of the weights in an exported folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".safetensors", ".onnx"))
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)

@@ -55,7 +55,7 @@ def convert(run: RunDir, parts: Parts, system: System, quantization: str) -> Sys
     checkpoint, name = run.root / system.folder, f"{ENGINE_PREFIX}{quantization}-{system.assembly}"
     folder = checkpoint.parent / name
     with publishing_folder(folder) as temporary:
-        write_converted(parts, Assembly.parse(system.assembly), checkpoint, temporary, quantization)
+        write_converted(parts, Assembly.parse(system.assembly), checkpoint, temporary, "ctranslate2", quantization)
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.bin"))
     return replace(
         system, name=name, kind="engine", folder=str(folder.relative_to(run.root)), requests=(), bytes=num_bytes

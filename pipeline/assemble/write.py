@@ -22,7 +22,7 @@ from transformers import AutoModelForSeq2SeqLM
 from data_prep.publish import publishing_folder
 from pipeline.assemble.card import card_of, loading_of, write_card
 from pipeline.beside import fault_of_tokenizer
-from pipeline.engines import to_ctranslate2
+from pipeline.engines import ENGINES
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
 from pipeline.ordinary import check_weights, write_settings
@@ -121,17 +121,19 @@ def write_checkpoint(
 
 
 def write_converted(
-    parts: Parts, assembly: Assembly, checkpoint: Path, folder: Path, quantization: str, scores: Sequence[str] = ()
-) -> None:
-    """Write the checkpoint of an assembly as a model of CTranslate2 into a folder that is there, with its card.
+    parts: Parts, assembly: Assembly, checkpoint: Path, folder: Path, engine: str, quantization: str,
+    scores: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write the checkpoint of an assembly for an engine into a folder that is there, with its card.
 
     Args:
+        engine: one of ENGINES.
         scores: lines for its model card.
 
     Raises:
-        ValueError: what CTranslate2 makes of the checkpoint computes something else.
+        ValueError: what the engine makes of the checkpoint computes something else.
     """
-    loading = to_ctranslate2(checkpoint, folder, quantization)
+    loading = ENGINES[engine].convert(checkpoint, folder, quantization)
     kind = parts.config["model_type"]
     write_card(
         folder, card_of(assembly, kind=kind, dropped=False, library=parts.manifest, loading=loading, scores=scores)

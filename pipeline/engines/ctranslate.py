@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,18 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from data_prep.publish import discard
 from pipeline.beside import GENERATION, TOKENIZER_CONFIG, read
+from pipeline.engines.base import TOLERANCE
 from pipeline.families import family_of
 from pipeline.tokenizer import copy_tokenizer
 
-INSTALL = "pip install ctranslate2==4.8.5"
 AUTO = "AutoTokenizer"
 MODEL = "model.bin"
-TOLERANCE = 2e-3  # of a log-probability in fp32: sums in another order
 OPTIONS = ("length_penalty", "no_repeat_ngram_size", "repetition_penalty")
 """Settings of generation_config.json that translate_batch takes under the same names."""
 PATIENCE = 3.0
 """For how many times as many finished outputs as beams a search goes on. With 1, its default, it ends where generate
 with `early_stopping` does; without that generate goes on as long as a better one may come."""
 SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
-
-
-def is_missing() -> bool:
-    """Whether the package is not installed."""
-    return find_spec("ctranslate2") is None
-
-
-def refuse_missing(setting: str) -> None:
-    """Say what to install.
-
-    Args:
-        setting: what asks for it.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
-    if is_missing():
-        raise ValueError(f"{setting} needs the package ctranslate2, which is not installed: {INSTALL}")
 
 
 def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:

@@ -22,7 +22,7 @@ from pipeline.assemble import assembly_to_recover, baselines_of, requested_assem
 from pipeline.beside import GENERATION, check_ids, read
 from pipeline.config import Recipe
 from pipeline.decoding import generation_settings, refuse_unknown
-from pipeline.engines import refuse_missing
+from pipeline.engines import ENGINES
 from pipeline.evaluation import check_metricx, read_peers
 from pipeline.families import family_of, refuse_uncarried
 from pipeline.footprint import AUTO, read_ds_config
@@ -130,7 +130,7 @@ def check_named_files(recipe: Recipe) -> None:
 
             check_ds_config(name)
     if recipe.assemble.ctranslate2:
-        refuse_missing("assemble.ctranslate2")
+        ENGINES["ctranslate2"].refuse_missing("assemble.ctranslate2")
     check_bleu_tokenizer(recipe.evaluate.bleu_tokenizer)
     if recipe.evaluate.metricx:
         check_metricx(Path(recipe.evaluate.metricx))

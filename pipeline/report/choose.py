@@ -154,4 +154,4 @@ def export(run: RunDir, row: Row, folder: Path) -> None:
     checkpoint = run.stage("assemble") / "models" / row.assembly
     quantization = row.name.removeprefix(ENGINE_PREFIX).partition("-")[0]
     with publishing_folder(folder) as temporary:
-        write_converted(parts, assembly, checkpoint, temporary, quantization, scores)
+        write_converted(parts, assembly, checkpoint, temporary, "ctranslate2", quantization, scores)

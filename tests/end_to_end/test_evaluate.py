@@ -25,7 +25,7 @@ from pipeline.assemble.stage import convert
 from pipeline.assemble.systems import System
 from pipeline.assemble.write import Parts
 from pipeline.config.recipe import EvaluateConfig, Recipe
-from pipeline.engines import ctranslate
+from pipeline.engines import ENGINES, Translator
 from pipeline.evaluation.subject import Subject
 from pipeline.report.choose import choose, export
 from pipeline.report.data import read_rows
@@ -346,7 +346,7 @@ def test_peers_enter_the_table_and_empty_outputs_are_told(
     ]
 
 
-@pytest.mark.skipif(ctranslate.is_missing(), reason=f"no CTranslate2 here: {ctranslate.INSTALL}")
+@pytest.mark.skipif((engine := ENGINES["ctranslate2"]).is_missing, reason=f"no CTranslate2 here: {engine.install}")
 def test_models_of_an_engine_are_scored_timed_chosen_and_exported(finished: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(finished, root)
@@ -372,7 +372,7 @@ def test_models_of_an_engine_are_scored_timed_chosen_and_exported(finished: Path
     export(run, small, tmp_path / "out")
     assert "ctranslate2.Translator" in (card := (tmp_path / "out" / "README.md").read_text())
     assert f"{small.bleu:.4g} (" in card
-    exported = ctranslate.Translator(tmp_path / "out", torch.device("cpu"))
+    exported = Translator(tmp_path / "out", torch.device("cpu"))
     assert exported.num_bytes == small.bytes
 
 

@@ -1,7 +1,8 @@
-"""Readers in environments of their own: python -m tests.readers.environments fetches those that are not here yet.
+"""Readers in environments of their own: python -m tests.readers.environments [NAME ...] fetches those that are not here
+yet.
 
-A reader is a folder under .readers/ with transformers and what it needs in other versions than ours; torch, numpy and
-the rest are those of this environment, behind it on the path.
+A reader is a folder under .readers/ with what it needs in other versions than ours, or what nothing else needs; torch,
+numpy and the rest are those of this environment, behind it on the path.
 """
 
 from __future__ import annotations
@@ -22,23 +23,28 @@ PACKAGES = {  # version of transformers -> what its folder holds; "": the one th
 }  # fmt: skip
 
 
-def place_of(version: str) -> Path | None:
-    """Folder that goes first on the path of a reader; None where it has not been fetched."""
-    folder = READERS / f"transformers-{version}"
+FOLDERS = {f"transformers-{version}": packages for version, packages in PACKAGES.items() if version} | {
+    "onnx": ("onnx==1.23.2", "onnxruntime==1.32.0", "ml_dtypes>=0.5.4", "flatbuffers"),
+}  # fmt: skip
+
+
+def place_of(name: str) -> Path | None:
+    """Folder of a reader, which goes first on the path; None where it has not been fetched."""
+    folder = READERS / name
     return folder if folder.is_dir() else None
 
 
-def fetch(version: str) -> None:
+def fetch(name: str) -> None:
     """Install a reader; under its name is only what is whole."""
-    folder = READERS / f"transformers-{version}"
-    temporary = folder.with_suffix(".part")
+    folder = READERS / name
+    temporary = READERS / f"{name}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target"]
-    subprocess.run([*pip, str(temporary), *PACKAGES[version]], check=True)
+    subprocess.run([*pip, str(temporary), *FOLDERS[name]], check=True)
     temporary.rename(folder)
 
 
 if __name__ == "__main__":
-    for each in filter(None, PACKAGES):
+    for each in sys.argv[1:] or FOLDERS:
         if place_of(each) is None:
             fetch(each)

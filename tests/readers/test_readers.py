@@ -126,7 +126,7 @@ def vocabulary_of(folder: Path) -> int:
 
 def read(root: Path, version: str, folders: list[str]) -> dict[str, Any]:
     """What a reader makes of folders, in a process that cannot import the project."""
-    place = place_of(version) if version else None
+    place = place_of(f"transformers-{version}") if version else None
     if version and place is None:
         pytest.skip(f"transformers {version} is not here: make test-readers fetches it once")
     request, answer = root / f"request-{version}.json", root / f"answer-{version}.pt"

@@ -1,11 +1,16 @@
-"""What export writes computes what the checkpoint computes: CTranslate2's log-probabilities and greedy outputs."""
+"""What export writes computes what the checkpoint computes: outputs of CTranslate2 and of ONNX Runtime."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +19,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from pipeline import export as exporting
 from pipeline.__main__ import main
 from pipeline.decoding import generate, losses_of
-from pipeline.engines import ctranslate
+from pipeline.engines import ENGINES, ctranslate, onnx
 from pipeline.ordinary import check_ordinary
+from tests.readers.environments import place_of
 from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, WITH_PIECES, exported
 from tests.tiny import OWN_TOKENIZER
 
@@ -23,11 +29,29 @@ ASSEMBLIES = ("e2x2-d4", "e4-d1x4")  # both stacks changed, the decoder deeper
 STRONGER = {"bart": 3.0, "bart-scaled": 3.0, "Pegasus": 2.0, "OPUS-MT": 3.0}
 """By what factor matrices are larger, so that outputs are not all the same."""
 LANGUAGES = {"NLLB": ("deu_Latn", "fra_Latn"), "M2M100": ("de", "fr"), "mBART-50": ("de_DE", "fr_XX")}
-NEEDS_ENGINE = pytest.mark.skipif(ctranslate.is_missing(), reason=f"no CTranslate2 here: {ctranslate.INSTALL}")
+CTRANSLATE = ENGINES["ctranslate2"]
+NEEDS_ENGINE = pytest.mark.skipif(CTRANSLATE.is_missing, reason=f"no CTranslate2 here: {CTRANSLATE.install}")
+
+
+@pytest.fixture
+def onnx_here(monkeypatch):
+    """The packages of ONNX Runtime, which nothing else needs; skips the test where they are not, except in CI."""
+    if place := place_of("onnx"):
+        monkeypatch.syspath_prepend(place)
+    if ENGINES["onnx"].is_missing:
+        assert "CI" not in os.environ, "CI tests exports for ONNX Runtime: make onnx-here"
+        pytest.skip("ONNX is not here: make onnx-here fetches it once")
+    assert {name: metadata.version(name) for name in ENGINES["onnx"].packages} == ENGINES["onnx"].packages
 
 
 def run_export(root, *arguments):
     main(["export", "--run", str(root / "run"), *arguments])
+
+
+def code_of(folder):
+    """The code in a README, as lines."""
+    code = (folder / "README.md").read_text().partition("## Use")[2]
+    return [line.removeprefix("    ") for line in code.splitlines() if line.startswith("    ")]
 
 
 def engine_outputs(folder, num_beams):
@@ -119,8 +143,7 @@ def test_the_code_beside_an_engines_model_asks_for_a_language(tmp_path, monkeypa
     model.generation_config = type(model.generation_config)(decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
     inputs = tokenizer(TEXTS[0], return_tensors="pt")
     ids_1T = model.generate(**inputs, forced_bos_token_id=first, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-    code = (converted / "README.md").read_text().partition("## Use")[2]
-    lines = [line.removeprefix("    ") for line in code.splitlines() if line.startswith("    ")]
+    lines = code_of(converted)
     changes = {
         "tokenizer.src_lang = ": f"tokenizer.src_lang, tokenizer.tgt_lang = {LANGUAGES[kind]}",
         "options = ": f"options = {{'beam_size': 1, 'max_decoding_length': {MAX_NEW_TOKENS}}}",
@@ -155,6 +178,111 @@ def test_a_converted_model_that_scales_what_it_should_not_is_never_published(tmp
     with pytest.raises(ValueError, match=r"gives log-probabilities up to .* apart: not published"):
         exporting.export_command(["--run", str(tmp_path / "run"), "--assembly", ASSEMBLIES[0], "--to", "ctranslate2"])
     assert list((tmp_path / "run" / "export" / "ctranslate2-float32").iterdir()) == []
+
+
+def run_graphs(folder, texts):
+    """What the code beside graphs knows at its end, for these texts and at most MAX_NEW_TOKENS."""
+    code, num_changed = re.subn(r"< \d+ and not", f"< {1 + MAX_NEW_TOKENS} and not", "\n".join(code_of(folder)))
+    assert num_changed == 1
+    known = {"TEXTS": texts}
+    exec(code.replace('folder, texts = ".", ["a text"]', f"folder, texts = {str(folder)!r}, TEXTS"), known)
+    return known
+
+
+def greedy_settings(model, tokenizer):
+    """What holds of greedy decoding in a folder's settings."""
+    told = model.generation_config
+    first = told.forced_bos_token_id
+    if getattr(tokenizer, "src_lang", None):
+        tokenizer.tgt_lang = tokenizer.src_lang
+        first = tokenizer(text_target="").input_ids[0]
+    return type(told)(
+        decoder_start_token_id=model.config.decoder_start_token_id, eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id, bad_words_ids=told.bad_words_ids, forced_bos_token_id=first,
+        max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+    )  # fmt: skip
+
+
+def some_texts(num_texts):
+    """Texts of the words of TEXTS, with one word to five."""
+    words, draw = " ".join(TEXTS).split(), random.Random(0)
+    return [" ".join(draw.choices(words, k=draw.randint(1, 5))) for _ in range(num_texts)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [*((kind, ASSEMBLIES[0]) for kind in (*OWN_TOKENIZER, *WITH_PIECES)), ("v1.0", ASSEMBLIES[1])],
+)
+def test_graphs_write_what_generate_writes(tmp_path, onnx_here, kind, text):
+    """200 texts in one batch with padding, by the code in the README."""
+    models, _ = exported(tmp_path, kind, (text,), strength=STRONGER.get(kind, 1.0))
+    run_export(tmp_path, "--assembly", text, "--to", "onnx")
+    texts, (folder,) = some_texts(200), models
+    known = run_graphs(tmp_path / "run" / "export" / "onnx-float32" / text, texts)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    model.generation_config = greedy_settings(model, tokenizer)
+    outputs = model.generate(**inputs)
+    assert known["ids"].tolist() == outputs.tolist()
+    assert len({tuple(row) for row in outputs.tolist()}) > 2, "outputs depend on inputs"
+    with torch.no_grad():
+        hidden = model.get_encoder()(**inputs).last_hidden_state
+        logits = model(**inputs, decoder_input_ids=outputs[:, :1]).logits
+    mask = known["mask"] == 1
+    np.testing.assert_allclose(known["hidden"][mask], hidden.numpy()[mask], atol=1e-4)
+    first = onnx.sessions(tmp_path / "run" / "export" / "onnx-float32" / text)[1]
+    given = {"encoder_attention_mask": known["mask"], "encoder_hidden_states": known["hidden"]}
+    found = first.run(["logits"], {"input_ids": outputs[:, :1].numpy(), **given})[0]
+    np.testing.assert_allclose(found, logits.numpy(), atol=1e-4)
+
+
+def test_the_graphs_of_a_decoder_share_their_weights_and_are_named_as_optimum_names_them(tmp_path, onnx_here):
+    models, _ = exported(tmp_path, "v1.0", ASSEMBLIES[1:])
+    run_export(tmp_path, "--assembly", ASSEMBLIES[1], "--to", "onnx")
+    folder = tmp_path / "run" / "export" / "onnx-float32" / ASSEMBLIES[1]
+    weights = load_file(f"{next(iter(models))}/model.safetensors")
+    stored = sum(path.stat().st_size for path in folder.glob("*.onnx_data"))
+    whole = sum(weight.nbytes for weight in weights.values()) + weights["shared.weight"].nbytes  # encoder and decoder
+    assert 0.97 * whole < stored < 1.01 * whole
+    assert (folder / "config.json").is_file()
+    assert (folder / "generation_config.json").is_file()
+    encoder, first, later = onnx.sessions(folder)
+    own, cross = ([f"{layer}.{stack}.{kind}" for layer in range(4) for kind in ("key", "value")]
+                  for stack in ("decoder", "encoder"))  # fmt: skip
+    given, made = ([{each.name for each in getter()} for getter in getters] for getters in (
+        (encoder.get_inputs, first.get_inputs, later.get_inputs),
+        (encoder.get_outputs, first.get_outputs, later.get_outputs),
+    ))  # fmt: skip
+    mask = "encoder_attention_mask"
+    assert given[:2] == [{"input_ids", "attention_mask"}, {"input_ids", mask, "encoder_hidden_states"}]
+    assert given[2] == {"input_ids", mask, *(f"past_key_values.{name}" for name in (*own, *cross))}
+    assert made[:2] == [{"last_hidden_state"}, {"logits", *(f"present.{name}" for name in (*own, *cross))}]
+    assert made[2] == {"logits", *(f"present.{name}" for name in own)}
+
+
+def test_graphs_that_compute_something_else_are_never_published(tmp_path, monkeypatch, onnx_here):
+    exported(tmp_path, "v1.1", ASSEMBLIES[:1])
+    step = onnx._Next.step
+    monkeypatch.setattr(
+        onnx._Next, "step", lambda self, mask, *arguments: step(self, torch.ones_like(mask), *arguments)
+    )
+    with pytest.raises(ValueError, match=r"gives log-probabilities up to .* apart: not published"):
+        exporting.export_command(["--run", str(tmp_path / "run"), "--assembly", ASSEMBLIES[0], "--to", "onnx"])
+    assert list((tmp_path / "run" / "export" / "onnx-float32").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "bart"])
+def test_graphs_in_int8_write_nearly_the_same_in_fewer_bytes(tmp_path, onnx_here, kind):
+    exported(tmp_path, kind, ASSEMBLIES[:1], strength=STRONGER.get(kind, 1.0))
+    ids, sizes = {}, {}
+    for quantization in ("float32", "int8"):
+        run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", "onnx", "--quantization", quantization)
+        folder = tmp_path / "run" / "export" / f"onnx-{quantization}" / ASSEMBLIES[0]
+        ids[quantization] = run_graphs(folder, some_texts(50))["ids"]
+        sizes[quantization] = sum(path.stat().st_size for path in folder.glob("*.onnx_data"))
+    assert sizes["int8"] < 0.3 * sizes["float32"]
+    assert np.mean(ids["int8"][:, 1] == ids["float32"][:, 1]) > 0.8, "the first tokens"
 
 
 @NEEDS_ENGINE
@@ -192,7 +320,8 @@ def test_a_folder_in_half_the_bytes_is_ordinary(tmp_path):
     ("arguments", "message"),
     [
         (["--quantization", "int8"], "--quantization int8 is for --to ctranslate2"),
-        (["--to", "ctranslate2", "--dtype", "bf16"], "write --quantization bfloat16"),
+        (["--to", "ctranslate2", "--dtype", "bf16"], "--to ctranslate2 has --quantization"),
+        (["--to", "onnx", "--quantization", "float16"], "--to onnx has no float16: choose one of float32, int8"),
         (["--run", "nowhere"], "is no model folder"),
     ],
 )
@@ -201,9 +330,12 @@ def test_options_that_do_not_go_together_are_refused(arguments, message):
         exporting.export_command(["--assembly", "e1x2-d1x2", *arguments])
 
 
-def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("to", ENGINES)
+def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys, to):
     exported(tmp_path, "v1.0", ASSEMBLIES[:1])
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # then importing it raises
+    name = next(iter(ENGINES[to].packages))
+    monkeypatch.setitem(sys.modules, name, None)  # then importing it raises
     with pytest.raises(SystemExit, match="2"):
-        run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", "ctranslate2")
-    assert "needs the package ctranslate2, which is not installed: pip install ctranslate2==" in capsys.readouterr().err
+        run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", to)
+    told = f"needs the package {name}, which is not installed: pip install {name}=="
+    assert told in capsys.readouterr().err

@@ -60,6 +60,8 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
     "sentencepiece": "data_prep.encode",
     "matplotlib": "pipeline.pictures",
     "ctranslate2": "pipeline.engines.ctranslate",
+    "onnx": "pipeline.engines.onnx",
+    "onnxruntime": "pipeline.engines.onnx",
 }
 
 PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic, and the tokenizer of record
