@@ -25,9 +25,9 @@ lint: .venv/installed  ## check format, style and types
 test-faults: .venv/installed slurm-here  ## kill and damage runs for FAULT_SECONDS a test: SUITE=data|engine|training|evaluation|slurm
 	$(BIN)/python -m pytest tests/faults/test_$(SUITE).py -m faults --timeout 2400 -s
 
-test-readers: .venv/installed  ## read exported folders with other versions of transformers, which it fetches into .readers
+test-readers: .venv/installed  ## read exports of all families with ONNX Runtime and other transformers, which it fetches into .readers
 	$(BIN)/python -m tests.readers.environments
-	$(BIN)/python -m pytest tests/readers -m 'readers or not readers'
+	$(BIN)/python -m pytest tests/readers tests/unit/test_export.py -m 'readers or not readers'
 
 bench: .venv/installed  ## measure against named baselines, on a CPU
 	$(BIN)/python -m pipeline.bench kernels --device cpu
