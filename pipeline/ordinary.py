@@ -49,12 +49,14 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: the settings contradict the weights, or no setting can say what they are.
     """
     written = dict(settings)
-    shapes = _shapes(folder)
+    shapes, family = _shapes(folder), family_of(written["model_type"])
+    if family.scales_always:  # which transformers 5 saves true
+        written[TIED] = HEAD not in shapes or same_bytes(weight_files(folder), HEAD, family.vocabulary_weights[0])
     if written["model_type"] in MUST_SCALE:
         scaled = written.get(SCALED, written.get(TIED) is not False) and MUST_SCALE[written["model_type"]]
         if not scaled and HEAD not in shapes:
             weights = load_file(folder / WEIGHTS)
-            head = weights[family_of(written["model_type"]).vocabulary_weights[0]].clone()
+            head = weights[family.vocabulary_weights[0]].clone()
             save_file(weights | {HEAD: head}, folder / WEIGHTS, metadata={"format": "pt"})
         written[TIED] = bool(scaled)
         if SCALED in written:
@@ -82,6 +84,8 @@ def check_ordinary(folder: Path) -> str:
     check_beside(folder, settings)
     depths = "+".join(str(len(family.layers(model, stack))) for stack in STACKS)
     head = "a head of its own" if HEAD in shapes else "its embedding as head"
+    if family.scales_always and not settings.get(TIED, True):
+        head += ", whose outputs transformers 5 scales and 4 does not"
     return f"{folder}: {settings['model_type']}, {depths} layers, {head}; {CONFIG} agrees with the weights"
 
 

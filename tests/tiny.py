@@ -13,13 +13,15 @@ from transformers import (
     MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 from pipeline.data import MicroBatch
 from pipeline.families import decoder_inputs
 
-OWN_TOKENIZER = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled"]  # kinds for which tests make one
-KINDS = ["v1.0", "v1.1", "mt5", "bart", "bart-scaled", "mbart", "pegasus", "m2m_100", "marian"]
+OWN_TOKENIZER = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled"]  # kinds for which tests make one
+KINDS = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled", "mbart", "pegasus", "m2m_100", "marian"]
 NORM_FIRST = ("mbart", "pegasus", "m2m_100")
 SPECIAL = {  # ids as their public models order them, with padding 0 where the batches here have it
     "mbart": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "forced_eos_token_id": 1},
@@ -31,12 +33,15 @@ SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64,
 
 
 def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64):
-    """A random model: "v1.0" (tied, scaled head), "v1.1" (untied head, not scaled) or "mt5"."""
+    """A random model: "v1.0" (tied, scaled head), "v1.1" and "mt5" (untied head, not scaled) or "umt5" (untied head,
+    scaled)."""
     torch.manual_seed(seed)
     sizes = {**SIZES, "vocab_size": vocab_size}
     depth = {"num_layers": num_layers, "num_decoder_layers": num_decoder_layers, "dropout_rate": 0.0}
     if kind == "mt5":
         model = MT5ForConditionalGeneration(MT5Config(**sizes, **depth))
+    elif kind == "umt5":
+        model = UMT5ForConditionalGeneration(UMT5Config(**sizes, **depth))
     elif kind == "v1.0":
         model = T5ForConditionalGeneration(T5Config(**sizes, **depth))
     else:
@@ -101,18 +106,20 @@ def tiny_model(
     kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64, **ids: int
 ):
     """A random model of one of KINDS; `ids` as tiny_bart takes them."""
-    if kind in ("v1.0", "v1.1", "mt5"):
+    if kind in ("v1.0", "v1.1", "mt5", "umt5"):
         return tiny_t5(kind, num_layers, num_decoder_layers, seed, vocab_size)
     return tiny_bart(kind, num_layers, num_decoder_layers, seed, vocab_size, **ids)
 
 
 def hf_logits(model, batch: MicroBatch) -> torch.Tensor:
-    """Logits [N, V] of an ordinary Hugging Face model at the target tokens."""
+    """Logits [N, V] of an ordinary Hugging Face model at the target tokens. With a mask in which there is padding every
+    one is causal (see UMT5Family.prepare_for_training)."""
     with torch.no_grad():
         return model(
             input_ids=batch.source_BS,
             attention_mask=batch.source_mask_BS,
             decoder_input_ids=decoder_inputs(model.config, batch.labels_BT),
+            decoder_attention_mask=batch.labels_BT != -100,
         ).logits[batch.labels_BT != -100]
 
 

@@ -164,9 +164,13 @@ def check_round_trip(folder: Path, model: Any) -> None:
     source_BS, target_BT = (
         torch.randint(model.config.vocab_size, (2, length), generator=generator) for length in (16, 8)
     )
-    mask_BS = torch.arange(16)[None, :] < torch.tensor([[16], [11]])
+    mask_BS, mask_BT = (
+        torch.arange(most)[None, :] < torch.tensor([[most], [fewer]]) for most, fewer in ((16, 11), (8, 5))
+    )
     ours, theirs = (
-        each.eval()(input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=target_BT).logits
+        each.eval()(
+            input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=target_BT, decoder_attention_mask=mask_BT
+        ).logits
         for each in (model, loaded)
     )
     if not torch.equal(ours, theirs):

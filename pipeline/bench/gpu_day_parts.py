@@ -79,7 +79,7 @@ def shapes(world: World, size: dict[str, Any]) -> Figures:
         for index in range(size["shapes"]):
             num_tokens = size["source"] - 16 * index - first
             mask_BL = torch.ones(max(1, 4096 // num_tokens), num_tokens, dtype=torch.bool, device=world.device)
-            bias = shared.self_bias("encoder", mask_BL)
+            bias = shared.inputs("encoder", mask_BL).self_bias
             inputs = StackInputs(bias if aligned else bias.contiguous())
             state_BLD = torch.randn(*mask_BL.shape, size["model"]["d_model"], device=world.device, dtype=torch.bfloat16)
             _wait(world)

@@ -117,7 +117,7 @@ def chunks(pairs: Sequence[AttentionPair]) -> Tensor:
 
 def whole_bias(pair: AttentionPair) -> Tensor | None:
     """The bias as T5 in transformers hands it to its layers: made once, for all of them."""
-    return position_bias(pair, pair.bias_HR.dtype) if pair.bias_HR is not None else None
+    return position_bias(pair.bias_HR, pair, pair.bias_HR.dtype) if pair.bias_HR is not None else None
 
 
 def eager(pairs: Sequence[AttentionPair], bias_HQS: Tensor | None) -> Tensor:

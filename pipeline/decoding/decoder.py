@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.families import Family, KeysValues, StackInputs
+from pipeline.families import Family, KeysValues
 
 # elements of logits held at once: on a CPU so few that they stay in its cache
 MAX_LOGITS = {"cpu": 2**20, "cuda": 2**26}
@@ -103,7 +103,7 @@ def step(
 ) -> torch.Tensor:
     """Finished decoder states [R, Q, D] of new tokens at these positions [R or 1, Q]."""
     num_keys = int(positions_RQ.max()) + 1
-    inputs = StackInputs(decoder.shared.bias_at(positions_RQ, num_keys), memory.bias)
+    inputs = decoder.shared.inputs_at(positions_RQ, num_keys, memory.bias)
     hidden_RQD = decoder.shared.embed_at(tokens_RQ, positions_RQ)
     for layer, cache, cross in zip(decoder.layers, caches, memory.cross, strict=True):
         hidden_RQD = decoder.family.call_cached(layer, hidden_RQD, cache.at(positions_RQ, num_keys), cross, inputs)

@@ -25,7 +25,7 @@ from pipeline.decoding.pending import Pending, join
 from pipeline.decoding.plain import MAX_EXAMPLES_PER_BATCH, batches_of
 from pipeline.decoding.rules import Rules
 from pipeline.decoding.views import Pool
-from pipeline.families import KeysValues, StackInputs
+from pipeline.families import KeysValues
 from pipeline.spans import Span, walk
 
 # padded source tokens that encoders and references are computed on together; on a GPU as many as the batch has
@@ -108,7 +108,7 @@ class _Batch:
         """Encode some examples, and take their references through every decoder, where there are any."""
         pool = self.pool
         source_BS, mask_BS = padded_rows(sources, self.rules.pad_id, pool.device)
-        inputs = StackInputs(pool.shared.self_bias("encoder", mask_BS))
+        inputs = pool.shared.inputs("encoder", mask_BS)
 
         def encode(hidden_BSD: torch.Tensor, span: Span) -> torch.Tensor:
             self.calls.encoder += 1
@@ -140,7 +140,7 @@ class _Batch:
         labels_BT, _ = padded_rows([self.references[i] for i in places], IGNORED_LABEL, pool.device)
         given_BT = pool.shared.decoder_inputs(labels_BT)
         positions_1T = torch.arange(given_BT.shape[1], device=pool.device)[None]
-        inputs = StackInputs(pool.shared.bias_at(positions_1T, given_BT.shape[1]), cross_bias)
+        inputs = pool.shared.inputs_at(positions_1T, given_BT.shape[1], cross_bias)
 
         def force(state: tuple[torch.Tensor, tuple[KeysValues, ...]], span: Span) -> tuple[torch.Tensor, Any]:
             hidden_BTD, seen = state

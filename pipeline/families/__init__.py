@@ -22,10 +22,12 @@ from pipeline.families.marian import MarianFamily
 from pipeline.families.mbart import MBartFamily
 from pipeline.families.pegasus import PegasusFamily
 from pipeline.families.t5 import T5Family, new_t5, t5_config
+from pipeline.families.umt5 import UMT5Family
 
 FAMILIES: dict[str, Family] = {
     "t5": T5Family(),
     "mt5": T5Family(),
+    "umt5": UMT5Family(),
     "bart": BartFamily(),
     "mbart": MBartFamily(),
     "pegasus": PegasusFamily(),

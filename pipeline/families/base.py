@@ -24,16 +24,29 @@ ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
+class Distances:
+    """Distances key - query among the tokens of a stack, for layers that have a position bias each."""
+
+    buckets_R: torch.Tensor
+    """Bucket of each distance, in rising order; long [2L - 1], in cached decoding [T]."""
+    places_QL: torch.Tensor
+    """Which of them each query and key have; long [1, L, L], in cached decoding [R or 1, Q, T]."""
+
+
+@dataclass(frozen=True)
 class StackInputs:
-    """Additive attention biases that every layer of one stack receives besides its states."""
+    """What every layer of one stack receives besides its states: additive attention biases."""
 
     self_bias: torch.Tensor
-    """Position bias and mask of self-attention, [B or 1, H or 1, L, L]; masked entries hold the dtype's minimum.
-    In cached decoding [R or 1, H or 1, Q, T]."""
+    """Position bias of the stack, where it has one, and mask of self-attention, [B or 1, H or 1, L or 1, L]; masked
+    entries hold the dtype's minimum. In cached decoding [R or 1, H or 1, Q, T]."""
     cross_bias: torch.Tensor | None = None
     """Mask of cross-attention, [B, 1, 1, S]; None in the encoder."""
     distance_bias_HR: torch.Tensor | None = None
-    """Position bias in self_bias by distance (see Shared.distance_bias); for the attention loss alone."""
+    """Position bias in self_bias by distance: a key at s has [:, s - q + L - 1] of [H, 2L - 1] for a query at q. None
+    where it has none, and in cached decoding; for the attention loss alone."""
+    distances: Distances | None = None
+    """None where layers have no position bias of their own."""
 
     def bias(self, kind: str) -> torch.Tensor:
         """The bias of "self" or "cross"."""
@@ -80,12 +93,8 @@ class Shared(Protocol):
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         """Decoder input ids of labels, [B, T]."""
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
-        """Additive self-attention bias [B, H or 1, L, L] for a mask of real tokens."""
-
-    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor | None:
-        """What self_bias has beside masks, by distance: a key at s has [:, s - q + L - 1] of [H, 2L - 1] for a query at
-        q; None where it has nothing."""
+    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
+        """What the layers of a stack receive for a mask of real tokens and, in the decoder, a bias of cross_bias."""
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         """Additive cross-attention bias [B, 1, 1, S]."""
@@ -93,9 +102,9 @@ class Shared(Protocol):
     def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
         """States before the first decoder layer of tokens at these positions, [R, Q, D]; positions [R or 1, Q]."""
 
-    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """Additive decoder self-attention bias of tokens at these positions over the first `num_keys` positions, later
-        ones masked, [R or 1, H or 1, Q, num_keys]; positions [R or 1, Q]."""
+    def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
+        """What decoder layers receive for tokens at these positions [R or 1, Q], which look at the first `num_keys`
+        positions, later ones masked."""
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """What follows the last layer of a stack."""
@@ -119,6 +128,9 @@ class Family(Protocol):
     """Names of the weights with one row for each position."""
     computed_weights: ClassVar[tuple[str, ...]]
     """Names of the weights that transformers computes where a file does not have them."""
+    scales_always: ClassVar[bool]
+    """Whether transformers 5 scales what the head takes, whatever config.json says; 4 does so where the head is said to
+    be the embedding."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""
@@ -161,7 +173,7 @@ class Family(Protocol):
 
         Args:
             cross: of B encoder outputs; the rows of one output follow each other, R / B of them.
-            inputs: self_bias as from Shared.bias_at, cross_bias [B, 1, 1, S].
+            inputs: as from Shared.inputs_at, cross_bias [B, 1, 1, S].
         """
 
     def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:

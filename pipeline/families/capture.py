@@ -1,6 +1,6 @@
-"""Queries and keys of a layer's attentions, taken while the layer runs.
+"""Queries, keys and position biases of a layer's attentions, taken while the layer runs.
 
-Shapes: B examples, Q queries, S keys, H heads, K width of a head.
+Shapes: B examples, Q queries, S keys, H heads, K width of a head, R distances.
 """
 
 from __future__ import annotations
@@ -23,17 +23,26 @@ class Projections(NamedTuple):
     """Of a head."""
     scale: float
     """Factor of the scores before the bias."""
+    bias: nn.Module | None = None
+    """Table of the layer's own position bias, which it looks up once, for all distances."""
 
 
 class QueriesKeys(NamedTuple):
     query_BQHK: torch.Tensor
     key_BSHK: torch.Tensor
+    bias_RH: torch.Tensor | None = None
+    """The layer's own position bias by distance."""
+
+    def chunk(self, count: int) -> list[QueriesKeys]:
+        """Those of `count` equal parts of the batch."""
+        queries, keys = self.query_BQHK.chunk(count), self.key_BSHK.chunk(count)
+        return [QueriesKeys(query, key, self.bias_RH) for query, key in zip(queries, keys, strict=True)]
 
 
 @contextmanager
 def captured(projections: Mapping[str, Projections], wanted: bool) -> Iterator[dict[str, QueriesKeys]]:
-    """Fills the dict that it yields when the block ends: queries and keys of each attention that ran, by its name
-    (self, cross). Nothing is taken unless wanted."""
+    """Fills the dict that it yields when the block ends: queries, keys and own position bias of each attention that
+    ran, by its name (self, cross). Nothing is taken unless wanted."""
     found: dict[str, QueriesKeys] = {}
     if not wanted:
         yield found
@@ -43,13 +52,16 @@ def captured(projections: Mapping[str, Projections], wanted: bool) -> Iterator[d
     def keep(module: nn.Module, _: object, output: torch.Tensor) -> None:
         outputs[module] = output
 
-    handles = [each.register_forward_hook(keep) for pair in projections.values() for each in (pair.query, pair.key)]
+    modules = [module for each in projections.values() for module in (each.query, each.key, each.bias)]
+    handles = [module.register_forward_hook(keep) for module in modules if module is not None]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
-    for name, (query, key, num_heads, width, _scale) in projections.items():
-        if query in outputs:
-            heads = (num_heads, width)
-            found[name] = QueriesKeys(outputs[query].unflatten(-1, heads), outputs[key].unflatten(-1, heads))
+    for name, each in projections.items():
+        if each.query in outputs:
+            query_BQHK, key_BSHK = (
+                outputs[projection].unflatten(-1, (each.num_heads, each.width)) for projection in (each.query, each.key)
+            )
+            found[name] = QueriesKeys(query_BQHK, key_BSHK, outputs[each.bias] if each.bias is not None else None)

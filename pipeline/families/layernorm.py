@@ -71,22 +71,19 @@ class LayerNormShared(nn.Module):
         tokens_RQD = self.tokens[stack](ids_RQ) * self.scale
         return self.norm[stack](tokens_RQD + self.positions[stack](ids_RQ, positions_RQ))
 
-    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+    def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
         keys_T = torch.arange(num_keys, device=positions_RQ.device)
-        return self._masked(keys_T <= positions_RQ[:, None, :, None])
+        return StackInputs(self._masked(keys_T <= positions_RQ[:, None, :, None]), cross_bias)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         return decoder_inputs(self.config, labels_BT)
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
+    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
         visible = mask_BL[:, None, None, :]
         if stack == "decoder":
             positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
             visible = visible & (positions_L[None, :] <= positions_L[:, None])
-        return self._masked(visible)
-
-    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> None:
-        return None  # positions are in the embeddings
+        return StackInputs(self._masked(visible), cross_bias)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         return self._masked(mask_BS[:, None, None, :])
@@ -144,6 +141,7 @@ class LayerNormFamily:
         "model.decoder.embed_positions.weight",
     )
     computed_weights: ClassVar[tuple[str, ...]] = ()
+    scales_always: ClassVar[bool] = False
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return cast(nn.ModuleList, model.get_submodule(f"model.{stack}.layers"))

@@ -11,78 +11,117 @@ import re
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from pipeline.families.attention import attend, attend_across, heads
-from pipeline.families.base import KeysValues, SelfCache, StackInputs, decoder_inputs, empty_bias, set_layer_index
+from pipeline.families.base import (
+    Distances,
+    KeysValues,
+    SelfCache,
+    StackInputs,
+    decoder_inputs,
+    empty_bias,
+    set_layer_index,
+)
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 from pipeline.families.keys import Keys
 
 
-class PositionBias(nn.Module):
-    """T5's relative position bias of one stack, with the mask put in."""
+class RelativePositions(nn.Module):
+    """Which keys a query of one stack sees, and the buckets in which a table of position biases has their distances."""
 
     def __init__(self, attention: T5Attention) -> None:
         super().__init__()
-        self.table = attention.relative_attention_bias
         self.bidirectional = not attention.is_decoder
         self.num_buckets = attention.relative_attention_num_buckets
         self.max_distance = attention.relative_attention_max_distance
 
-    def by_distance(self, mask_BL: torch.Tensor) -> torch.Tensor:
-        """The bias [H, 2L - 1] of all distances key - query among L tokens, from 1 - L on."""
-        num_tokens = mask_BL.shape[1]
-        distance_R = torch.arange(1 - num_tokens, num_tokens, device=mask_BL.device)
-        buckets_R = T5Attention._relative_position_bucket(
-            distance_R, self.bidirectional, self.num_buckets, self.max_distance
-        )
-        return self.table(buckets_R).T
+    def distances(self, num_tokens: int, device: torch.device) -> Distances:
+        """Among L tokens: buckets of the distances from 1 - L to L - 1."""
+        positions_L = torch.arange(num_tokens, device=device)
+        places_LL = positions_L[None, :] - positions_L[:, None] + num_tokens - 1
+        return Distances(self._buckets(torch.arange(1 - num_tokens, num_tokens, device=device)), places_LL[None])
 
-    def forward(self, mask_BL: torch.Tensor) -> torch.Tensor:
-        """Additive self-attention bias [B, H, L, L]; keys that are padding (or later, in a decoder) are masked."""
-        num_tokens = mask_BL.shape[1]
-        positions_L = torch.arange(num_tokens, device=mask_BL.device)
-        distance_LL = positions_L[None, :] - positions_L[:, None]
-        bias_HLL = self.by_distance(mask_BL)[:, distance_LL + num_tokens - 1]
-        visible = mask_BL[:, None, None, :]
-        if not self.bidirectional:
-            visible = visible & (distance_LL <= 0)
-        bias_BHLL = empty_bias((len(mask_BL), *bias_HLL.shape), bias_HLL.dtype, bias_HLL.device)
-        return bias_BHLL.copy_(bias_HLL).masked_fill_(~visible, torch.finfo(bias_HLL.dtype).min)
-
-    def at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """The rows of the bias that belong to these positions, over keys 0..num_keys-1, [R or 1, H, Q, num_keys]."""
+    def distances_at(self, positions_RQ: torch.Tensor, num_keys: int) -> Distances:
+        """From tokens at these positions to keys 0..T-1: buckets of the distances from 1 - T to 0; later keys, which
+        are not seen, have the place of 0."""
         assert not self.bidirectional
         keys_T = torch.arange(num_keys, device=positions_RQ.device)
-        buckets_T = T5Attention._relative_position_bucket(-keys_T, False, self.num_buckets, self.max_distance)
-        by_distance_HT = self.table(buckets_T).T
-        distance_RQT = positions_RQ[:, :, None] - keys_T
-        bias_HRQT = by_distance_HT[:, distance_RQT.clamp(min=0)]
-        return torch.where(distance_RQT >= 0, bias_HRQT, torch.finfo(bias_HRQT.dtype).min).transpose(0, 1)
+        places_RQT = (keys_T - positions_RQ[:, :, None]).clamp(max=0) + num_keys - 1
+        return Distances(self._buckets(keys_T + 1 - num_keys), places_RQT)
+
+    def hidden(self, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Keys that are padding (or later, in a decoder), bool [B, 1, L or 1, L]."""
+        hidden = ~mask_BL[:, None, None, :]
+        if self.bidirectional:
+            return hidden
+        positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        return hidden | (positions_L[None, :] > positions_L[:, None])
+
+    def hidden_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """Later keys, bool [R or 1, 1, Q, T]."""
+        keys_T = torch.arange(num_keys, device=positions_RQ.device)
+        return keys_T > positions_RQ[:, None, :, None]
+
+    def _buckets(self, distance_R: torch.Tensor) -> torch.Tensor:
+        return T5Attention._relative_position_bucket(
+            distance_R, self.bidirectional, self.num_buckets, self.max_distance
+        )
+
+
+class PositionBias(RelativePositions):
+    """T5's relative position bias of one stack, with the mask put in."""
+
+    def __init__(self, attention: T5Attention) -> None:
+        super().__init__(attention)
+        self.table = attention.relative_attention_bias
+
+    def forward(self, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None) -> StackInputs:
+        """Inputs with a self-attention bias [B, H, L, L], also by distance."""
+        distances = self.distances(mask_BL.shape[1], mask_BL.device)
+        by_distance_RH = self.table(distances.buckets_R)
+        bias_BHLL = biased(by_distance_RH, distances, self.hidden(mask_BL))
+        return StackInputs(bias_BHLL, cross_bias, by_distance_RH.T)
+
+    def at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
+        """Inputs with the rows of the bias that belong to these positions, [R or 1, H, Q, num_keys]."""
+        distances = self.distances_at(positions_RQ, num_keys)
+        by_distance_RH = self.table(distances.buckets_R)
+        return StackInputs(biased(by_distance_RH, distances, self.hidden_at(positions_RQ, num_keys)), cross_bias)
+
+
+def biased(by_distance_RH: torch.Tensor, distances: Distances, hidden: torch.Tensor) -> torch.Tensor:
+    """Additive self-attention bias [B or 1, H, Q, L] from one by distance; keys that are hidden, bool
+    [B or 1, 1, Q or 1, L], are masked."""
+    bias_HQL = F.embedding(distances.places_QL, by_distance_RH).permute(0, 3, 1, 2)
+    shape = torch.broadcast_shapes(bias_HQL.shape, hidden.shape)
+    bias_BHQL = empty_bias(shape, bias_HQL.dtype, bias_HQL.device)
+    return bias_BHQL.copy_(bias_HQL).masked_fill_(hidden, torch.finfo(bias_HQL.dtype).min)
 
 
 class T5Shared(nn.Module):
-    """Embedding, position biases, final norms and head: frozen, and used by teacher and student alike."""
+    """Embedding, position biases, final norms and head: frozen, and used by teacher and student alike.
 
-    def __init__(self, model: T5ForConditionalGeneration) -> None:
+    Args:
+        positions: made for each stack from its first layer's self-attention, see PositionBias.
+        scaled: the head takes states times d_model^-0.5.
+    """
+
+    def __init__(self, model: nn.Module, positions: type[nn.Module], *, scaled: bool) -> None:
         super().__init__()
-        self.embedding = model.shared
+        inner = cast(Any, model)
+        self.embedding = inner.shared
+        stacks: dict[str, Any] = {"encoder": inner.encoder, "decoder": inner.decoder}
         self.bias = nn.ModuleDict(
-            {
-                "encoder": PositionBias(model.encoder.block[0].layer[0].SelfAttention),
-                "decoder": PositionBias(model.decoder.block[0].layer[0].SelfAttention),
-            }
+            {name: positions(stack.block[0].layer[0].SelfAttention) for name, stack in stacks.items()}
         )
-        self.norm = nn.ModuleDict(
-            {"encoder": model.encoder.final_layer_norm, "decoder": model.decoder.final_layer_norm}
-        )
-        config = model.config
-        scaled = getattr(config, "scale_decoder_outputs", False)
-        self.head = VocabularyHead(model.lm_head, config.d_model**-0.5 if scaled else 1.0)
-        self.config: Any = config
+        self.norm = nn.ModuleDict({name: stack.final_layer_norm for name, stack in stacks.items()})
+        self.config: Any = inner.config
+        self.head = VocabularyHead(inner.lm_head, self.config.d_model**-0.5 if scaled else 1.0)
 
     def embed(self, stack: str, ids_BL: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_BL)
@@ -90,24 +129,23 @@ class T5Shared(nn.Module):
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         return decoder_inputs(self.config, labels_BT)
 
-    def self_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
-        return self.bias[stack](mask_BL)
-
-    def distance_bias(self, stack: str, mask_BL: torch.Tensor) -> torch.Tensor:
-        bias: Any = self.bias[stack]
-        return bias.by_distance(mask_BL)
+    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
+        return self.bias[stack](mask_BL, cross_bias)
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
-        mask_B11S = mask_BS[:, None, None, :]
-        bias_B11S = empty_bias(mask_B11S.shape, self.embedding.weight.dtype, mask_BS.device).zero_()
-        return bias_B11S.masked_fill_(~mask_B11S, torch.finfo(bias_B11S.dtype).min)
+        return self.masked(~mask_BS[:, None, None, :])
+
+    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
+        """An additive bias that only masks keys."""
+        bias = empty_bias(hidden.shape, self.embedding.weight.dtype, hidden.device).zero_()
+        return bias.masked_fill_(hidden, torch.finfo(bias.dtype).min)
 
     def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_RQ)
 
-    def bias_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+    def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
         bias: Any = self.bias["decoder"]
-        return bias.at(positions_RQ, num_keys)
+        return bias.at(positions_RQ, num_keys, cross_bias)
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return self.norm[stack](hidden_BLD)
@@ -117,18 +155,18 @@ class T5Shared(nn.Module):
         return self.head(normed_ND)
 
 
+CARRIED = (
+    "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "decoder_layers", "feed_forward_proj",
+    "is_gated_act", "dense_act_fn", "dropout_rate", "layer_norm_epsilon", "initializer_factor",
+    "relative_attention_num_buckets", "relative_attention_max_distance", "hidden_size", "num_attention_heads",
+    "head_dim",
+)  # fmt: skip
+
+
 class T5Family:
     """See pipeline.families.base.Family."""
 
-    keys: ClassVar[Keys] = Keys.of(
-        (
-            "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "decoder_layers",
-            "feed_forward_proj", "is_gated_act", "dense_act_fn", "dropout_rate", "layer_norm_epsilon",
-            "initializer_factor", "relative_attention_num_buckets", "relative_attention_max_distance",
-            "scale_decoder_outputs", "hidden_size", "num_attention_heads", "head_dim",
-        ),
-        harmless=("n_positions",),
-    )  # fmt: skip
+    keys: ClassVar[Keys] = Keys.of((*CARRIED, "scale_decoder_outputs"), harmless=("n_positions",))
     depth_keys: ClassVar[dict[str, str]] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "shared.weight",
@@ -139,6 +177,9 @@ class T5Family:
 
     position_weights: ClassVar[tuple[str, ...]] = ()
     computed_weights: ClassVar[tuple[str, ...]] = ()
+    scales_always: ClassVar[bool] = False
+    norm: ClassVar[type[nn.Module]] = T5LayerNorm
+    """Class of the norms."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return getattr(model, stack).block
@@ -163,11 +204,12 @@ class T5Family:
         """T5 has no layer drop. Its norm is eight operations in transformers, and torch's own is one on a GPU."""
         for owner in list(model.modules()):
             for name, norm in owner.named_children():
-                if isinstance(norm, T5LayerNorm):
+                if isinstance(norm, self.norm):
                     setattr(owner, name, _fused(norm))
 
     def take_shared(self, model: nn.Module) -> T5Shared:
-        shared = T5Shared(cast(T5ForConditionalGeneration, model))
+        config: Any = model.config
+        shared = T5Shared(model, PositionBias, scaled=getattr(config, "scale_decoder_outputs", False))
         for stack in ("encoder", "decoder"):
             attention: Any = self.layers(model, stack)[0].get_submodule("layer.0.SelfAttention")
             del attention.relative_attention_bias
@@ -200,18 +242,27 @@ class T5Family:
         self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
     ) -> torch.Tensor:
         self_block, cross_block, feed_forward = cast(Any, layer).layer
-        attention = self_block.SelfAttention
-        width = attention.key_value_proj_dim
-        normed_RQD = self_block.layer_norm(hidden_RQD)
-        seen = cache.extend(KeysValues(heads(attention.k(normed_RQD), width), heads(attention.v(normed_RQD), width)))
-        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, inputs.self_bias, scale=1.0)
-        hidden_RQD = _within_fp16(hidden_RQD + attention.o(attended_RQX))
+        hidden_RQD = self.attend_to_itself(self_block, hidden_RQD, cache, inputs)
 
         attention = cross_block.EncDecAttention
-        queries_RHQK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), width)
+        queries_RHQK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), attention.key_value_proj_dim)
         attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale=1.0)
-        hidden_RQD = _within_fp16(hidden_RQD + attention.o(attended_RQX))
-        return _within_fp16(feed_forward(hidden_RQD))
+        hidden_RQD = within_fp16(hidden_RQD + attention.o(attended_RQX))
+        return within_fp16(feed_forward(hidden_RQD))
+
+    def attend_to_itself(
+        self, block: Any, hidden_RQD: torch.Tensor, cache: SelfCache, inputs: StackInputs
+    ) -> torch.Tensor:
+        """States after the self-attention of a layer."""
+        attention, normed_RQD = block.SelfAttention, block.layer_norm(hidden_RQD)
+        width, bias = attention.key_value_proj_dim, self.self_bias(attention, inputs)
+        seen = cache.extend(KeysValues(heads(attention.k(normed_RQD), width), heads(attention.v(normed_RQD), width)))
+        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, bias, scale=1.0)
+        return within_fp16(hidden_RQD + attention.o(attended_RQX))
+
+    def self_bias(self, attention: Any, inputs: StackInputs) -> torch.Tensor:
+        """Additive bias of a self-attention."""
+        return inputs.self_bias
 
     def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
         set_layer_index(layer, index)
@@ -260,14 +311,14 @@ class T5Family:
         return 1.0
 
 
-def _fused(norm: T5LayerNorm) -> nn.RMSNorm:
+def _fused(norm: Any) -> nn.RMSNorm:
     """The same norm over the same weight. In bf16 it is rounded once, at the end, where T5LayerNorm rounds twice."""
     fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
     fused.weight = norm.weight
     return fused
 
 
-def _within_fp16(hidden_RQD: torch.Tensor) -> torch.Tensor:
+def within_fp16(hidden_RQD: torch.Tensor) -> torch.Tensor:
     """What T5Block does in float16 alone: infinities become large numbers."""
     if hidden_RQD.dtype != torch.float16:
         return hidden_RQD

@@ -121,8 +121,8 @@ def attention_loss(
 ) -> PairLosses:
     """Attention loss of each pair; the contract is `attention.reference.attention_loss`.
 
-    CUDA: two launches a pair, in which maps exist tile by tile (without triton, in fp64 or with wider heads than the
-    kernels take: as on a CPU). CPU: plain PyTorch in chunks of examples.
+    CUDA: two launches a pair, in which maps exist tile by tile (without triton, in fp64, with wider heads than the
+    kernels take or a position bias of the student's own: as on a CPU). CPU: plain PyTorch in chunks of examples.
 
     Args:
         eager: take the definition, which makes whole attention maps.

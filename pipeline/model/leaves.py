@@ -71,7 +71,7 @@ class ModularLeaf(_Leaf):
             state_BLD = self.family.call_layer(self.layer, state_BLD, encoded_BSD, inputs)
         if not capture:
             return state_BLD
-        taken = [tensor for pair in queries_keys.values() for tensor in pair]
+        taken = [tensor for found in queries_keys.values() for tensor in found if tensor is not None]
         return torch.cat([tensor.flatten() for tensor in (state_BLD, *taken)])
 
     def run(
@@ -87,17 +87,21 @@ class ModularLeaf(_Leaf):
         if not (use and capture):
             return output, {}
         shapes = [state_BLD.shape]
-        names = ["self", "cross"] if encoded_BSD is not None else ["self"]
-        for name in names:
-            projections = self.family.attentions(self.layer)[name]
+        attentions = self.family.attentions(self.layer)
+        for name, each in attentions.items():
             looked_at = encoded_BSD if name == "cross" and encoded_BSD is not None else state_BLD
             for each_BLD in (state_BLD, looked_at):
-                shapes.append(torch.Size([*each_BLD.shape[:2], projections.num_heads, projections.width]))
-        parts = [
-            part.view(shape) for part, shape in zip(output.split([s.numel() for s in shapes]), shapes, strict=True)
-        ]
-        found = {name: QueriesKeys(*parts[1 + 2 * i : 3 + 2 * i]) for i, name in enumerate(names)}
-        return parts[0], found
+                shapes.append(torch.Size([*each_BLD.shape[:2], each.num_heads, each.width]))
+            if each.bias is not None:
+                shapes.append(torch.Size([2 * state_BLD.shape[1] - 1, each.num_heads]))
+        parts = output.split([shape.numel() for shape in shapes])
+        state_BLD, *rest = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        taken = iter(rest)
+        found = {
+            name: QueriesKeys(next(taken), next(taken), next(taken) if each.bias is not None else None)
+            for name, each in attentions.items()
+        }
+        return state_BLD, found
 
 
 class Splice(torch.autograd.Function):

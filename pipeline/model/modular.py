@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pipeline.data import IGNORED_LABEL, MicroBatch
-from pipeline.families import Family, QueriesKeys, StackInputs
+from pipeline.families import Family, QueriesKeys
 from pipeline.kernels import AttentionPair, HeadLoss, HeadObjective, HiddenPair
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf, initial_layer
 from pipeline.model.streams import (
@@ -149,13 +149,11 @@ class ModularModel(nn.Module):
         shared, mask_BS, target_mask_BT = self.shared, batch.source_mask_BS, batch.labels_BT != IGNORED_LABEL
         outputs = ModularOutputs({}, len(draws) if draws else 1, attention={"self": {}, "cross": {}})
         capture = wanted is not None and wanted.attention
-        # by distance, too, whether or not an attention loss wants it: the order in which modules run stays one
-        by_distance_HR = shared.distance_bias("encoder", mask_BS)
         # an example without targets only fills a micro-batch up: it counts nowhere
         counted_BS = mask_BS & target_mask_BT.any(1, keepdim=True)
         encoder = StackPass(
             stack="encoder",
-            inputs=StackInputs(shared.self_bias("encoder", mask_BS), distance_bias_HR=by_distance_HR),
+            inputs=shared.inputs("encoder", mask_BS),
             embedded_BLD=shared.embed("encoder", batch.source_BS),
             mask_BL=counted_BS,
             source_mask_BS=counted_BS,
@@ -170,10 +168,9 @@ class ModularModel(nn.Module):
 
         # padding needs no mask: it stands behind every target token, where the causal mask hides it
         ones_1T = torch.ones_like(target_mask_BT[:1])
-        by_distance_HR = shared.distance_bias("decoder", ones_1T)
         decoder = StackPass(
             stack="decoder",
-            inputs=StackInputs(shared.self_bias("decoder", ones_1T), shared.cross_bias(mask_BS), by_distance_HR),
+            inputs=shared.inputs("decoder", ones_1T, shared.cross_bias(mask_BS)),
             embedded_BLD=shared.embed("decoder", shared.decoder_inputs(batch.labels_BT)),
             mask_BL=target_mask_BT,
             source_mask_BS=mask_BS,
@@ -257,12 +254,14 @@ class ModularModel(nn.Module):
     ) -> AttentionPair:
         """The attentions of a modular layer and of the last teacher layer of its span; kind: self or cross."""
         attention = self.family.attentions(self.modular[given.stack][str(span)].layer)[kind]
+        of_stack_HR = given.inputs.distance_bias_HR if kind == "self" else None
         return AttentionPair(
-            *student,
-            *teacher,
+            *student[:2],
+            *teacher[:2],
             query_mask_BQ=given.mask_BL,
             key_mask_BS=given.mask_BL if kind == "self" else given.source_mask_BS,
-            bias_HR=given.inputs.distance_bias_HR if kind == "self" else None,
+            bias_HR=of_stack_HR if teacher.bias_RH is None else teacher.bias_RH.T,
             causal=(given.stack, kind) == ("decoder", "self"),
             scale=attention.scale,
+            student_bias_HR=None if student.bias_RH is None else student.bias_RH.T,
         )

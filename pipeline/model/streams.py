@@ -187,9 +187,9 @@ class DrawnRun(StackRun):
         state_BLD, encoded_BSD, inputs = self._together(users)
         state_BLD, maps = leaf.run(state_BLD, encoded_BSD, bool(users), inputs, self.given.capture)
         self._apart(users, state_BLD)
-        each_maps = {kind: [_parts(tensor, len(users)) for tensor in pair] for kind, pair in maps.items()}
+        each_maps = {kind: found.chunk(len(users)) for kind, found in maps.items()}
         for place, stream in enumerate(users):
-            own = {kind: QueriesKeys(*(parts[place] for parts in pair)) for kind, pair in each_maps.items()}
+            own = {kind: parts[place] for kind, parts in each_maps.items()}
             self.ends.append(End(span, stream.draws, stream.state_BLD, own))
 
     def _through_teacher(self, layer: int, leaf: Any) -> tuple[torch.Tensor, dict[str, QueriesKeys]]:

@@ -22,7 +22,7 @@ _GATED: dict[str, _Sizes] = {
     "xl": (2048, 64, 5120, 32, 24),
     "xxl": (4096, 64, 10240, 64, 24),
 }
-"""T5 v1.1, Flan-T5 and mT5: gated feed-forward layers, and a head of its own."""
+"""T5 v1.1, Flan-T5, mT5 and umT5: gated feed-forward layers, and a head of its own."""
 
 _BART: dict[str, _Sizes] = {"base": (768, 64, 3072, 12, 6), "large": (1024, 64, 4096, 16, 12)}
 
@@ -76,6 +76,10 @@ PUBLIC: dict[str, dict[str, Any]] = {
     **{f"{kind}-{size}": _t5(sizes, **_OF_GATED) for kind in ("t5-v1_1", "flan-t5") for size, sizes in _GATED.items()},
     "madlad400-3b-mt": _t5((1024, 128, 8192, 16, 32), vocab_size=256000, **_OF_GATED),
     **{f"mt5-{size}": _t5(sizes, model_type="mt5", vocab_size=250112, **_OF_GATED) for size, sizes in _GATED.items()},
+    **{
+        f"umt5-{size}": _t5(_GATED[size], model_type="umt5", vocab_size=256384, **_OF_GATED)
+        for size in ("small", "base", "xl", "xxl")
+    },
     **{f"bart-{size}": _bart(sizes) for size, sizes in _BART.items()},
     **{
         f"mbart-large-50{kind}": _bart(_BART["large"], model_type="mbart", vocab_size=250054)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.data import MicroBatch
-from pipeline.families import Family, StackInputs
+from pipeline.families import Family
 from pipeline.model import ModularModel, task_loss
 from pipeline.spans import Assembly, Span, Tiling, walk
 
@@ -44,8 +44,8 @@ def assembly_losses(
     calls = calls or LayerCalls()
     shared = model.shared
     ones_1T, labels_N = torch.ones_like(batch.labels_BT[:1], dtype=torch.bool), batch.labels_N
-    encoder_inputs = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
-    decoder_inputs = StackInputs(shared.self_bias("decoder", ones_1T), shared.cross_bias(batch.source_mask_BS))
+    encoder_inputs = shared.inputs("encoder", batch.source_mask_BS)
+    decoder_inputs = shared.inputs("decoder", ones_1T, shared.cross_bias(batch.source_mask_BS))
     source_BSD = shared.embed("encoder", batch.source_BS)
     target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT))
 

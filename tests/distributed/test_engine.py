@@ -85,7 +85,7 @@ def test_bf16_follows_the_reference(references, tmp_path):
     assert engine_ranks.errors(str(tmp_path), weights)[0] < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["v1.0", "bart", "m2m_100"])
+@pytest.mark.parametrize("kind", ["v1.0", "umt5", "bart", "m2m_100"])
 def test_every_configuration_of_gpus_follows_the_reference_in_bf16(kind):
     """BART and M2M100 have buffers, which stage 3 leaves in fp32 and on the host."""
     losses, _ = engine_ranks.reference(2, engine_ranks.SHORT, kind=kind)
@@ -97,9 +97,9 @@ def test_every_configuration_of_gpus_follows_the_reference_in_bf16(kind):
 
 def test_every_family_equals_plain_pytorch():
     """Weights as in `check_weights`."""
-    modes = ["zero3_cpu", "zero2_cpu"]
-    for found in run_ranks(2, "tests.distributed.engine_ranks:by_family", kinds=[*SPECIAL], ds_configs=modes):
-        assert len(found) == 2 * len(SPECIAL)
+    modes, kinds = ["zero3_cpu", "zero2_cpu"], ["umt5", *SPECIAL]
+    for found in run_ranks(2, "tests.distributed.engine_ranks:by_family", kinds=kinds, ds_configs=modes):
+        assert len(found) == 2 * len(kinds)
         limits = (1e-5, 1e-7, 1e-3)
         wrong = {name: each for name, each in found.items() if any(a >= b for a, b in zip(each, limits, strict=True))}
         assert wrong == {}

@@ -80,13 +80,13 @@ def make_pair(
 
 
 def oracle(pair: AttentionPair, grad: float) -> tuple[float, list[np.ndarray]]:
-    """(loss, gradients of queries and keys), row by row; padding is never touched."""
+    """(loss, gradients of queries and keys and of the student's own bias), row by row; padding is never touched."""
     states = [each.detach().cpu().double().numpy() for each in pair[:4]]
     query_mask, key_mask = pair.query_mask_BQ.cpu().numpy(), pair.key_mask_BS.cpu().numpy()
     _, num_queries, num_heads, _ = states[0].shape
-    bias = None if pair.bias_HR is None else pair.bias_HR.cpu().double().numpy()
+    biases = [None if each is None else each.detach().cpu().double().numpy() for each in pair.biases]
     loss, num_rows = 0.0, 0
-    gradients = [np.zeros_like(states[0]), np.zeros_like(states[1])]
+    gradients = [np.zeros(student.shape) for student in pair.students]
     for batch in np.flatnonzero(key_mask.any(1)):
         for query in np.flatnonzero(query_mask[batch]):
             keys = np.flatnonzero(key_mask[batch])
@@ -94,7 +94,7 @@ def oracle(pair: AttentionPair, grad: float) -> tuple[float, list[np.ndarray]]:
             num_rows += num_heads
             for head in range(num_heads if len(keys) else 0):
                 rows = []
-                for queries, all_keys in (states[:2], states[2:]):
+                for (queries, all_keys), bias in zip((states[:2], states[2:]), biases, strict=True):
                     scores = all_keys[batch, keys, head] @ queries[batch, query, head] * pair.scale
                     if bias is not None:
                         scores = scores + bias[head, keys - query + num_queries - 1]
@@ -105,13 +105,15 @@ def oracle(pair: AttentionPair, grad: float) -> tuple[float, list[np.ndarray]]:
                 pull = (q - p) * pair.scale
                 gradients[0][batch, query, head] += pull @ states[1][batch, keys, head]
                 gradients[1][batch, keys, head] += np.outer(pull, states[0][batch, query, head])
+                for own in gradients[2:]:
+                    own[head, keys - query + num_queries - 1] += q - p
     num_rows = max(1, num_rows)
     return loss / num_rows, [gradient * grad / num_rows for gradient in gradients]
 
 
 def assert_equals_oracle(module: ModuleType, pairs: list[AttentionPair], grads: list[float], upstream: float) -> None:
     got = module.attention_loss(pairs, upstream=upstream)
-    students = [state for pair in pairs for state in pair[:2]]
+    students = [state for pair in pairs for state in pair.students]
     grad_P = torch.tensor(grads, dtype=got.share_P.dtype, device=got.share_P.device)
     results = torch.autograd.grad(got.share_P, students, grad_P)
     assert not got.loss_P.requires_grad
@@ -122,7 +124,8 @@ def assert_equals_oracle(module: ModuleType, pairs: list[AttentionPair], grads: 
         for values_P in got:
             assert values_P[index].item() == pytest.approx(loss, rel=rtol, abs=1e-7)
         tolerance = GRADIENT_TOLERANCE[dtype][module not in (reference, cpu)]
-        for result, expected in zip(results[2 * index : 2 * index + 2], gradients, strict=True):
+        each = len(gradients)
+        for result, expected in zip(results[each * index : each * (index + 1)], gradients, strict=True):
             assert result.dtype == dtype
             scale = max(1e-3, np.abs(expected).max())
             torch.testing.assert_close(
@@ -134,6 +137,21 @@ def assert_equals_oracle(module: ModuleType, pairs: list[AttentionPair], grads: 
 def test_equals_oracle(path, shape, dtype, kind, monkeypatch):
     pair = make_pair(shape, dtype, kind, path[1])
     assert_equals_oracle(loss_module(path, monkeypatch), [pair], [-2.5], upstream=-2.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_student_with_a_position_bias_of_its_own(path, dtype, monkeypatch):
+    """As every layer of a umT5 has; in chunks of one example."""
+    monkeypatch.setitem(cpu.CHUNK_BYTES, "cpu", 1)
+    module, pairs = loss_module(path, monkeypatch), []
+    for shape, kind in (((3, 7, 7, 2, 8), "decoder"), ((2, 19, 5, 1, 4), "encoder")):
+        pair = make_pair(shape, dtype, kind, path[1])
+        own_HR = (pair.bias_HR + 0.4 * torch.randn_like(pair.bias_HR)).requires_grad_()
+        pairs.append(pair._replace(student_bias_HR=own_HR))
+    if path[0] == "fused":
+        assert not module.takes(pairs)
+    else:
+        assert_equals_oracle(module, pairs, [-2.5, -2.5], upstream=-2.5)
 
 
 def test_float64_is_left_to_the_chunked_path(path, monkeypatch):
@@ -235,6 +253,8 @@ def test_refuses_bad_input(path, monkeypatch):
         ([good._replace(teacher_key_BSHK=good.teacher_key_BSHK.clone().requires_grad_())], "teacher_key_BSHK requires"),
         ([good._replace(bias_HR=good.bias_HR.clone().requires_grad_())], "bias_HR requires grad"),
         ([good._replace(bias_HR=good.bias_HR[:, 1:])], r"bias_HR must be \[2, 7\], got \[2, 6\]"),
+        ([good._replace(student_bias_HR=good.bias_HR[:, 1:])], r"student_bias_HR must be \[2, 7\], got \[2, 6\]"),
+        ([good, good._replace(student_bias_HR=good.bias_HR)], "of their own and some do not"),
         ([good._replace(teacher_query_BQHK=good.teacher_query_BQHK[:, :2])], "different shapes"),
         ([good._replace(student_key_BSHK=good.student_key_BSHK[:, :, :1])], r"\[B, Q, H, K\]"),
         ([good._replace(key_mask_BS=good.key_mask_BS.long())], "key_mask_BS must be bool"),

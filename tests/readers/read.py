@@ -32,8 +32,10 @@ for folder in request["folders"]:
     generator = torch.Generator().manual_seed(0)
     target_BT = torch.randint(model.config.vocab_size, (len(request["texts"]), 9), generator=generator)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    mask_BT = torch.ones_like(target_BT)
+    mask_BT[0, -1] = 0  # with padding every model is causal
     with torch.no_grad():
-        logits = model(**inputs, decoder_input_ids=target_BT).logits
+        logits = model(**inputs, decoder_input_ids=target_BT, decoder_attention_mask=mask_BT).logits
     told = model.generate(**inputs)
     outputs = [
         model.generate(**inputs, num_beams=num_beams, do_sample=False, max_new_tokens=request["max_new_tokens"])

@@ -147,11 +147,13 @@ def check(root: Path, version: str, models: dict[str, Any], tokenizer_folder: Pa
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     vocabulary_size = next(iter(models.values())).config.vocab_size
     target_BT = torch.randint(vocabulary_size, (len(TEXTS), 9), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.ones_like(target_BT)
+    mask_BT[0, -1] = 0
     for folder, model in models.items():
         theirs = found[folder]
         assert theirs["ids"] == [tokenizer(text).input_ids for text in TEXTS]
         with torch.no_grad():
-            logits = model.eval()(**inputs, decoder_input_ids=target_BT).logits
+            logits = model.eval()(**inputs, decoder_input_ids=target_BT, decoder_attention_mask=mask_BT).logits
         torch.testing.assert_close(theirs["logits"], logits, atol=1e-5, rtol=1e-5)
         outputs = [
             model.generate(**inputs, num_beams=num_beams, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
@@ -161,6 +163,11 @@ def check(root: Path, version: str, models: dict[str, Any], tokenizer_folder: Pa
         assert torch.equal(theirs["greedy"], outputs[0])
         assert torch.equal(theirs["beams"], outputs[1])
         assert theirs["words"] == [tokenizer.batch_decode(each, skip_special_tokens=True) for each in outputs]
+
+
+def skip_unscaled(kind: str, version: str) -> None:
+    if kind == "umt5" and version.startswith("4"):
+        pytest.skip("transformers 4 does not scale the outputs of a umT5 whose head is its own, and 5 does")
 
 
 @pytest.mark.parametrize("version", PACKAGES)
@@ -173,6 +180,7 @@ def test_a_sample_is_read_alike(tmp_path, kind, version):
 @pytest.mark.parametrize("version", PACKAGES)
 @pytest.mark.parametrize("kind", [*OWN_TOKENIZER, *WITH_PIECES])
 def test_every_family_is_read_alike(tmp_path, kind, version):
+    skip_unscaled(kind, version)
     check(tmp_path, version, *exported(tmp_path, kind, ASSEMBLIES))
 
 
@@ -181,4 +189,5 @@ def test_every_family_is_read_alike(tmp_path, kind, version):
 @pytest.mark.parametrize("kind", [kind for kind in OWN_TOKENIZER if not kind.startswith("bart")])
 def test_a_trimmed_folder_is_read_alike(tmp_path, kind, version):
     """trim takes SentencePiece unigrams, which BARTs do not have."""
+    skip_unscaled(kind, version)
     check(tmp_path, version, *trimmed(tmp_path, kind, ASSEMBLIES[1]))

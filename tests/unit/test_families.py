@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
 from pipeline.families import StackInputs, family_of
 from pipeline.model.huggingface import load_model
 from pipeline.model.streams import repeated
+from pipeline.spans import STACKS
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_bart, tiny_model, tiny_t5
 
 
@@ -43,17 +45,18 @@ def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kin
     assert torch.equal(shared.embed_at(ids_BT[:, 3:], positions_1T[:, 3:]), outputs.decoder_hidden_states[0][:, 3:])
 
 
+@pytest.mark.parametrize(("kind", "norm_class"), [("v1.1", T5LayerNorm), ("umt5", UMT5LayerNorm)])
 @torch.no_grad()
-def test_t5_is_trained_with_norms_that_are_rounded_once():
+def test_t5_is_trained_with_norms_that_are_rounded_once(kind, norm_class):
     """In fp32 equal to transformers' own, in bf16 within half a unit in the last place of float64's value."""
-    model = tiny_model("v1.1")
+    model = tiny_model(kind)
     trained = copy.deepcopy(model)
-    family_of("t5").prepare_for_training(trained)
+    family_of(model.config.model_type).prepare_for_training(trained)
     assert trained.state_dict().keys() == model.state_dict().keys()
-    before = [each for each in model.modules() if isinstance(each, T5LayerNorm)]
+    before = [each for each in model.modules() if isinstance(each, norm_class)]
     after = [each for each in trained.modules() if isinstance(each, torch.nn.RMSNorm)]
     assert len(after) == len(before) == 6 * 2 + 6 * 3 + 2
-    assert not any(isinstance(each, T5LayerNorm) for each in trained.modules())
+    assert not any(isinstance(each, norm_class) for each in trained.modules())
     batch = random_batch(8)
     torch.testing.assert_close(hf_logits(trained, batch), hf_logits(model, batch), atol=1e-6, rtol=1e-6)
     norm, width = after[0].to(torch.bfloat16), model.config.d_model
@@ -79,11 +82,11 @@ def test_what_follows_the_last_layer_is_the_models_own(kind):
     logits = shared.logits(shared.finish("decoder", ends[0][batch.labels_BT != -100]))
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert tied == (kind not in ("v1.1", "mt5", "bart-scaled"))
+    assert tied == (kind not in ("v1.1", "mt5", "umt5", "bart-scaled"))
 
 
-def test_only_t5_1_0_scales_its_states_before_the_head():
-    for kind, scale in (("v1.0", 32**-0.5), ("v1.1", 1.0)):
+def test_t5_1_0_and_umt5_scale_their_states_before_the_head():
+    for kind, scale in (("v1.0", 32**-0.5), ("v1.1", 1.0), ("mt5", 1.0), ("umt5", 32**-0.5)):
         assert parts(tiny_t5(kind))[1].head.scale == scale
 
 
@@ -96,6 +99,43 @@ def test_position_bias_is_taken_out_of_block_0_and_only_there():
         "bias.encoder.table.weight",
         "bias.decoder.table.weight",
     }
+
+
+@torch.no_grad()
+def test_every_layer_of_an_umt5_has_a_bias_of_its_own_and_takes_it_along():
+    """Far distances, too, of which several share a bucket; and in a decoder, cached or not, none sees later tokens."""
+    model = tiny_model("umt5", 3, 3)
+    family, shared, layers = parts(model)
+    assert {name for name, _ in shared.named_parameters() if "bias" in name} == set()
+    tables = [layer.layer[0].SelfAttention.relative_attention_bias.weight for each in layers.values() for layer in each]
+    assert len({table.data_ptr() for table in tables}) == 6
+    ids_BL = torch.randint(2, 64, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask_BL = torch.arange(300) < torch.tensor([[300], [250]])
+    expected = model(
+        input_ids=ids_BL, attention_mask=mask_BL, decoder_input_ids=ids_BL, decoder_attention_mask=mask_BL,
+        output_hidden_states=True,
+    )  # fmt: skip
+    states = (expected.encoder_hidden_states, expected.decoder_hidden_states)
+    encoded_BSD, cross_bias = expected.encoder_last_hidden_state, shared.cross_bias(mask_BL)
+    for stack, before, encoded, bias in zip(STACKS, states, (None, encoded_BSD), (None, cross_bias), strict=True):
+        inputs = shared.inputs(stack, mask_BL if stack == "encoder" else mask_BL[:1], bias)
+        for index in (0, 1):
+            found_BLD = family.call_layer(layers[stack][index], before[index], encoded, inputs)
+            torch.testing.assert_close(found_BLD[mask_BL], before[index + 1][mask_BL], atol=2e-5, rtol=1e-5)
+        family.place_layer(layers[stack][1], 0, layers[stack][0])
+        assert layers[stack][1].layer[0].SelfAttention.relative_attention_bias.weight.data_ptr() in {
+            table.data_ptr() for table in tables
+        }
+
+
+@torch.no_grad()
+def test_targets_of_an_umt5_in_training_see_nothing_that_follows_them(tmp_path):
+    tiny_model("umt5", 2, 2).save_pretrained(tmp_path)
+    model, ids_BT = load_model(tmp_path), torch.tensor([[4, 5, 6, 7]])
+    changed_BT = torch.tensor([[4, 5, 6, 8]])
+    before, after = (model(input_ids=ids_BT, decoder_input_ids=each).logits for each in (ids_BT, changed_BT))
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.equal(before[:, 3], after[:, 3])
 
 
 @pytest.mark.parametrize("kind", ["bart", "m2m_100"])
@@ -139,6 +179,11 @@ KEYS = {  # of the public config.json files; values are those of transformers wh
         num_layers output_past pad_token_id relative_attention_num_buckets relative_attention_max_distance
         task_specific_params
         tie_word_embeddings transformers_version use_cache vocab_size dense_act_fn is_gated_act tokenizer_class""",
+    "umt5": """architectures classifier_dropout d_ff d_kv d_model decoder_start_token_id dense_act_fn dropout_rate
+        eos_token_id feed_forward_proj initializer_factor is_encoder_decoder is_gated_act layer_norm_epsilon model_type
+        num_decoder_layers num_heads num_layers output_past pad_token_id relative_attention_max_distance
+        relative_attention_num_buckets scalable_attention tie_word_embeddings tokenizer_class torch_dtype
+        transformers_version use_cache vocab_size""",
 }  # fmt: skip
 
 
@@ -146,7 +191,7 @@ KEYS = {  # of the public config.json files; values are those of transformers wh
 def test_every_key_of_a_public_config_is_on_one_of_three_lists(kind):
     keys = family_of(kind).keys
     public = KEYS[kind].split()
-    if kind != "t5":
+    if kind not in ("t5", "umt5"):
         public += [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in BOTH.split()]
     for key in public:
         assert (key in keys.carried) + (key in keys.harmless) + (key in keys.only or key in keys.equal) >= 1, key
@@ -195,16 +240,16 @@ class AttentionCalls(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "umt5"])
 def test_layers_hand_the_stacks_own_bias_to_the_fast_attention(kind):
     """No zero bias for cross-attention, no copy of the bias in any layer, and nothing that requires grad in it, which
     would keep PyTorch from its fused attention (on CPU and CUDA alike)."""
     family, shared, layers = parts(tiny_model(kind))
     shared.requires_grad_(False)
     batch = random_batch(5)
-    encoder = StackInputs(shared.self_bias("encoder", batch.source_mask_BS))
+    encoder = shared.inputs("encoder", batch.source_mask_BS)
     ones_BT = torch.ones_like(batch.labels_BT[:1], dtype=torch.bool)
-    decoder = StackInputs(shared.self_bias("decoder", ones_BT), shared.cross_bias(batch.source_mask_BS))
+    decoder = shared.inputs("decoder", ones_BT, shared.cross_bias(batch.source_mask_BS))
     encoded_BSD = shared.embed("encoder", batch.source_BS)
     target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT)).requires_grad_()
     with AttentionCalls() as calls:
@@ -223,7 +268,7 @@ def test_rows_of_biases_start_where_a_gpus_attention_takes_them(kind):
     _, shared, _ = parts(model.requires_grad_(False))
     for num_tokens in (1, 16, 21):
         mask_BL = torch.arange(num_tokens) < torch.tensor([[num_tokens], [max(1, num_tokens - 3)]])
-        biases = [shared.self_bias(stack, mask_BL) for stack in ("encoder", "decoder")]
+        biases = [shared.inputs(stack, mask_BL).self_bias for stack in ("encoder", "decoder")]
         inputs = repeated(StackInputs(biases[0], shared.cross_bias(mask_BL)), 3)
         assert torch.equal(inputs.self_bias, biases[0].repeat(3, 1, 1, 1))
         for bias in (*biases, inputs.self_bias, inputs.cross_bias, shared.cross_bias(mask_BL)):

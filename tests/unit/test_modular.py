@@ -214,7 +214,7 @@ def test_training_mode_turns_no_dropout_on():
     assert not any(module.training for module in modular.modules())
 
 
-@pytest.mark.parametrize("kind", ["v1.0", "v1.1", "bart"])
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1", "umt5", "bart"])
 def test_attention_pairs_are_the_attentions_of_the_unmodified_model(kind):
     """Queries, keys, scale and bias of the teacher's side give the attention maps that transformers reports."""
     model = tiny_model(kind)
@@ -238,7 +238,7 @@ def test_attention_pairs_are_the_attentions_of_the_unmodified_model(kind):
             maps = hf.cross_attentions if kind_of_map == "cross" else getattr(hf, f"{stack}_attentions")
             scores = torch.einsum("bqhk,bshk->bhqs", pair.teacher_query_BQHK, pair.teacher_key_BSHK) * pair.scale
             if pair.bias_HR is not None:
-                scores += position_bias(pair, scores.dtype)
+                scores += position_bias(pair.bias_HR, pair, scores.dtype)
             hidden = ~pair.key_mask_BS[:, None, None, :] | (pair.causal & (distances(pair) > 0))
             found = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
             rows = pair.query_mask_BQ[:, None, :].expand(found.shape[:3])

@@ -37,7 +37,7 @@ def test_the_head_is_told_as_it_is_stored(tmp_path, kind):
     model = tiny_model(kind, 2, 1)
     save_ordinary(model, tmp_path)
     is_stored = "lm_head.weight" in load_file(tmp_path / "model.safetensors")
-    assert is_stored == (kind in ("v1.1", "mt5", "bart-scaled"))
+    assert is_stored == (kind in ("v1.1", "mt5", "umt5", "bart-scaled"))
     assert settings_of(tmp_path)["tie_word_embeddings"] == (not is_stored)
     batch = random_batch(4)
     assert torch.equal(

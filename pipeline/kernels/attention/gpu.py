@@ -35,7 +35,9 @@ def num_warps(width: int) -> int:
 
 
 def takes(pairs: Sequence[AttentionPair]) -> bool:
-    """Whether the kernels have these dtypes and widths; attention/cpu.py has all."""
+    """Whether the kernels have these dtypes and widths, and one bias for both; attention/cpu.py has all."""
+    if any(pair.student_bias_HR is not None for pair in pairs):
+        return False
     return len({pair.student_query_BQHK.dtype for pair in pairs}) == 1 and all(
         state.dtype in TRITON_DTYPES and state.shape[-1] <= WIDEST for pair in pairs for state in pair[:4]
     )

@@ -17,13 +17,14 @@ from pipeline.kernels.common import PairLosses, accumulation_dtype
 class AttentionPair(NamedTuple):
     """Queries and keys of a student's attention and of the teacher's that it should equal.
 
-    student_query_BQHK, student_key_BSHK  as the projections make them; the only tensors that get gradients.
+    student_query_BQHK, student_key_BSHK  as the projections make them; they get gradients.
     teacher_query_BQHK, teacher_key_BSHK  the same shapes; must not require grad.
     query_mask_BQ, key_mask_BS            bool, True where the token is real.
     bias_HR                               position bias of both, by distance: a key at s has bias_HR[:, s - q + Q - 1]
                                           for a query at q. Must not require grad.
     causal                                queries see no keys behind their own position.
     scale                                 factor of the scores before the bias.
+    student_bias_HR                       the student's, where it has another than the teacher; gets a gradient.
     """
 
     student_query_BQHK: Tensor
@@ -35,6 +36,18 @@ class AttentionPair(NamedTuple):
     bias_HR: Tensor | None = None
     causal: bool = False
     scale: float = 1.0
+    student_bias_HR: Tensor | None = None
+
+    @property
+    def students(self) -> list[Tensor]:
+        """What gets gradients."""
+        own = [] if self.student_bias_HR is None else [self.student_bias_HR]
+        return [self.student_query_BQHK, self.student_key_BSHK, *own]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Position biases of (student, teacher), by distance."""
+        return (self.bias_HR if self.student_bias_HR is None else self.student_bias_HR), self.bias_HR
 
 
 def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream: float = 1.0) -> PairLosses:
@@ -58,13 +71,13 @@ def attention_loss(pairs: Sequence[AttentionPair], weight: float = 1.0, upstream
         if pair.causal:
             keep_BHQS = keep_BHQS & (distances(pair) <= 0)
         logs = []
-        for query_BQHK, key_BSHK in (pair[0:2], pair[2:4]):
+        for (query_BQHK, key_BSHK), bias_HR in zip((pair[0:2], pair[2:4]), pair.biases, strict=True):
             dtype = accumulation_dtype(query_BQHK)
             query_BQHK = torch.where(pair.query_mask_BQ[:, :, None, None], query_BQHK.to(dtype), 0)
             key_BSHK = torch.where(pair.key_mask_BS[:, :, None, None], key_BSHK.to(dtype), 0)
             scores_BHQS = torch.einsum("bqhk,bshk->bhqs", query_BQHK, key_BSHK) * pair.scale
-            if pair.bias_HR is not None:
-                scores_BHQS = scores_BHQS + position_bias(pair, dtype)
+            if bias_HR is not None:
+                scores_BHQS = scores_BHQS + position_bias(bias_HR, pair, dtype)
             lowest = torch.finfo(dtype).min
             logs.append(torch.log_softmax(torch.where(keep_BHQS, scores_BHQS, lowest), dim=-1))
         student_BHQS, teacher_BHQS = logs
@@ -87,16 +100,17 @@ def distances(pair: AttentionPair) -> Tensor:
     return key_S - query_Q[:, None]
 
 
-def position_bias(pair: AttentionPair, dtype: torch.dtype) -> Tensor:
-    """The bias as it is added to the scores of every example, [H, Q, S]."""
-    assert pair.bias_HR is not None
-    return pair.bias_HR.to(dtype)[:, distances(pair) + pair.student_query_BQHK.shape[1] - 1]
+def position_bias(bias_HR: Tensor, pair: AttentionPair, dtype: torch.dtype) -> Tensor:
+    """A bias by distance as it is added to the scores of every example, [H, Q, S]."""
+    return bias_HR.to(dtype)[:, distances(pair) + pair.student_query_BQHK.shape[1] - 1]
 
 
 def check_attention(pairs: Sequence[AttentionPair]) -> None:
     """Refuse, with ValueError, what no path can compute. Looks at shapes and flags only: no device sync."""
     if not pairs:
         raise ValueError("attention_loss needs at least one pair; skip the call when a draw has no modular layer")
+    if len({len(pair.students) for pair in pairs}) > 1:
+        raise ValueError("some students have a position bias of their own and some do not: make two calls")
     for index, pair in enumerate(pairs):
         query_BQHK, key_BSHK = pair.student_query_BQHK, pair.student_key_BSHK
         if query_BQHK.dim() != 4 or key_BSHK.shape[::2] != query_BQHK.shape[::2] or key_BSHK.dim() != 4:
@@ -115,5 +129,7 @@ def check_attention(pairs: Sequence[AttentionPair]) -> None:
             if mask.dtype != torch.bool or mask.shape != state.shape[:2]:
                 raise ValueError(f"pair {index}: {name} must be bool {list(state.shape[:2])}, got {mask.dtype}")
         bias_shape = (query_BQHK.shape[2], query_BQHK.shape[1] + key_BSHK.shape[1] - 1)
-        if pair.bias_HR is not None and pair.bias_HR.shape != bias_shape:
-            raise ValueError(f"pair {index}: bias_HR must be {list(bias_shape)}, got {list(pair.bias_HR.shape)}")
+        for name in ("bias_HR", "student_bias_HR"):
+            bias_HR = getattr(pair, name)
+            if bias_HR is not None and bias_HR.shape != bias_shape:
+                raise ValueError(f"pair {index}: {name} must be {list(bias_shape)}, got {list(bias_HR.shape)}")

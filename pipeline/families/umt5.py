@@ -1,0 +1,95 @@
+"""umT5: T5 v1.1 with a relative position bias in every layer, on the installed transformers' own layer classes.
+
+Shapes: B examples, L tokens of a stack, S source tokens, D model width, H heads; in cached decoding R rows, Q new
+tokens of each and T tokens looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
+
+from pipeline.families.base import KeysValues, StackInputs, set_layer_index
+from pipeline.families.capture import Projections
+from pipeline.families.keys import Keys
+from pipeline.families.t5 import CARRIED, RelativePositions, T5Family, T5Shared, biased, within_fp16
+
+
+class UMT5Shared(T5Shared):
+    """T5's without position biases: layers get a mask, and distances to look their own biases up by."""
+
+    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
+        positions: Any = self.bias[stack]
+        distances = positions.distances(mask_BL.shape[1], mask_BL.device)
+        return StackInputs(self.masked(positions.hidden(mask_BL)), cross_bias, distances=distances)
+
+    def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
+        positions: Any = self.bias["decoder"]
+        distances = positions.distances_at(positions_RQ, num_keys)
+        return StackInputs(self.masked(positions.hidden_at(positions_RQ, num_keys)), cross_bias, distances=distances)
+
+
+class _Pass:
+    """In place of a cache: all tokens are there, and look at each other."""
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        return new
+
+
+class UMT5Family(T5Family):
+    """See pipeline.families.base.Family."""
+
+    keys: ClassVar[Keys] = Keys.of(CARRIED, harmless=("scalable_attention",))
+    scales_always: ClassVar[bool] = True
+    norm: ClassVar[type[nn.Module]] = UMT5LayerNorm
+
+    def is_shared_weight(self, name_in_layer: str) -> bool:
+        return False
+
+    def prepare_for_training(self, model: nn.Module) -> None:
+        super().prepare_for_training(model)
+        for layer in self.layers(model, "decoder"):
+            _make_causal(layer)
+
+    def take_shared(self, model: nn.Module) -> UMT5Shared:
+        config: Any = model.config
+        return UMT5Shared(model, RelativePositions, scaled=config.tie_word_embeddings)
+
+    def call_layer(
+        self,
+        layer: nn.Module,
+        hidden_BLD: torch.Tensor,
+        encoded_BSD: torch.Tensor | None,
+        inputs: StackInputs,
+    ) -> torch.Tensor:
+        """UMT5Block's own call would hand out no bias by distance, and make one of zeros for cross-attention."""
+        if encoded_BSD is not None:
+            cross = self.cross_keys_values(layer, encoded_BSD)
+            return self.call_cached(layer, hidden_BLD, _Pass(), cross, inputs)
+        self_block, feed_forward = cast(Any, layer).layer
+        return within_fp16(feed_forward(self.attend_to_itself(self_block, hidden_BLD, _Pass(), inputs)))
+
+    def self_bias(self, attention: Any, inputs: StackInputs) -> torch.Tensor:
+        """The layer's position bias with the stack's mask, [B or 1, H, L, L] or [R or 1, H, Q, T]."""
+        assert inputs.distances is not None
+        by_distance_RH = attention.relative_attention_bias(inputs.distances.buckets_R)
+        return biased(by_distance_RH, inputs.distances, inputs.self_bias < 0)
+
+    def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
+        set_layer_index(layer, index)
+        _make_causal(layer)
+
+    def attentions(self, layer: nn.Module) -> dict[str, Projections]:
+        found = super().attentions(layer)
+        table = cast(Any, layer).layer[0].SelfAttention.relative_attention_bias
+        return {**found, "self": found["self"]._replace(bias=table)}
+
+
+def _make_causal(layer: nn.Module) -> None:
+    """Let no decoder layer see later tokens. transformers 5.17 leaves that to masks, and with SDPA makes none where no
+    target is padded: only a `generate` that keeps a cache, and so gives one token at a time, is right by itself."""
+    attention = cast(Any, layer).layer[0].SelfAttention
+    attention.is_causal = attention.is_decoder
