@@ -67,6 +67,8 @@ def make_tokenizer(kind: str, folder: Path) -> None:
         )  # fmt: skip
         (raw / "spiece.model").write_bytes(model.getvalue())
         transformers.T5Tokenizer.from_pretrained(raw, extra_ids=20).save_pretrained(raw)
+        if kind == "umt5":  # of which transformers takes tokenizer.json as it is
+            (raw / "config.json").write_text(json.dumps({"model_type": "umt5", "vocab_size": 300}))
     (folder / "tokenizer").mkdir()
     write_tokenizer(raw, folder / "tokenizer")
 

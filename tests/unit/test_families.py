@@ -102,7 +102,7 @@ def test_position_bias_is_taken_out_of_block_0_and_only_there():
 
 
 @torch.no_grad()
-def test_every_layer_of_an_umt5_has_a_bias_of_its_own_and_takes_it_along():
+def test_every_layer_of_a_umt5_has_a_bias_of_its_own_and_takes_it_along():
     """Far distances, too, of which several share a bucket; and in a decoder, cached or not, none sees later tokens."""
     model = tiny_model("umt5", 3, 3)
     family, shared, layers = parts(model)
@@ -129,7 +129,7 @@ def test_every_layer_of_an_umt5_has_a_bias_of_its_own_and_takes_it_along():
 
 
 @torch.no_grad()
-def test_targets_of_an_umt5_in_training_see_nothing_that_follows_them(tmp_path):
+def test_targets_of_a_umt5_in_training_see_nothing_that_follows_them(tmp_path):
     tiny_model("umt5", 2, 2).save_pretrained(tmp_path)
     model, ids_BT = load_model(tmp_path), torch.tensor([[4, 5, 6, 7]])
     changed_BT = torch.tensor([[4, 5, 6, 8]])

@@ -22,7 +22,7 @@ from pipeline.trim import read_texts, trim
 from tests.languages import m2m_100, mbart_50
 from tests.tiny import tiny_bart, tiny_t5
 
-SIZES = {"v1.0": 640, "v1.1": 640, "mt5": 513, "umt5": 513}  # v1.x: 100 extra ids and rows that no token has
+SIZES = {"v1.0": 640, "v1.1": 640, "mt5": 513}  # v1.x: 100 extra ids and rows that no token has
 BEHIND = "<hl>"  # a token that was added behind the pieces
 
 
@@ -37,7 +37,7 @@ def original(request, german, tmp_path_factory):
     """A folder whose vocabulary serves English and German."""
     folder = tmp_path_factory.mktemp(request.param)
     train_sentencepiece([*german[0], *german[1]], 512, False, folder / "spiece.model")
-    num_extra = 0 if request.param in ("mt5", "umt5") else 100
+    num_extra = 0 if request.param == "mt5" else 100
     tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=num_extra)
     tokenizer.add_tokens([BEHIND])
     tokenizer.save_pretrained(folder)
