@@ -18,7 +18,7 @@ compare    show what differs between two systems or two runs, and how surely
 choose     name, and export, the assembly that fits a budget of latency, bytes or quality
 export     write assemblies as ordinary folders, in half the bytes, for the engine CTranslate2, or as ONNX
 draft      find and write the assembly that makes the teacher itself faster, by writing ahead for it
-trim       remove the tokens that given texts never use from a T5, mT5, umT5 or mBART-50 folder
+trim       remove the tokens that given texts never use from a T5, mT5 or mBART-50 folder
 study      hold one run for all sizes against a run for each, at equal cost
 doctor     check this machine or allocation, or (doctor FOLDER ...) whether model folders are what they say
 checkpoint list, verify or export the checkpoints of a run
