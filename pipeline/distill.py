@@ -24,6 +24,7 @@ from pipeline.model import (
     Sampler,
     TeacherLeaf,
     Wanted,
+    check_losses,
     granularity_label,
     granularity_of,
     load_model,
@@ -44,6 +45,7 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
         return
     settings = recipe.distill
     teacher = load_model(run.teacher_model)
+    check_losses(teacher.config.model_type, settings.losses)
     family = family_of(teacher.config.model_type)
     model = ModularModel(teacher, family, settings.by_stack, settings.init, share_memory=True)
     task = modular_task(model, family, teacher.config, settings, recipe.seed)

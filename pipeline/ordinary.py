@@ -26,6 +26,7 @@ WEIGHTS = "model.safetensors"
 HEAD, TIED, SCALED = "lm_head.weight", "tie_word_embeddings", "scale_decoder_outputs"
 DERIVED = ("is_gated_act", "dense_act_fn")  # of feed_forward_proj; saved beside it, and then believed
 MUST_SCALE = {"t5": True, "mt5": False}  # whether transformers 5 scales the outputs of a head that is the embedding
+TYPES = ("dtype", "torch_dtype")
 QUANTIZED, ADAPTER = "quantization_config", "adapter_config.json"
 ADAPTED = (".lora_", ".base_layer.", ".adapter")
 WRITE_NO_TEXTS = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
@@ -48,7 +49,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the settings contradict the weights, or no setting can say what they are.
     """
-    written = dict(settings)
+    written = without_types_of_parts(settings)
     shapes, family = _shapes(folder), family_of(written["model_type"])
     if family.scales_always:  # which transformers 5 saves true
         written[TIED] = HEAD not in shapes or same_bytes(weight_files(folder), HEAD, family.vocabulary_weights[0])
@@ -64,6 +65,16 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     write_generation(folder)
     check_ordinary(folder)
+
+
+def without_types_of_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which no part has a dtype of its own: transformers 5 loads it in that, whatever is asked for."""
+    return {
+        key: {name: part for name, part in without_types_of_parts(value).items() if name not in TYPES}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in settings.items()
+    }
 
 
 def check_ordinary(folder: Path) -> str:
@@ -134,7 +145,7 @@ def check_kind(folder: Path, settings: Mapping[str, Any]) -> None:
     for alias, key in type(model.config).attribute_map.items():
         if settings.get(alias, settings.get(key)) != settings.get(key):
             raise ValueError(f"{folder}: {CONFIG} has {alias} {settings[alias]} and {key} {settings.get(key)}")
-    for key in ("dtype", "torch_dtype"):
+    for key in TYPES:
         if str(settings.get(key) or "auto").removeprefix("torch.") not in (*DTYPES, "float64", "auto"):
             raise ValueError(f"{folder}: {CONFIG} has {key} {settings[key]}: choose one of {', '.join(DTYPES)}")
     kinds = settings.get("architectures") or []
@@ -151,13 +162,14 @@ def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, lis
     Raises:
         ValueError: a layer is missing or left over, or a weight has another shape.
     """
-    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    wanted = {family.stored_name(name): list(weight.shape) for name, weight in model.state_dict().items()}
+    found = {family.stored_name(name): shape for name, shape in found.items()}
     if any(name.startswith("model.") for name in wanted):  # transformers takes names without it, too
         wanted = {name.removeprefix("model."): shape for name, shape in wanted.items()}
         found = {name.removeprefix("model."): shape for name, shape in found.items()}
     prefixes = tuple(family.layer_prefix(stack).removeprefix("model.") for stack in STACKS)
 
-    needed = stored_weights(model).keys() - {*family.vocabulary_weights, *family.computed_weights}
+    needed = stored_weights(model, family).keys() - {*family.vocabulary_weights, *family.computed_weights}
     needed = {name.removeprefix("model.") for name in needed}
     if adapted := sorted(name for name in found if any(part in name for part in ADAPTED)):
         raise ValueError(f"{named}: its weights have {adapted[0]}, of an adapter: merge that into the weights")
@@ -198,7 +210,7 @@ def _check_readings(folder: Path, settings: Mapping[str, Any], model: PreTrained
     kind = type(model).__name__
     if kind not in (settings.get("architectures") or [kind]):
         raise ValueError(f"{folder}: {CONFIG} has architectures {settings['architectures']}, but this is a {kind}")
-    told = {str(settings[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if settings.get(key)}
+    told = {str(settings[key]).removeprefix("torch.") for key in TYPES if settings.get(key)}
     stored = {dtype for file in weight_files(folder) for dtype in dtypes_of(file)}
     if told and {DTYPES.get(each) for each in told} != stored:
         raise ValueError(

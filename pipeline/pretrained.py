@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.beside import CONFIG, read
 from pipeline.families import FAMILIES, family_of
-from pipeline.ordinary import HEAD, TIED
+from pipeline.ordinary import HEAD, TIED, without_types_of_parts
 from pipeline.weights import names_of_index, refuse_packed, shapes_of, weight_files
 
 EMBEDDING, BIN = "shared.weight", "pytorch_model.bin"
@@ -34,7 +34,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
         ValueError: no model of transformers has these settings; names file and field.
     """
     path = folder / CONFIG
-    told = read(path)
+    told = without_types_of_parts(read(path))
     kind = told.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         said = f"its model_type is {kind!r}" if "model_type" in told else "it names no model_type"

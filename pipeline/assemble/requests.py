@@ -16,8 +16,7 @@ from pipeline.spans import Assembly, Stacks, pure_tiling
 def stacks_of(recipe: Recipe, run: RunDir) -> Stacks:
     """The stacks of a run's teacher, as the recipe's granularities divide them."""
     config = json.loads((run.teacher_model / "config.json").read_text(encoding="utf-8"))
-    keys = family_of(config["model_type"]).depth_keys
-    return recipe.distill.stacks((config[keys["encoder"]], config[keys["decoder"]]))
+    return recipe.distill.stacks(family_of(config["model_type"]).depths(config))
 
 
 def check_granularities(recipe: Recipe, run: RunDir) -> None:

@@ -100,8 +100,7 @@ def write_checkpoint(
             prefix = f"{family.layer_prefix(stack)}{index}."
             weights |= {prefix + name: tensor for name, tensor in _layer(parts, stack, span).items()}
         weights |= {name: teacher[name] for name in teacher if _is_shared(name, stack, family)}
-    config |= family.depth_entries((assembly.encoder.num_layers, assembly.decoder.num_layers))
-    config.pop("num_hidden_layers", None)  # an alias of the encoder's depth, which would win over it
+    config = family.with_layers(config, {stack: [span.last for span in spans[stack]] for stack in STACKS})
     with publishing_folder(folder) as temporary:
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         generation = parts.folder / "generation_config.json"

@@ -249,7 +249,9 @@ def flops_of_fine_tuning(sizes: Sizes, shape_BST: tuple[int, int, int]) -> float
     """Useful FLOPs of a micro-batch where all layers of the teacher are trained and no others are there."""
     num, source, target = shape_BST
     layers = tuple(replace(leaf, trained=True) for leaf in sizes.leaves if not leaf.trained)
-    return training_flops(replace(sizes, leaves=layers, rest_is_trained=True), num * source, num * target)
+    return training_flops(
+        replace(sizes, leaves=layers, num_trained_of_rest=sum(sizes.rest)), num * source, num * target
+    )
 
 
 def matmul_flops(device: torch.device) -> float:

@@ -115,7 +115,7 @@ def check_scores(checkpoint: Path, folder: Path) -> None:
     ).eval()  # SDPA lets a umT5's targets see what follows them
     words = _vocabulary(folder)
     drawn = torch.tensor([i for i in range(len(words)) if i != model.config.pad_token_id])  # no text has padding in it
-    start = model.config.decoder_start_token_id
+    start = getattr(model.config, family_of(model.config.model_type).start_key)
     generator = torch.Generator().manual_seed(0)
     for source_length, target_length in zip(SOURCE_LENGTHS, TARGET_LENGTHS, strict=True):
         source_S, target_T = (

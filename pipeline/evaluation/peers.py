@@ -69,7 +69,10 @@ def peer(text: str) -> System:
         )
     shapes = {tensor: shape for file in weights for tensor, shape in shapes_of(file).items()}
     config = _check_model(folder, shapes)
-    encoder, decoder = (next((getattr(config, k) for k in keys if hasattr(config, k)), 0) for keys in LAYER_KEYS)
+    if config.model_type in FAMILIES:
+        encoder, decoder = family_of(config.model_type).depths(config.to_dict())
+    else:
+        encoder, decoder = (next((getattr(config, k) for k in keys if hasattr(config, k)), 0) for keys in LAYER_KEYS)
     counts = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
     total, embeddings = sum(counts.values()), sum(n for tensor, n in counts.items() if tensor.endswith(VOCABULARY))
     return System(

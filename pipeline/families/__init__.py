@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.families.bart import BartFamily
 from pipeline.families.base import (
     Family,
     KeysValues,
     StackInputs,
-    decoder_inputs,
     empty_bias,
+    shifted,
     sizes_of,
     stored_weights,
 )
@@ -55,6 +57,11 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
+
+
+def decoder_inputs(config: Any, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Decoder input ids of labels for a Hugging Face config, [B, T]."""
+    return shifted(labels_BT, getattr(config, family_of(config.model_type).start_key), config.pad_token_id)
 
 
 __all__ = [

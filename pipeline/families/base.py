@@ -7,8 +7,8 @@ head, N tokens; in cached decoding R rows (examples, or examples x beams) and Q 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import nn
@@ -54,6 +54,20 @@ class StackInputs:
         assert bias is not None
         return bias
 
+    def repeated(self, count: int) -> Self:
+        """Those for `count` times the batch."""
+        cross_bias = None if self.cross_bias is None else repeated(self.cross_bias, count)
+        return replace(self, self_bias=repeated(self.self_bias, count), cross_bias=cross_bias)
+
+
+def repeated(bias: torch.Tensor, count: int) -> torch.Tensor:
+    """A bias for `count` times the batch; one that is the same for every example stays as it is."""
+    if len(bias) == 1:
+        return bias
+    copies = empty_bias((count * len(bias), *bias.shape[1:]), bias.dtype, bias.device)
+    copies.unflatten(0, (count, len(bias))).copy_(bias)
+    return copies
+
 
 def empty_bias(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory for an additive bias [..., L], each row at a multiple of 16 elements: others a GPU's attention copies in
@@ -61,6 +75,12 @@ def empty_bias(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     *rows, num_keys = shape
     width = -(-num_keys // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.empty(*rows, width, dtype=dtype, device=device)[..., :num_keys]
+
+
+def masked_bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The additive bias of a mask [..., L]: 0 where it is true, the dtype's minimum elsewhere."""
+    bias = empty_bias(visible.shape, dtype, visible.device).zero_()
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
@@ -93,8 +113,8 @@ class Shared(Protocol):
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         """Decoder input ids of labels, [B, T]."""
 
-    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
-        """What the layers of a stack receive for a mask of real tokens and, in the decoder, a bias of cross_bias."""
+    def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
+        """What the layers of a stack receive, for a mask of its real tokens and, in the decoder, that of the source."""
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         """Additive cross-attention bias [B, 1, 1, S]."""
@@ -103,8 +123,8 @@ class Shared(Protocol):
         """States before the first decoder layer of tokens at these positions, [R, Q, D]; positions [R or 1, Q]."""
 
     def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
-        """What decoder layers receive for tokens at these positions [R or 1, Q], which look at the first `num_keys`
-        positions, later ones masked."""
+        """What the decoder's layers receive for tokens at these positions [R or 1, Q], which look at those of the first
+        `num_keys` positions that are not behind them."""
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """What follows the last layer of a stack."""
@@ -120,10 +140,14 @@ class Family(Protocol):
 
     keys: ClassVar[Keys]
     """Which keys of a config.json are carried."""
-    depth_keys: ClassVar[dict[str, str]]
-    """Config key to read the number of layers from, by stack."""
+    size_keys: ClassVar[tuple[str, ...]]
+    """Keys that a config.json must have: transformers takes sizes of another model where they lack."""
+    start_key: ClassVar[str]
+    """Config key of the token that outputs begin with."""
+    has_attention_losses: ClassVar[bool]
+    """Whether its layers can be taught attention maps (see `attentions`)."""
     vocabulary_weights: ClassVar[tuple[str, ...]]
-    """Names of the weights with one entry for each token of the vocabulary."""
+    """Names of the weights with one entry for each token of the vocabulary; the embedding first."""
     position_weights: ClassVar[tuple[str, ...]]
     """Names of the weights with one row for each position."""
     computed_weights: ClassVar[tuple[str, ...]]
@@ -136,13 +160,23 @@ class Family(Protocol):
         """The layers of one stack."""
 
     def layer_prefix(self, stack: str) -> str:
-        """Text before the layer index in names of weights, such as `encoder.block.`."""
+        """Text before the layer index in names of weights in files, such as `encoder.block.`."""
+
+    def stored_name(self, name: str) -> str:
+        """The name in files of a weight, by its name in the model or in files of an older version."""
 
     def is_shared_weight(self, name_in_layer: str) -> bool:
         """True for a weight that is stored in layer 0 but belongs to the stack, such as T5's relative position bias."""
 
-    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
-        """All entries of a Hugging Face config that say how many layers (encoder, decoder) have."""
+    def depths(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """How many layers (encoder, decoder) have, from a config.json."""
+
+    def with_layers(self, settings: Mapping[str, Any], layers: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The config.json of a model whose layers are of the kind of some of this one's.
+
+        Args:
+            layers: the places of those, by stack.
+        """
 
     def max_positions(self, config: Any) -> int | None:
         """Tokens of the longest text that a model with this Hugging Face config takes; None where any length goes."""
@@ -184,26 +218,27 @@ class Family(Protocol):
         """Put these layers in place of a model's own, with configs of the model's own that say so."""
 
     def attentions(self, layer: nn.Module) -> dict[str, Projections]:
-        """Where a layer's attentions get their queries and keys from: "self", and "cross" in the decoder."""
+        """Where a layer's attentions get their queries and keys from: "self", and "cross" in the decoder. Nothing where
+        the family has no attention losses."""
 
     def lr_factor(self, name: str, config: Any) -> float:
         """Learning-rate factor of a parameter, by its name and the model's Hugging Face config."""
 
 
-def decoder_inputs(config: Any, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Decoder input ids of labels for a Hugging Face config, [B, T]: the labels moved one to the right behind the start
-    token, as in decoding; padding labels become the pad token."""
+def shifted(labels_BT: torch.Tensor, start_id: int, pad_id: int | None) -> torch.Tensor:
+    """Decoder input ids of labels, [B, T]: the labels moved one to the right behind the start token, as in decoding;
+    padding labels become the pad token."""
     shifted_BT = torch.roll(labels_BT, 1, dims=1)
-    shifted_BT = shifted_BT.masked_fill(shifted_BT == IGNORED_LABEL, config.pad_token_id or 0)
-    shifted_BT[:, 0] = config.decoder_start_token_id
+    shifted_BT = shifted_BT.masked_fill(shifted_BT == IGNORED_LABEL, pad_id or 0)
+    shifted_BT[:, 0] = start_id
     return shifted_BT
 
 
-def stored_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint of a Hugging Face model holds, each once."""
+def stored_weights(model: Any, family: Family) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint of a Hugging Face model holds, each once, by their names there."""
     kept = model.state_dict().keys() - set(model._keys_to_ignore_on_save or ())
     named = (*model.named_parameters(), *model.named_buffers())
-    return {name: weight for name, weight in named if name in kept}
+    return {family.stored_name(name): weight for name, weight in named if name in kept}
 
 
 def set_layer_index(layer: nn.Module, index: int) -> None:

@@ -43,24 +43,38 @@ class Keys:
     """The values that a key may have; a key that is null counts as absent."""
     equal: Mapping[str, str]
     """Keys that must have the value of another."""
+    parts: Mapping[str, Keys]
+    """Keys whose values are settings of a part, with those that it may have."""
 
     @staticmethod
     def of(
-        carried: Iterable[str],
+        carried: Iterable[str] = (),
         harmless: Iterable[str] = (),
         equal: Mapping[str, str] | None = None,
+        parts: Mapping[str, Keys] | None = None,
         **only: tuple[Any, ...],
     ) -> Keys:
         """Those that this family adds to those of all; a key on several lists is on the strictest."""
-        all_only, all_equal = _ONLY | only, equal or {}
-        strict = all_only.keys() | all_equal.keys()
+        all_only, all_equal, all_parts = _ONLY | only, equal or {}, parts or {}
+        strict = all_only.keys() | all_equal.keys() | all_parts.keys()
         carried, harmless = (_CARRIED | {*carried}) - strict, (_HARMLESS | {*harmless}) - strict
-        return Keys(frozenset(carried), frozenset(harmless), all_only, all_equal)
+        return Keys(frozenset(carried), frozenset(harmless), all_only, all_equal, all_parts)
 
-    def refusal(self, settings: Mapping[str, Any]) -> str | None:
-        """What of a config.json is not carried, in words; None where all is."""
+    def refusal(self, settings: Mapping[str, Any], kind: str = "") -> str | None:
+        """What of a config.json is not carried, in words; None where all is.
+
+        Args:
+            kind: model type, of settings of a part.
+        """
+        kind = kind or settings.get("model_type", "")
         for key, value in settings.items():
             if value is None or key in self.carried or key in self.harmless:
+                continue
+            if key in self.parts:
+                if not isinstance(value, Mapping):
+                    return f"has {key} {value!r}, which must be an object of settings"
+                if refusal := self.parts[key].refusal(value, kind):
+                    return refusal
                 continue
             if key in self.equal:
                 other = self.equal[key]
@@ -73,5 +87,5 @@ class Keys:
                 return f"has {key} {value!r}, which is not known to be carried: remove it if it changes nothing"
             if value not in self.only[key]:
                 allowed = " or ".join(map(repr, self.only[key])) or "no such key"
-                return f"has {key} {value!r}, which is not carried for {settings.get('model_type')}: only {allowed} is"
+                return f"has {key} {value!r}, which is not carried for {kind}: only {allowed} is"
         return None

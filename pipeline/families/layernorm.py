@@ -8,13 +8,21 @@ tokens, V vocabulary; in cached decoding R rows and Q new tokens of each.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from pipeline.families.attention import attend, attend_across, heads
-from pipeline.families.base import KeysValues, SelfCache, StackInputs, decoder_inputs, empty_bias, set_layer_index
+from pipeline.families.base import (
+    KeysValues,
+    SelfCache,
+    StackInputs,
+    masked_bias,
+    set_layer_index,
+    shifted,
+)
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
 from pipeline.families.keys import Keys
@@ -76,21 +84,20 @@ class LayerNormShared(nn.Module):
         return StackInputs(self._masked(keys_T <= positions_RQ[:, None, :, None]), cross_bias)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
-        return decoder_inputs(self.config, labels_BT)
+        return shifted(labels_BT, self.config.decoder_start_token_id, self.config.pad_token_id)
 
-    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
+    def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
         visible = mask_BL[:, None, None, :]
         if stack == "decoder":
             positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
             visible = visible & (positions_L[None, :] <= positions_L[:, None])
-        return StackInputs(self._masked(visible), cross_bias)
+        return StackInputs(self._masked(visible), None if source_mask_BS is None else self.cross_bias(source_mask_BS))
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
         return self._masked(mask_BS[:, None, None, :])
 
     def _masked(self, visible: torch.Tensor) -> torch.Tensor:
-        bias = empty_bias(visible.shape, self.head.weight.dtype, visible.device).zero_()
-        return bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
+        return masked_bias(visible, self.head.weight.dtype)
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return self.final_norm[stack](hidden_BLD)
@@ -128,7 +135,9 @@ class LayerNormFamily:
     """Whether a layer's parts norm what they read, or the sum of what they read and write."""
     positions: ClassVar[type[nn.Module]] = LearnedPositions
 
-    depth_keys: ClassVar[dict[str, str]] = {"encoder": "encoder_layers", "decoder": "decoder_layers"}
+    size_keys: ClassVar[tuple[str, ...]] = ("encoder_layers", "vocab_size", "d_model")
+    start_key: ClassVar[str] = "decoder_start_token_id"
+    has_attention_losses: ClassVar[bool] = True
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "model.shared.weight",
         "lm_head.weight",
@@ -152,8 +161,17 @@ class LayerNormFamily:
     def is_shared_weight(self, name_in_layer: str) -> bool:
         return False
 
-    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
-        return {"encoder_layers": num_layers[0], "decoder_layers": num_layers[1]}
+    def stored_name(self, name: str) -> str:
+        return name
+
+    def depths(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        encoder = settings["encoder_layers"]
+        return encoder, settings.get("decoder_layers", encoder)
+
+    def with_layers(self, settings: Mapping[str, Any], layers: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """`num_hidden_layers` is an alias of the encoder's depth, which would win over it."""
+        entries = {f"{stack}_layers": len(places) for stack, places in layers.items()}
+        return {key: value for key, value in settings.items() if key != "num_hidden_layers"} | entries
 
     def max_positions(self, config: Any) -> int | None:
         return config.max_position_embeddings
@@ -218,7 +236,7 @@ class LayerNormFamily:
 
     def set_layers(self, model: nn.Module, encoder: nn.ModuleList, decoder: nn.ModuleList) -> None:
         config: Any = copy.deepcopy(model.config)
-        config.update(self.depth_entries((len(encoder), len(decoder))))
+        config.update({"encoder_layers": len(encoder), "decoder_layers": len(decoder)})
         inner: Any = model.get_submodule("model")
         inner.encoder.layers, inner.decoder.layers = encoder, decoder
         for part in (model, inner, inner.encoder, inner.decoder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,9 +23,10 @@ from pipeline.families.base import (
     KeysValues,
     SelfCache,
     StackInputs,
-    decoder_inputs,
     empty_bias,
+    masked_bias,
     set_layer_index,
+    shifted,
 )
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
@@ -127,18 +129,17 @@ class T5Shared(nn.Module):
         return self.embedding(ids_BL)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
-        return decoder_inputs(self.config, labels_BT)
+        return shifted(labels_BT, self.config.decoder_start_token_id, self.config.pad_token_id)
 
-    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
-        return self.bias[stack](mask_BL, cross_bias)
+    def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
+        return self.bias[stack](mask_BL, None if source_mask_BS is None else self.cross_bias(source_mask_BS))
 
     def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
-        return self.masked(~mask_BS[:, None, None, :])
+        return self.masked(mask_BS[:, None, None, :])
 
-    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
+    def masked(self, visible: torch.Tensor) -> torch.Tensor:
         """An additive bias that only masks keys."""
-        bias = empty_bias(hidden.shape, self.embedding.weight.dtype, hidden.device).zero_()
-        return bias.masked_fill_(hidden, torch.finfo(bias.dtype).min)
+        return masked_bias(visible, self.embedding.weight.dtype)
 
     def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_RQ)
@@ -167,7 +168,9 @@ class T5Family:
     """See pipeline.families.base.Family."""
 
     keys: ClassVar[Keys] = Keys.of((*CARRIED, "scale_decoder_outputs"), harmless=("n_positions",))
-    depth_keys: ClassVar[dict[str, str]] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
+    size_keys: ClassVar[tuple[str, ...]] = ("num_layers", "vocab_size", "d_model")
+    start_key: ClassVar[str] = "decoder_start_token_id"
+    has_attention_losses: ClassVar[bool] = True
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "shared.weight",
         "lm_head.weight",
@@ -190,12 +193,21 @@ class T5Family:
     def is_shared_weight(self, name_in_layer: str) -> bool:
         return name_in_layer == "layer.0.SelfAttention.relative_attention_bias.weight"
 
-    def depth_entries(self, num_layers: tuple[int, int]) -> dict[str, int]:
+    def stored_name(self, name: str) -> str:
+        return name
+
+    def depths(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        encoder = settings["num_layers"]
+        return encoder, settings.get("num_decoder_layers", encoder)
+
+    def with_layers(self, settings: Mapping[str, Any], layers: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """`decoder_layers` is no key of T5's, but what transformers' `get_text_config(decoder=True)` goes by where it
         is there; without it `generate` makes a cache of as many layers as the ENCODER has, which is too short for a
-        decoder that is deeper (seen with transformers 5.17: IndexError)."""
-        encoder, decoder = num_layers
-        return {"num_layers": encoder, "num_decoder_layers": decoder, "decoder_layers": decoder}
+        decoder that is deeper (seen with transformers 5.17: IndexError). `num_hidden_layers` is an alias of the
+        encoder's depth, which would win over it."""
+        encoder, decoder = len(layers["encoder"]), len(layers["decoder"])
+        entries = {"num_layers": encoder, "num_decoder_layers": decoder, "decoder_layers": decoder}
+        return {key: value for key, value in settings.items() if key != "num_hidden_layers"} | entries
 
     def max_positions(self, config: Any) -> int | None:
         return None  # relative positions: far ones share a bucket
@@ -274,7 +286,7 @@ class T5Family:
             del attention.relative_attention_bias
 
     def set_layers(self, model: nn.Module, encoder: nn.ModuleList, decoder: nn.ModuleList) -> None:
-        entries = self.depth_entries((len(encoder), len(decoder)))
+        entries = self.with_layers({}, {"encoder": range(len(encoder)), "decoder": range(len(decoder))})
         config: Any = copy.deepcopy(model.config)
         config.update(entries)
         cast(Any, model).config = config

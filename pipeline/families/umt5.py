@@ -21,15 +21,16 @@ from pipeline.families.t5 import CARRIED, RelativePositions, T5Family, T5Shared,
 class UMT5Shared(T5Shared):
     """T5's without position biases: layers get a mask, and distances to look their own biases up by."""
 
-    def inputs(self, stack: str, mask_BL: torch.Tensor, cross_bias: torch.Tensor | None = None) -> StackInputs:
+    def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
         positions: Any = self.bias[stack]
         distances = positions.distances(mask_BL.shape[1], mask_BL.device)
-        return StackInputs(self.masked(positions.hidden(mask_BL)), cross_bias, distances=distances)
+        cross_bias = None if source_mask_BS is None else self.cross_bias(source_mask_BS)
+        return StackInputs(self.masked(~positions.hidden(mask_BL)), cross_bias, distances=distances)
 
     def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
         positions: Any = self.bias["decoder"]
         distances = positions.distances_at(positions_RQ, num_keys)
-        return StackInputs(self.masked(positions.hidden_at(positions_RQ, num_keys)), cross_bias, distances=distances)
+        return StackInputs(self.masked(~positions.hidden_at(positions_RQ, num_keys)), cross_bias, distances=distances)
 
 
 class _Pass:

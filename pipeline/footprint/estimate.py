@@ -37,6 +37,8 @@ LOGIT_CHUNK_BYTES = 2**30
 """Logits that pipeline/kernels holds at once on a GPU; fewer on a CPU."""
 OVER_SOURCE = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)\.")
 """Names of the weights that make keys and values of cross-attention, in T5 and BART."""
+OVER_BOTH = re.compile(r"self_attn\.[kv]_proj\.")
+"""Names of those that make them of both texts, in a decoder layer that has none for the source alone: T5Gemma 2's."""
 GPU_CANDIDATES = ("zero2_replicated", "zero3_hpz", "zero3", "zero3_offload")
 CPU_CANDIDATES = ("zero2_cpu", "zero3_cpu")
 """Configurations for GPUs from the least traffic to the least memory."""
@@ -53,12 +55,14 @@ class Leaf:
     """Features into and out of its linear maps: elements that backward keeps for each token."""
     num_over_source: int = 0
     """Of a decoder layer's parameters those that read the encoder's output: keys and values of cross-attention."""
+    num_over_both: int = 0
+    """Of these those that read the decoder's own states, too."""
 
     def multiplied(self, num_source_tokens: int, num_target_tokens: int) -> int:
         """Parameters x tokens that they are applied to."""
         if self.stack == "encoder":
             return self.num_parameters * num_source_tokens
-        rest = self.num_parameters - self.num_over_source
+        rest = self.num_parameters - self.num_over_source + self.num_over_both
         return rest * num_target_tokens + self.num_over_source * num_source_tokens
 
 
@@ -69,7 +73,7 @@ class Sizes:
     leaves: tuple[Leaf, ...]
     rest: tuple[int, ...]
     """Sizes of the parameters outside leaves: embeddings, position biases, last norms, head."""
-    rest_is_trained: bool
+    num_trained_of_rest: int
     vocabulary: int
     draws: tuple[Assembly, ...] = ()
     """Of the replacing phase over modular layers: the dearest that share a micro-batch."""
@@ -77,8 +81,7 @@ class Sizes:
     @property
     def num_trained(self) -> int:
         """P_m."""
-        rest = sum(self.rest) if self.rest_is_trained else 0
-        return sum(leaf.num_parameters for leaf in self.leaves if leaf.trained) + rest
+        return sum(leaf.num_parameters for leaf in self.leaves if leaf.trained) + self.num_trained_of_rest
 
     @property
     def num_frozen(self) -> int:
@@ -106,17 +109,22 @@ def sizes_of(module: nn.Module, leaf_classes: Sequence[type[nn.Module]]) -> Size
         width = sum(each.in_features + each.out_features for each in leaf.modules() if isinstance(each, nn.Linear))
         stack = "decoder" if "decoder" in name.split(".") else "encoder"
         count = sum(map(_num_elements, parameters))
-        over_source = sum(_num_elements(each) for name, each in leaf.named_parameters() if OVER_SOURCE.search(name))
+        over_source = _num_named(leaf, OVER_SOURCE)
+        over_both = _num_named(leaf, OVER_BOTH) if stack == "decoder" and not over_source else 0
         trained = any(parameter.requires_grad for parameter in parameters)
-        leaves.append(Leaf(stack, count, trained, width, over_source))
+        leaves.append(Leaf(stack, count, trained, width, over_source + over_both, over_both))
     rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     largest: Any = max(rest, key=_num_elements)
     return Sizes(
         leaves=tuple(leaves),
         rest=tuple(map(_num_elements, rest)),
-        rest_is_trained=any(parameter.requires_grad for parameter in rest),
+        num_trained_of_rest=sum(_num_elements(each) for each in rest if each.requires_grad),
         vocabulary=getattr(largest, "ds_shape", largest.shape)[0],
     )
+
+
+def _num_named(leaf: nn.Module, pattern: re.Pattern[str]) -> int:
+    return sum(_num_elements(each) for name, each in leaf.named_parameters() if pattern.search(name))
 
 
 def _num_elements(parameter: Any) -> int:
@@ -202,7 +210,7 @@ def _passes(sizes: Sizes, sharding: Sharding, tokens_per_micro_batch: int, *, re
     logits = sizes.vocabulary * tokens_per_micro_batch / 2
     # a teacher in training holds them whole, with fp32 log-probabilities and gradients; over modular layers the fused
     # loss makes those of student and teacher in chunks
-    found["logits"] = (e + 12) * logits if sizes.rest_is_trained else min(2 * e * logits, LOGIT_CHUNK_BYTES)
+    found["logits"] = (e + 12) * logits if sizes.num_trained_of_rest else min(2 * e * logits, LOGIT_CHUNK_BYTES)
     return found
 
 
@@ -343,9 +351,9 @@ def summary(sizes: Sizes, sharding: Sharding, batch: BatchConfig, loop: LoopConf
     needs = memory(sizes, sharding, batch.tokens_per_micro_batch, recompute=recompute, save_beside=loop.save_beside)
     num_layers = sum(leaf.trained for leaf in sizes.leaves)
     beside = f" and {readable(needs.host_total)} of host memory" if needs.host else ""
+    around = " and around them" if sizes.num_trained_of_rest else ""
     return [
-        f"{sizes.num_trained:,} parameters in {num_layers} layers{' and around them' * sizes.rest_is_trained} are "
-        f"trained; {sizes.num_frozen:,} are frozen",
+        f"{sizes.num_trained:,} parameters in {num_layers} layers{around} are trained; {sizes.num_frozen:,} are frozen",
         f"DeepSpeed configuration {sharding.name}, {reason}",
         f"{sharding.num_ranks} rank{'s' * (sharding.num_ranks > 1)}: each needs {readable(needs.device_total)} of "
         f"memory{beside}; a checkpoint takes {readable(BYTES_IN_CHECKPOINT * sizes.num_trained)}",

@@ -48,8 +48,7 @@ class ModuleLibrary:
             stack, text, in_layer = name.split(".", 2)
             by_layer.setdefault((stack, Span.parse(text)), {})[in_layer] = weight
         for (stack, span), tensors in by_layer.items():
-            layer = _view(self._first[stack])
-            self.family.place_layer(layer, 1, self._first[stack])  # a library's layer holds nothing of a first place
+            layer = _view(self.layers[stack][Span(span.last, span.last)])  # of its kind, and in no first place
             layer.load_state_dict(tensors, assign=True)
             self.layers[stack][span] = layer.eval().requires_grad_(False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.config import Recipe
+from pipeline.config import LossConfig, Recipe
 from pipeline.families import family_of, refuse_uncarried
 from pipeline.pretrained import model_of, settings_of
 
@@ -26,6 +26,18 @@ def check_lengths(config: PreTrainedConfig, recipe: Recipe) -> None:
     ):
         if longest is not None and length > longest:
             raise ValueError(f"{name} is {length}, but {recipe.teacher.folder} has {longest} positions: lower it")
+
+
+def check_losses(kind: str, losses: LossConfig) -> None:
+    """Refuse losses that a model type has not.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for name in ("attention_self", "attention_cross"):
+        weight = getattr(losses, name)
+        if weight != 0.0 and not family_of(kind).has_attention_losses:
+            raise ValueError(f"distill.losses.{name} is {weight}, but {kind} has no attention losses: set it to 0")
 
 
 def load_model(folder: Path) -> PreTrainedModel:

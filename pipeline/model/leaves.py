@@ -118,9 +118,9 @@ class Splice(torch.autograd.Function):
 
 
 def initial_layer(layers: nn.ModuleList, span: Span, init: str, *, share_memory: bool = False) -> nn.Module:
-    """What a modular layer starts from: a copy of the "first", "middle" or "last" layer of its span (of two middle
-    layers the earlier one), or their "average", parameter by parameter. With `share_memory` a copy of one layer has
-    parameters of its own over that layer's memory.
+    """What a modular layer starts from: a layer of the kind of the last of its span, with the weights of the "first",
+    "middle" or "last" one (of two middle layers the earlier one), or their "average", parameter by parameter. With
+    `share_memory` the weights of one layer are parameters of its own over that layer's memory.
 
     Raises:
         ValueError: no such start.
@@ -129,9 +129,12 @@ def initial_layer(layers: nn.ModuleList, span: Span, init: str, *, share_memory:
     sources = {"first": span.first, "middle": middle, "last": span.last, "average": span.last}
     if init not in sources:
         raise ValueError(f"unknown init {init!r}: choose from {', '.join(sources)}")
-    source = layers[sources[init]]
-    twins = {id(parameter): nn.Parameter(parameter.data) for parameter in source.parameters()}
-    layer = copy.deepcopy(source, twins if share_memory else None)
+    weights = dict(layers[sources[init]].named_parameters())
+    twins = {
+        id(parameter): nn.Parameter(weights[name].data if share_memory else weights[name].data.clone())
+        for name, parameter in layers[span.last].named_parameters()
+    }
+    layer = copy.deepcopy(layers[span.last], twins)
     if init == "average":
         for name, parameter in layer.named_parameters():
             each = [layers[i].get_parameter(name).data.float() for i in range(span.first, span.last + 1)]

@@ -170,7 +170,7 @@ class ModularModel(nn.Module):
         ones_1T = torch.ones_like(target_mask_BT[:1])
         decoder = StackPass(
             stack="decoder",
-            inputs=shared.inputs("decoder", ones_1T, shared.cross_bias(mask_BS)),
+            inputs=shared.inputs("decoder", ones_1T, mask_BS),
             embedded_BLD=shared.embed("decoder", shared.decoder_inputs(batch.labels_BT)),
             mask_BL=target_mask_BT,
             source_mask_BS=mask_BS,

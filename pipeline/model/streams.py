@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeline.families import QueriesKeys, StackInputs, empty_bias
+from pipeline.families import QueriesKeys, StackInputs
 from pipeline.model.leaves import Splice
 from pipeline.spans import Span, Tiling
 
@@ -211,7 +211,7 @@ class DrawnRun(StackRun):
         if not users:
             return self.streams[0].state_BLD, None, self.given.inputs
         if len(users) not in self._repeated:
-            self._repeated[len(users)] = repeated(self.given.inputs, len(users))
+            self._repeated[len(users)] = self.given.inputs.repeated(len(users))
         state_UBLD = together([stream.state_BLD for stream in users])
         return state_UBLD, self._encoded_of(users), self._repeated[len(users)]
 
@@ -245,17 +245,3 @@ def together(states: Sequence[torch.Tensor]) -> torch.Tensor:
 def _parts(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
     """Inverse of `together`."""
     return tensor.chunk(count) if count > 1 else (tensor,)
-
-
-def repeated(inputs: StackInputs, count: int) -> StackInputs:
-    """Biases for `count` times the batch; those that are the same for every example stay as they are."""
-
-    def copies_of(bias: torch.Tensor) -> torch.Tensor:
-        if len(bias) == 1:
-            return bias
-        copies = empty_bias((count * len(bias), *bias.shape[1:]), bias.dtype, bias.device)
-        copies.unflatten(0, (count, len(bias))).copy_(bias)
-        return copies
-
-    cross_bias = None if inputs.cross_bias is None else copies_of(inputs.cross_bias)
-    return replace(inputs, self_bias=copies_of(inputs.self_bias), cross_bias=cross_bias)

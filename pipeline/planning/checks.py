@@ -26,7 +26,7 @@ from pipeline.engines import ENGINES
 from pipeline.evaluation import check_metricx, read_peers
 from pipeline.families import family_of, refuse_uncarried
 from pipeline.footprint import AUTO, read_ds_config
-from pipeline.model import check_lengths
+from pipeline.model import check_lengths, check_losses
 from pipeline.planning.disk import check_disk
 from pipeline.planning.planned import Planned, check_fit
 from pipeline.pretrained import config_of, settings_of
@@ -56,6 +56,7 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     if recipe.teacher.folder:
         check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
+    check_losses(planned.settings["model_type"], recipe.distill.losses)
     _check_granularities(recipe, planned.stacks)
     requested_assemblies(recipe, planned.stacks)
     baselines_of(recipe, planned.stacks)
@@ -170,13 +171,13 @@ def _read_model_config(folder: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"teacher.folder {folder} is not a Hugging Face model folder: it has no config.json")
     settings = settings_of(folder)
-    needed = [family_of(settings["model_type"]).depth_keys["encoder"], "vocab_size", "d_model"]
-    if missing := [name for name in needed if name not in settings]:
+    family = family_of(settings["model_type"])
+    if missing := [name for name in family.size_keys if name not in settings]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: take the model's whole config.json")
     refuse_uncarried(settings, path)
     config: Any = config_of(folder)
-    if config.decoder_start_token_id is None:
-        raise ValueError(f"{path} names no decoder_start_token_id: add the token that outputs begin with")
+    if getattr(config, family.start_key) is None:
+        raise ValueError(f"{path} names no {family.start_key}: add the token that outputs begin with")
     return config
 
 

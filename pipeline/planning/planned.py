@@ -22,7 +22,7 @@ from pipeline.model import ModularLeaf, ModularModel, Sampler, TeacherLeaf
 from pipeline.ordinary import HEAD, TIED, check_kind, check_shapes, empty_model
 from pipeline.planning.public_models import public_config
 from pipeline.pretrained import check_embedding, config_of, settings_of, shapes_in
-from pipeline.spans import ModelSizes, Stacks
+from pipeline.spans import STACKS, ModelSizes, Stacks
 from pipeline.training import DistilledModel, full_model_task
 from pipeline.weights import weight_files
 
@@ -68,9 +68,7 @@ class Planned:
     @property
     def stacks(self) -> Stacks:
         """Layers of the teacher, and the spans that get a modular layer."""
-        keys = family_of(self.settings["model_type"]).depth_keys
-        encoder = self.settings[keys["encoder"]]
-        return self.recipe.distill.stacks((encoder, self.settings.get(keys["decoder"], encoder)))
+        return self.recipe.distill.stacks(family_of(self.settings["model_type"]).depths(self.settings))
 
     @property
     def baselines(self) -> list[Baseline]:
@@ -79,8 +77,9 @@ class Planned:
     def model(self, num_layers: tuple[int, int] | None = None) -> PreTrainedModel:
         """The teacher, or a model of its kind with other numbers of layers, without memory for its weights."""
         family = family_of(self.settings["model_type"])
-        entries = family.depth_entries(num_layers or self.stacks.num_layers)
-        model: Any = empty_model({**self.settings, **entries}, Path(self.source))
+        counts = zip(STACKS, num_layers or self.stacks.num_layers, strict=True)
+        settings = family.with_layers(self.settings, {stack: range(count) for stack, count in counts})
+        model: Any = empty_model(settings, Path(self.source))
         if self.has_own_head:  # transformers ties until weights are loaded
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         return model
@@ -120,7 +119,8 @@ class Planned:
     def checkpoint_sizes(self) -> ModelSizes:
         """Of the teacher and of every assembly, as folders in fp32."""
         model = self.model()
-        return model_sizes_of(stored_weights(model), family_of(model.config.model_type))
+        family = family_of(model.config.model_type)
+        return model_sizes_of(stored_weights(model, family), family)
 
 
 def _has_own_head(folder: Path, settings: dict[str, Any]) -> bool:

@@ -45,7 +45,7 @@ def assembly_losses(
     shared = model.shared
     ones_1T, labels_N = torch.ones_like(batch.labels_BT[:1], dtype=torch.bool), batch.labels_N
     encoder_inputs = shared.inputs("encoder", batch.source_mask_BS)
-    decoder_inputs = shared.inputs("decoder", ones_1T, shared.cross_bias(batch.source_mask_BS))
+    decoder_inputs = shared.inputs("decoder", ones_1T, batch.source_mask_BS)
     source_BSD = shared.embed("encoder", batch.source_BS)
     target_BTD = shared.embed("decoder", shared.decoder_inputs(batch.labels_BT))
 

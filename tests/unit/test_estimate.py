@@ -65,7 +65,7 @@ def test_a_module_is_counted_parameter_by_parameter():
     assert sum(leaf.trained for leaf in sizes.leaves) == 12
     assert sum(leaf.stack == "decoder" for leaf in sizes.leaves) == 12
     assert sizes.vocabulary == 64
-    assert not sizes.rest_is_trained
+    assert sizes.num_trained_of_rest == 0
 
 
 def test_three_granularities_train_about_as_much_as_the_layers_of_the_teacher(t5_large):
@@ -151,7 +151,7 @@ def test_what_a_pass_holds_by_hand(t5_large, is_gpu):
     device = memory(small, sharding, 16384, recompute=False).device
     assert device["reduction buffer"] == 2 * encoder.num_parameters
     assert device["gradients of a layer"] == 2 * encoder.num_parameters * (1 if is_gpu else 2)
-    trained = dataclasses.replace(t5_large, rest_is_trained=True)
+    trained = dataclasses.replace(t5_large, num_trained_of_rest=sum(t5_large.rest))
     assert memory(trained, sharding, 16384, recompute=False).device["logits"] == (2 + 12) * 32128 * 8192
 
 

@@ -87,7 +87,7 @@ def test_assemblies_compute_what_training_computed_and_disturb_no_other(kind):
         assert torch.equal(generated(model, batch, 1), cached)
     assert torch.equal(hf_logits(library.assembly("e1x6-d1x6"), batch), hf_logits(teacher, batch))
     assert library.teacher.generation_config.use_cache
-    assert library.teacher.config.num_hidden_layers == 6
+    assert library.family.depths(library.teacher.config.to_dict()) == (6, 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
