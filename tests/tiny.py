@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,15 +14,18 @@ from transformers import (
     MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    T5Gemma2Config,
+    T5Gemma2ForConditionalGeneration,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
 
 from pipeline.data import MicroBatch
 from pipeline.families import decoder_inputs
+from pipeline.spans import Assembly
 
 OWN_TOKENIZER = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled"]  # kinds for which tests make one
-KINDS = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled", "mbart", "pegasus", "m2m_100", "marian"]
+KINDS = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled", "mbart", "pegasus", "m2m_100", "marian", "t5gemma2"]
 NORM_FIRST = ("mbart", "pegasus", "m2m_100")
 SPECIAL = {  # ids as their public models order them, with padding 0 where the batches here have it
     "mbart": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "forced_eos_token_id": 1},
@@ -29,6 +33,8 @@ SPECIAL = {  # ids as their public models order them, with padding 0 where the b
     "pegasus": {"activation_function": "relu"},
     "marian": {"activation_function": "swish"},
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+ATTENTION_TYPES = ((SLIDING, FULL, SLIDING) * 2, (SLIDING, SLIDING, FULL) * 2)  # of a T5Gemma 2's encoder and decoder
 SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 
 
@@ -102,13 +108,71 @@ def tiny_bart(
     return model.eval()
 
 
+def tiny_t5gemma2(
+    num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64,
+    kinds: tuple[Sequence[str], Sequence[str]] = ATTENTION_TYPES, **ids: int,
+):  # fmt: skip
+    """A random model with windows shorter than texts; the token that would end an image is among those of texts.
+
+    Args:
+        kinds: attention types of the layers of each stack; those behind its depth are left out.
+        ids: of special tokens.
+    """
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "max_position_embeddings": 40,
+        "sliding_window": 4, **ids,
+    }  # fmt: skip
+    depths = {"encoder": num_layers, "decoder": num_decoder_layers}
+    stacks = {
+        name: {
+            **sizes,
+            "num_hidden_layers": depth,
+            "layer_types": [*of_stack[:depth]],
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            },
+        }
+        for (name, depth), of_stack in zip(depths.items(), kinds, strict=True)
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = T5Gemma2Config(
+        encoder={
+            "text_config": stacks["encoder"],
+            "vision_config": {**vision, "image_size": 28, "patch_size": 14, "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "eoi_token_index": 5,
+        },
+        decoder=stacks["decoder"],
+        image_token_index=6,
+    )
+    model = T5Gemma2ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def tiny_model(
     kind: str, num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64, **ids: int
 ):
     """A random model of one of KINDS; `ids` as tiny_bart takes them."""
     if kind in ("v1.0", "v1.1", "mt5", "umt5"):
         return tiny_t5(kind, num_layers, num_decoder_layers, seed, vocab_size)
+    if kind == "t5gemma2":
+        return tiny_t5gemma2(num_layers, num_decoder_layers, seed, vocab_size, **ids)
     return tiny_bart(kind, num_layers, num_decoder_layers, seed, vocab_size, **ids)
+
+
+def tiny_assembled(kind: str, assembly: Assembly):
+    """A random model of an assembly's depths, whose layers are of the kind of the last that they stand for."""
+    depths = assembly.encoder.num_layers, assembly.decoder.num_layers
+    if kind != "t5gemma2":
+        return tiny_model(kind, *depths)
+    stacks = zip(ATTENTION_TYPES, (assembly.encoder, assembly.decoder), strict=True)
+    encoder, decoder = ([kinds[span.last] for span in tiling.spans] for kinds, tiling in stacks)
+    return tiny_t5gemma2(*depths, kinds=(encoder, decoder))
 
 
 def hf_logits(model, batch: MicroBatch) -> torch.Tensor:

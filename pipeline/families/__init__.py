@@ -24,6 +24,7 @@ from pipeline.families.marian import MarianFamily
 from pipeline.families.mbart import MBartFamily
 from pipeline.families.pegasus import PegasusFamily
 from pipeline.families.t5 import T5Family, new_t5, t5_config
+from pipeline.families.t5gemma2 import T5Gemma2Family
 from pipeline.families.umt5 import UMT5Family
 
 FAMILIES: dict[str, Family] = {
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "pegasus": PegasusFamily(),
     "m2m_100": M2M100Family(),
     "marian": MarianFamily(),
+    "t5gemma2": T5Gemma2Family(),
 }
 
 

@@ -43,3 +43,35 @@ def attend_across(queries_RHQK: torch.Tensor, cross: KeysValues, bias: torch.Ten
     num_rows, num_queries = len(queries_RHQK), queries_RHQK.shape[2]
     queries_BHQK = queries_RHQK.unflatten(0, (len(cross.keys), -1)).transpose(1, 2).flatten(2, 3)
     return attend(queries_BHQK, cross, bias, scale).reshape(num_rows, num_queries, -1)
+
+
+def attend_to_both(
+    queries_RHQK: torch.Tensor,
+    seen: KeysValues,
+    cross: KeysValues,
+    self_bias: torch.Tensor,
+    cross_bias: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of R rows over their own keys and those of B encoder outputs in one softmax, [R, Q, H * K]. The rows of
+    one output follow each other; of the G heads that keys and values have, each serves H / G of the queries' heads."""
+    num_rows, num_heads, num_queries, width = queries_RHQK.shape
+    num_own, num_outputs = seen.keys.shape[2], len(cross.keys)
+    queries_RGXK = (queries_RHQK * scale).reshape(num_rows, seen.keys.shape[1], -1, width)
+
+    def by_output(each_RGXK: torch.Tensor) -> torch.Tensor:
+        """All rows of one output side by side, so that its keys and values are neither copied nor read again."""
+        return each_RGXK.unflatten(0, (num_outputs, -1)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(each_BGYK: torch.Tensor) -> torch.Tensor:
+        return each_BGYK.unflatten(2, (num_rows // num_outputs, -1)).transpose(1, 2).flatten(0, 1)
+
+    own_RGXT = torch.matmul(queries_RGXK, seen.keys.transpose(2, 3))
+    own_RHQT = own_RGXT.reshape(num_rows, num_heads, num_queries, -1) + self_bias
+    cross_RGXS = by_row(torch.matmul(by_output(queries_RGXK), cross.keys.transpose(2, 3)) + cross_bias)
+    cross_RHQS = cross_RGXS.reshape(num_rows, num_heads, num_queries, -1)
+    weights_RHQL = torch.cat((own_RHQT, cross_RHQS), dim=-1).softmax(-1, dtype=torch.float32).to(queries_RHQK.dtype)
+    weights_RGXL = weights_RHQL.reshape(*queries_RGXK.shape[:3], -1)
+    attended_RGXK = torch.matmul(weights_RGXL[..., :num_own], seen.values)
+    attended_RGXK = attended_RGXK + by_row(torch.matmul(by_output(weights_RGXL[..., num_own:]), cross.values))
+    return attended_RGXK.reshape(num_rows, num_heads, num_queries, width).transpose(1, 2).flatten(2)

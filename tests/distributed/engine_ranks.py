@@ -49,6 +49,8 @@ SHORT = settings_of(3, 1)
 def new_task(settings: DistillConfig = SETTINGS, kind: str = "v1.0") -> Any:
     teacher = tiny_model(kind)
     family = family_of(teacher.config.model_type)
+    if not family.has_attention_losses:
+        settings = dataclasses.replace(settings, losses=LossConfig())
     model = ModularModel(teacher, family, settings.by_stack, settings.init)
     return modular_task(model, family, teacher.config, settings, seed=5)
 

@@ -85,9 +85,10 @@ def test_bf16_follows_the_reference(references, tmp_path):
     assert engine_ranks.errors(str(tmp_path), weights)[0] < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["v1.0", "umt5", "bart", "m2m_100"])
+@pytest.mark.parametrize("kind", ["v1.0", "umt5", "bart", "m2m_100", "t5gemma2"])
 def test_every_configuration_of_gpus_follows_the_reference_in_bf16(kind):
-    """BART and M2M100 have buffers, which stage 3 leaves in fp32 and on the host."""
+    """BART and M2M100 have buffers, which stage 3 leaves in fp32 and on the host; T5Gemma 2 must not round its
+    positions."""
     losses, _ = engine_ranks.reference(2, engine_ranks.SHORT, kind=kind)
     names = ["zero2_replicated", "zero3_hpz", "zero3", "zero3_offload"]
     for ours in run_ranks(2, "tests.distributed.engine_ranks:in_bf16", kind=kind, ds_configs=names):
@@ -97,7 +98,7 @@ def test_every_configuration_of_gpus_follows_the_reference_in_bf16(kind):
 
 def test_every_family_equals_plain_pytorch():
     """Weights as in `check_weights`."""
-    modes, kinds = ["zero3_cpu", "zero2_cpu"], ["umt5", *SPECIAL]
+    modes, kinds = ["zero3_cpu", "zero2_cpu"], ["umt5", *SPECIAL, "t5gemma2"]
     for found in run_ranks(2, "tests.distributed.engine_ranks:by_family", kinds=kinds, ds_configs=modes):
         assert len(found) == 2 * len(kinds)
         limits = (1e-5, 1e-7, 1e-3)

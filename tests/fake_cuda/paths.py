@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.config import LossConfig
 from pipeline.data import MicroBatch
 from pipeline.decoding import Member, Pool, Rules, decode_together
-from pipeline.families import family_of
+from pipeline.families import FAMILIES, family_of
 from pipeline.kernels import HeadObjective
 from pipeline.model import Draws, GlobalCounts, ModularModel, Objectives, Wanted
 from pipeline.search.losses import assembly_losses
@@ -54,7 +54,7 @@ class Models:
     """
 
     def __init__(self, kind: str) -> None:
-        self.family = family_of("bart" if kind.startswith("bart") else "t5")
+        self.family = family_of(kind if kind in FAMILIES else "t5")
         self.teacher = self._new(kind)
         self.modular = ModularModel(self._new(kind), self.family, GRANULARITIES, "first", share_memory=True)
         self.student = self._new(kind)
@@ -158,12 +158,10 @@ def all_paths(kind: str) -> dict[str, dict[str, Any]]:
     """By name what each path asks for."""
     found: dict[str, dict[str, Any]] = {}
     models = Models(kind)
-    attention = {"attention_self": 0.5, "attention_cross": 0.5}
-    for name, losses in {
-        "fused": LossConfig(),
-        "plain": LossConfig(fused=False),
-        "attention": LossConfig(**attention),
-    }.items():
+    variants = {"fused": LossConfig(), "plain": LossConfig(fused=False)}
+    if models.family.has_attention_losses:
+        variants["attention"] = LossConfig(attention_self=0.5, attention_cross=0.5)
+    for name, losses in variants.items():
         found[f"local, {name}"] = seen(partial(distillation, models, None, losses))
         found[f"replacing, {name}"] = seen(partial(distillation, models, DRAWS, losses))
     for path in (teacher, distilled, search, validation):
@@ -175,4 +173,4 @@ def all_paths(kind: str) -> dict[str, dict[str, Any]]:
 
 if __name__ == "__main__":
     with FakeTensorMode():
-        print(json.dumps({kind: all_paths(kind) for kind in ("v1.1", "bart")}))
+        print(json.dumps({kind: all_paths(kind) for kind in ("v1.1", "bart", "t5gemma2")}))

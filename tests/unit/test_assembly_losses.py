@@ -14,15 +14,16 @@ from pipeline.search.losses import LayerCalls, assembly_losses
 from pipeline.spans.paths import path_of
 from pipeline.spans.prefixes import count_layers, count_prefixes
 from pipeline.spans.spans import Assembly, modular_spans, tilings
-from tests.tiny import random_batch, tiny_t5
+from tests.tiny import random_batch, tiny_model
 
 SPANS = modular_spans(6, (2, 3, 6))
 EVERYTHING = [Assembly(*pair) for pair in product(tilings(6, SPANS), repeat=2)]
 
 
-@pytest.fixture(scope="module", params=["v1.0", "v1.1"])
+@pytest.fixture(scope="module", params=["v1.0", "v1.1", "t5gemma2"])
 def model(request):
-    modular = ModularModel(tiny_t5(request.param), family_of("t5"), ((2, 3, 6), (2, 3, 6)), "last")
+    teacher = tiny_model(request.param)
+    modular = ModularModel(teacher, family_of(teacher.config.model_type), ((2, 3, 6), (2, 3, 6)), "last")
     torch.manual_seed(1)
     for parameter in modular.modular.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -30,7 +31,7 @@ def model(request):
 
 
 def test_all_assemblies_in_a_tree_equal_one_by_one(model):
-    batch, family = random_batch(0), family_of("t5")
+    batch, family = random_batch(0), model.family
     calls = LayerCalls()
     together = assembly_losses(model, family, batch, EVERYTHING, calls)
     alone = torch.cat([assembly_losses(model, family, batch, [each]) for each in EVERYTHING])
@@ -47,7 +48,7 @@ def test_losses_are_those_of_the_model_that_trains(model):
     """Against the forward pass of the replacing phase, which test_modular holds to plain Hugging Face models."""
     batch = random_batch(4)
     chosen = EVERYTHING[::13]
-    found = assembly_losses(model, family_of("t5"), batch, chosen)
+    found = assembly_losses(model, model.family, batch, chosen)
     for assembly, loss in zip(chosen, found, strict=True):
         with torch.no_grad():
             outputs = model(batch, [assembly])
@@ -56,7 +57,7 @@ def test_losses_are_those_of_the_model_that_trains(model):
 
 
 def test_the_order_of_the_assemblies_is_kept_and_repeats_are_welcome(model):
-    batch, family = random_batch(2), family_of("t5")
+    batch, family = random_batch(2), model.family
     some = [EVERYTHING[i] for i in (50, 3, 50, 120)]
     found = assembly_losses(model, family, batch, some)
     assert torch.equal(found[0], found[2])

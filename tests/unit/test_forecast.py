@@ -86,12 +86,13 @@ def counted_flops(run) -> int:
     )
 
 
+@pytest.mark.parametrize("kind", ["v1.0", "t5gemma2"])
 @pytest.mark.parametrize("local", [True, False])
-def test_flops_of_both_phases_are_those_that_torch_counts(local):
+def test_flops_of_both_phases_are_those_that_torch_counts(kind, local):
     """But for norms, whose few weights no matrix product has. The definitions of the losses are counted."""
     batch = full_batch()
-    teacher = tiny_t5("v1.0")
-    family, config = family_of("t5"), teacher.config
+    teacher = tiny_model(kind)
+    family, config = family_of(teacher.config.model_type), teacher.config
     settings = DistillConfig(local_steps=1000 if local else 0)
     model = ModularModel(teacher, family, settings.by_stack, settings.init)
     task = modular_task(model, family, config, settings, seed=3)
@@ -105,7 +106,7 @@ def test_flops_of_both_phases_are_those_that_torch_counts(local):
     assert found == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["v1.1", "umt5", "bart", "m2m_100"])
+@pytest.mark.parametrize("kind", ["v1.1", "umt5", "bart", "m2m_100", "t5gemma2"])
 def test_flops_of_a_whole_model_are_those_that_torch_counts(kind):
     batch = full_batch()
     task = full_model_task(tiny_model(kind))

@@ -12,7 +12,7 @@ from pipeline.families import decoder_inputs, family_of
 from pipeline.kernels import HeadObjective, distances, position_bias
 from pipeline.model.modular import ModularModel, Wanted
 from pipeline.spans.spans import Assembly, Span, teacher_assembly
-from tests.tiny import KINDS, hf_logits, random_batch, tiny_model, tiny_t5
+from tests.tiny import KINDS, hf_logits, random_batch, tiny_assembled, tiny_model, tiny_t5
 
 
 def modular_of(model, **settings):
@@ -47,7 +47,7 @@ def test_the_student_path_equals_an_assembled_model(kind, text):
     modular = modular_of(model)
     perturb(modular)
     assembly = Assembly.parse(text)
-    plain = tiny_model(kind, assembly.encoder.num_layers, assembly.decoder.num_layers)
+    plain = tiny_assembled(kind, assembly)
     prefixes = tuple(family.layer_prefix(stack) for stack in ("encoder", "decoder"))
     plain.load_state_dict({n: w for n, w in model.state_dict().items() if not n.startswith(prefixes)}, strict=False)
     for stack in ("encoder", "decoder"):
@@ -63,7 +63,7 @@ def test_the_student_path_equals_an_assembled_model(kind, text):
     torch.testing.assert_close(outputs.student_logits_NV, hf_logits(plain, batch), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["v1.1", "bart"])
+@pytest.mark.parametrize("kind", ["v1.1", "bart", "t5gemma2"])
 def test_local_phase_pairs_are_the_teachers_own_states(kind):
     """Each modular layer sees the teacher's state at its span's start and is compared with the one at its end."""
     model = tiny_model(kind)
@@ -117,7 +117,7 @@ def test_a_full_path_through_undrawn_layers_keeps_the_gradient():
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
 
 
-@pytest.mark.parametrize("kind", ["v1.1", "bart"])
+@pytest.mark.parametrize("kind", ["v1.1", "bart", "t5gemma2"])
 @pytest.mark.parametrize(
     ("init", "span", "source"),
     [
