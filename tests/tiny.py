@@ -141,7 +141,7 @@ def tiny_t5gemma2(
     config = T5Gemma2Config(
         encoder={
             "text_config": stacks["encoder"],
-            "vision_config": {**vision, "image_size": 28, "patch_size": 14, "vision_use_head": False},
+            "vision_config": {**vision, "image_size": 4, "patch_size": 2, "vision_use_head": False},
             "mm_tokens_per_image": 4,
             "eoi_token_index": 5,
         },

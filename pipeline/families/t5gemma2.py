@@ -122,12 +122,12 @@ class TokenEmbedding(nn.Module):
     def __init__(self, embedding: Any) -> None:
         super().__init__()
         self.weight, self.eoi_embedding = embedding.weight, embedding.eoi_embedding
-        self.end_of_image_id, self.scale = embedding.eoi_token_index, embedding.scalar_embed_scale
+        self.eoi_token_index, self.scalar_embed_scale = embedding.eoi_token_index, embedding.scalar_embed_scale
 
     def forward(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        scale = torch.tensor(self.scale, dtype=self.weight.dtype)  # rounded as the weights are
+        scale = torch.tensor(self.scalar_embed_scale, dtype=self.weight.dtype)  # rounded as the weights are
         embedded_BLD = F.embedding(ids_BL, self.weight) * scale
-        return torch.where((ids_BL == self.end_of_image_id)[..., None], self.eoi_embedding, embedded_BLD)
+        return torch.where((ids_BL == self.eoi_token_index)[..., None], self.eoi_embedding, embedded_BLD)
 
 
 class T5Gemma2Shared(nn.Module):
@@ -212,6 +212,7 @@ class T5Gemma2Family:
     size_keys: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "vocab_size")
     start_key: ClassVar[str] = "bos_token_id"
     has_attention_losses: ClassVar[bool] = False  # keys are few, normed and turned, and cross-attention is none apart
+    in_ctranslate2: ClassVar[bool] = False  # 4.8.5 converts it, to log-probabilities that are 0.2 apart
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "model.encoder.embed_tokens.weight",
         "model.decoder.embed_tokens.weight",

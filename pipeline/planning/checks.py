@@ -22,7 +22,7 @@ from pipeline.assemble import assembly_to_recover, baselines_of, requested_assem
 from pipeline.beside import GENERATION, check_ids, read
 from pipeline.config import Recipe
 from pipeline.decoding import generation_settings, refuse_unknown
-from pipeline.engines import ENGINES
+from pipeline.engines import ENGINES, refuse_kind
 from pipeline.evaluation import check_metricx, read_peers
 from pipeline.families import family_of, refuse_uncarried
 from pipeline.footprint import AUTO, read_ds_config
@@ -56,7 +56,10 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     if recipe.teacher.folder:
         check_teacher(recipe, local_folder(recipe.teacher.folder))
     planned = Planned.of(recipe)
-    check_losses(planned.settings["model_type"], recipe.distill.losses)
+    kind = planned.settings["model_type"]
+    check_losses(kind, recipe.distill.losses)
+    if recipe.assemble.ctranslate2:
+        refuse_kind("assemble.ctranslate2", kind)
     _check_granularities(recipe, planned.stacks)
     requested_assemblies(recipe, planned.stacks)
     baselines_of(recipe, planned.stacks)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 from pipeline.config import LossConfig
 from pipeline.data import MicroBatch
@@ -65,7 +66,8 @@ class Models:
     def _new(self, kind: str) -> Any:
         torch.set_default_dtype(torch.bfloat16)
         try:
-            with DEVICE:  # not .to(DEVICE): moved parameters are of another kind of fake tensor
+            # not .to(DEVICE): moved parameters are of another kind of fake tensor; and some are drawn by their values
+            with DEVICE, no_init_weights():
                 model = tiny_model(kind, num_layers=2, num_decoder_layers=2)
         finally:
             torch.set_default_dtype(torch.float32)

@@ -18,6 +18,7 @@ from pipeline.config import LossConfig
 from pipeline.families import StackInputs, family_of
 from pipeline.model.huggingface import check_losses, load_model
 from pipeline.model.leaves import initial_layer
+from pipeline.model.modular import ModularModel
 from pipeline.ordinary import check_ordinary, save_ordinary
 from pipeline.spans import STACKS
 from pipeline.spans.spans import modular_spans
@@ -296,6 +297,8 @@ def test_a_t5gemma2_is_trained_with_positions_that_bf16_does_not_round_and_its_v
     assert trained.state_dict().keys() == model.state_dict().keys()
     batch = random_batch(8)
     assert torch.equal(hf_logits(trained, batch), hf_logits(model, batch))
+    modular = ModularModel(copy.deepcopy(trained), family_of("t5gemma2"), ((2,), (2,)), "last")
+    assert torch.equal(modular(batch, [modular.stacks.teacher()]).student_logits_NV, hf_logits(model, batch))
     frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if "vision_tower" in name or "projector" in name}
     positions_1L = torch.arange(500, 520)[None]

@@ -86,7 +86,7 @@ def test_draws_that_share_a_pass_train_as_each_alone(kind, draws, fused, mode):
     modular = model_of(kind)
     weights = WEIGHTS if modular.family.has_attention_losses else WEIGHTS | NO_ATTENTION
     objectives = Objectives(LossConfig(**weights, hidden_mode=mode, temperature=2.0, fused=fused))
-    close = 1e-6 if kind == "t5gemma2" else 1e-9
+    close, gradients_close = (1e-6, 1e-5) if kind == "t5gemma2" else (1e-9, 1e-7)
     total, parts, means, gradients = trained(modular, objectives, [draws])
     expected_total, expected_parts, expected_means, expected_gradients = trained(
         modular, objectives, [[draw] for draw in draws]
@@ -97,7 +97,8 @@ def test_draws_that_share_a_pass_train_as_each_alone(kind, draws, fused, mode):
     assert gradients.keys() == expected_gradients.keys()
     scale = max(gradient.abs().max().item() for gradient in gradients.values())
     for name, gradient in gradients.items():  # T5's norms go through float32
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-6, atol=1e-7 * scale, msg=name)
+        limits = {"rtol": 10 * gradients_close, "atol": gradients_close * scale}
+        torch.testing.assert_close(gradient, expected_gradients[name], **limits, msg=name)
 
 
 def called_with(modular: ModularModel, draws: list[Assembly] | None) -> tuple[list[str], Counter[str]]:
