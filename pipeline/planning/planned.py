@@ -75,13 +75,15 @@ class Planned:
         return baselines_of(self.recipe, self.stacks)
 
     def model(self, num_layers: tuple[int, int] | None = None) -> PreTrainedModel:
-        """The teacher, or a model of its kind with other numbers of layers, without memory for its weights."""
+        """The teacher, or a model of its kind with other numbers of layers, as it trains, without memory for its
+        weights."""
         family = family_of(self.settings["model_type"])
         counts = zip(STACKS, num_layers or self.stacks.num_layers, strict=True)
         settings = family.with_layers(self.settings, {stack: range(count) for stack, count in counts})
         model: Any = empty_model(settings, Path(self.source))
         if self.has_own_head:  # transformers ties until weights are loaded
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+        family.prepare_for_training(model)
         return model
 
     @cached_property

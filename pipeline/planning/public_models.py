@@ -39,6 +39,18 @@ _M2M100: dict[str, tuple[int, _Sizes]] = {  # pieces, and the rest
 
 _PEGASUS = {"large": 1024, "cnn_dailymail": 1024, "xsum": 512, "multi_news": 1024, "arxiv": 1024, "pubmed": 1024}
 """Positions of the fine-tuned models, which are all of one size (Zhang et al. 2020)."""
+_T5GEMMA2: dict[str, tuple[int, int, int, int, int]] = {
+    "270m": (640, 2048, 4, 1, 18),
+    "1b": (1152, 6912, 4, 1, 26),
+    "4b": (2560, 10240, 8, 4, 34),
+}
+"""T5Gemma 2 (Zhang et al. 2025): hidden_size, intermediate_size, heads, heads of keys and values, layers of a stack."""
+
+_SIGLIP = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+    "image_size": 896, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+"""The vision tower of every T5Gemma 2."""
 
 
 def public_config(name: str) -> dict[str, Any]:
@@ -70,6 +82,13 @@ def _bart(sizes: _Sizes, **more: Any) -> dict[str, Any]:
     return shared | both | more
 
 
+def _t5gemma2(sizes: tuple[int, int, int, int, int]) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    stack = {"vocab_size": 262144, "head_dim": 256, **dict(zip(names, sizes, strict=True))}
+    encoder = {"text_config": stack, "vision_config": _SIGLIP}
+    return {"model_type": "t5gemma2", "vocab_size": 262144, "encoder": encoder, "decoder": stack}
+
+
 _OF_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 PUBLIC: dict[str, dict[str, Any]] = {
     **{f"t5-{size}": _t5(sizes) for size, sizes in _T5.items()},
@@ -92,6 +111,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
         for name, count in _PEGASUS.items()
     },
     "opus-mt-en-de": _bart((512, 64, 2048, 8, 6), model_type="marian", vocab_size=58101, max_position_embeddings=512),
+    **{f"t5gemma-2-{size}-{size}": _t5gemma2(sizes) for size, sizes in _T5GEMMA2.items()},
     **{name: _bart(sizes, model_type="m2m_100", vocab_size=vocab) for name, (vocab, sizes) in _M2M100.items()},
 }
 """Sizes by name."""

@@ -52,6 +52,13 @@ def test_public_models_have_their_published_sizes(name):
     assert found.checkpoint_sizes().num_layers == found.stacks.num_layers
 
 
+@pytest.mark.parametrize(("size", "published"), [("270m", 370), ("1b", 1700), ("4b", 7000)])
+def test_a_t5gemma2_has_its_published_size_and_a_vision_tower_that_does_not_train(size, published):
+    sizes = planned(f"t5gemma-2-{size}-{size}").teacher_sizes
+    assert sizes.num_trained == pytest.approx(published * 1e6, rel=2e-2)
+    assert sizes.num_frozen == pytest.approx(417e6, rel=2e-2)
+
+
 def test_a_folder_is_counted_as_it_is_loaded(tmp_path):
     """Also one whose settings say that the head is tied, and whose weights say that it is not."""
     for kind, depth in (("v1.0", (6, 6)), ("v1.1", (4, 3))):
@@ -103,7 +110,7 @@ def test_flops_of_both_phases_are_those_that_torch_counts(kind, local):
     found = counted_flops(lambda: task.loss_terms(0, model(batch, *args), counts).total.backward())
     sizes, tokens = sizes_of(model, [TeacherLeaf, ModularLeaf]), (batch.source_BS.numel(), batch.labels_BT.numel())
     expected = local_flops(sizes, *tokens) if local else useful_flops(sizes, *tokens, args[0])
-    assert found == pytest.approx(expected, rel=0.02)
+    assert found == pytest.approx(expected, rel=0.02 if kind == "v1.0" else 0.03)
 
 
 @pytest.mark.parametrize("kind", ["v1.1", "umt5", "bart", "m2m_100", "t5gemma2"])
@@ -176,7 +183,9 @@ def test_a_mistake_is_one_line(options, says, capsys):
 def test_every_public_model_can_be_planned():
     for name in PUBLIC:
         assert json.dumps(PUBLIC[name])
-        assert planned(name).stacks.num_layers[0] == PUBLIC[name].get("num_layers", PUBLIC[name].get("encoder_layers"))
+        told = PUBLIC[name].get("decoder", PUBLIC[name])
+        depth = next(told[key] for key in ("num_layers", "encoder_layers", "num_hidden_layers") if key in told)
+        assert planned(name).stacks.num_layers[0] == depth
 
 
 def test_where_layers_are_small_the_host_says_how_long_it_takes():

@@ -11,7 +11,7 @@ from pipeline.__main__ import main
 from pipeline.config.cli import RECIPES
 
 COSTLY = ["t5_base", "t5_large", "mt5_large", "t5_11b", "nllb_600m", "mbart_large_50", "madlad_3b", "opus_mt",
-          "pegasus_large"]  # fmt: skip
+          "pegasus_large", "t5gemma2_270m"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COSTLY)
