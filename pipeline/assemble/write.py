@@ -22,7 +22,7 @@ from transformers import AutoModelForSeq2SeqLM
 from data_prep.publish import publishing_folder
 from pipeline.assemble.card import card_of, loading_of, write_card
 from pipeline.beside import fault_of_tokenizer
-from pipeline.engines import ENGINES
+from pipeline.engines import ENGINES, refuse_kind
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
 from pipeline.ordinary import check_weights, write_settings
@@ -130,10 +130,11 @@ def write_converted(
         scores: lines for its model card.
 
     Raises:
-        ValueError: what the engine makes of the checkpoint computes something else.
+        ValueError: what the engine makes of such a model, or of this one, computes something else.
     """
-    loading = ENGINES[engine].convert(checkpoint, folder, quantization)
     kind = parts.config["model_type"]
+    refuse_kind(engine, kind)
+    loading = ENGINES[engine].convert(checkpoint, folder, quantization)
     write_card(
         folder, card_of(assembly, kind=kind, dropped=False, library=parts.manifest, loading=loading, scores=scores)
     )

@@ -2,8 +2,8 @@
 
 from pipeline.config import QUANTIZATIONS
 from pipeline.engines import onnx
-from pipeline.engines.base import Engine
-from pipeline.engines.ctranslate import PATIENCE, Translator, refuse_kind, to_ctranslate2
+from pipeline.engines.base import Engine, refuse_kind
+from pipeline.engines.ctranslate import PATIENCE, Translator, to_ctranslate2
 
 ENGINES = {
     "ctranslate2": Engine({"ctranslate2": "4.8.5"}, QUANTIZATIONS, to_ctranslate2),

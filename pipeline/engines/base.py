@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.families import family_of
+
 TOLERANCE = 2e-3
 """Of a log-probability in fp32: sums in another order."""
 
@@ -44,3 +46,13 @@ class Engine:
         for name in self.packages:
             if find_spec(name) is None:
                 raise ValueError(f"{setting} needs the package {name}, which is not installed: {self.install}")
+
+
+def refuse_kind(engine: str, kind: str) -> None:
+    """Refuse a model type of which an engine computes something else than transformers, or nothing.
+
+    Raises:
+        ValueError: names both.
+    """
+    if engine not in family_of(kind).engines:
+        raise ValueError(f"{engine} does not compute what transformers does for {kind}: leave it out")

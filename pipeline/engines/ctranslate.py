@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from data_prep.publish import discard
-from pipeline.beside import CONFIG, GENERATION, TOKENIZER_CONFIG, read
+from pipeline.beside import GENERATION, TOKENIZER_CONFIG, read
 from pipeline.engines.base import TOLERANCE
 from pipeline.families import family_of
 from pipeline.tokenizer import copy_tokenizer
@@ -33,19 +33,6 @@ PATIENCE = 3.0
 """For how many times as many finished outputs as beams a search goes on. With 1, its default, it ends where generate
 with `early_stopping` does; without that generate goes on as long as a better one may come."""
 SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
-
-
-def refuse_kind(setting: str, kind: str) -> None:
-    """Refuse a model type that CTranslate2 does not compute as transformers does.
-
-    Args:
-        setting: what asks for it.
-
-    Raises:
-        ValueError: names both.
-    """
-    if not family_of(kind).in_ctranslate2:
-        raise ValueError(f"{setting}: CTranslate2 does not compute what transformers does for {kind}: leave it out")
 
 
 def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
@@ -61,7 +48,6 @@ def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
     Raises:
         ValueError: what CTranslate2 makes of the checkpoint computes something else.
     """
-    refuse_kind(str(checkpoint), read(checkpoint / CONFIG)["model_type"])
     converter = _converter(checkpoint)
     for name, text in _files(converter, folder, quantization).items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -146,8 +146,8 @@ class Family(Protocol):
     """Config key of the token that outputs begin with."""
     has_attention_losses: ClassVar[bool]
     """Whether its layers can be taught attention maps (see `attentions`)."""
-    in_ctranslate2: ClassVar[bool]
-    """Whether CTranslate2 computes what transformers does."""
+    engines: ClassVar[tuple[str, ...]]
+    """Inference engines that are tested to compute what transformers does."""
     vocabulary_weights: ClassVar[tuple[str, ...]]
     """Names of the weights with one entry for each token of the vocabulary; the embedding first."""
     position_weights: ClassVar[tuple[str, ...]]

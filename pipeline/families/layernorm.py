@@ -138,7 +138,7 @@ class LayerNormFamily:
     size_keys: ClassVar[tuple[str, ...]] = ("encoder_layers", "vocab_size", "d_model")
     start_key: ClassVar[str] = "decoder_start_token_id"
     has_attention_losses: ClassVar[bool] = True
-    in_ctranslate2: ClassVar[bool] = True
+    engines: ClassVar[tuple[str, ...]] = ("ctranslate2", "onnx")
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "model.shared.weight",
         "lm_head.weight",

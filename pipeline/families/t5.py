@@ -171,7 +171,7 @@ class T5Family:
     size_keys: ClassVar[tuple[str, ...]] = ("num_layers", "vocab_size", "d_model")
     start_key: ClassVar[str] = "decoder_start_token_id"
     has_attention_losses: ClassVar[bool] = True
-    in_ctranslate2: ClassVar[bool] = True
+    engines: ClassVar[tuple[str, ...]] = ("ctranslate2", "onnx")
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "shared.weight",
         "lm_head.weight",

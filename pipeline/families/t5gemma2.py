@@ -212,7 +212,7 @@ class T5Gemma2Family:
     size_keys: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "vocab_size")
     start_key: ClassVar[str] = "bos_token_id"
     has_attention_losses: ClassVar[bool] = False  # keys are few, normed and turned, and cross-attention is none apart
-    in_ctranslate2: ClassVar[bool] = False  # 4.8.5 converts it, to log-probabilities that are 0.2 apart
+    engines: ClassVar[tuple[str, ...]] = ()  # CTranslate2 4.8.5 converts it, to log-probabilities that are 0.2 apart
     vocabulary_weights: ClassVar[tuple[str, ...]] = (
         "model.encoder.embed_tokens.weight",
         "model.decoder.embed_tokens.weight",

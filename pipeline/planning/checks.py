@@ -59,7 +59,7 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     kind = planned.settings["model_type"]
     check_losses(kind, recipe.distill.losses)
     if recipe.assemble.ctranslate2:
-        refuse_kind("assemble.ctranslate2", kind)
+        refuse_kind("ctranslate2", kind)
     _check_granularities(recipe, planned.stacks)
     requested_assemblies(recipe, planned.stacks)
     baselines_of(recipe, planned.stacks)

@@ -20,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from pipeline import export as exporting
 from pipeline.__main__ import main
 from pipeline.decoding import generate, losses_of
-from pipeline.engines import ENGINES, ctranslate, onnx
+from pipeline.engines import ENGINES, ctranslate, onnx, refuse_kind
 from pipeline.ordinary import check_ordinary
 from tests.readers.environments import place_of
 from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, WITH_PIECES, exported
@@ -333,6 +333,13 @@ def test_a_folder_in_half_the_bytes_is_ordinary(tmp_path):
 def test_options_that_do_not_go_together_are_refused(arguments, message):
     with pytest.raises((ValueError, OSError), match=message):
         exporting.export_command(["--assembly", "e1x2-d1x2", *arguments])
+
+
+@pytest.mark.parametrize("to", ENGINES)
+def test_an_engine_is_refused_for_a_model_type_of_which_it_computes_something_else(to):
+    refuse_kind(to, "umt5")
+    with pytest.raises(ValueError, match=f"{to} does not compute what transformers does for t5gemma2: leave it out"):
+        refuse_kind(to, "t5gemma2")
 
 
 @pytest.mark.parametrize("to", ENGINES)
