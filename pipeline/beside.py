@@ -17,7 +17,7 @@ from pipeline.families import family_of
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-FROM_CONFIG = "_from_model_config"
+FROM_CONFIG, START = "_from_model_config", "decoder_start_token_id"
 NAMED = ("pad_token", "eos_token")
 LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens")
 OF_MODELS = ("use_cache", "output_attentions", "output_hidden_states", "transformers_version")
@@ -58,9 +58,15 @@ def check_ids(folder: Path, settings: Mapping[str, Any], generation: Mapping[str
         for key in (key for key in told if key.endswith("_token_id") or key in LISTS_OF_IDS):
             if any(not 0 <= each < settings["vocab_size"] for each in _ids(told[key])):
                 raise ValueError(f"{folder}: {name} has {key} {told[key]} beyond its {settings['vocab_size']} tokens")
-    for key in (family_of(settings["model_type"]).start_key, "eos_token_id", "pad_token_id"):
+    start_key = family_of(settings["model_type"]).start_key
+    for key in (start_key, "eos_token_id", "pad_token_id"):
         if settings.get(key) is None:
             raise ValueError(f"{folder}: {CONFIG} names no {key}")
+    if (start_id := generation.get(START)) not in (None, settings[start_key]):
+        raise ValueError(
+            f"{folder}: {CONFIG} has {start_key} {settings[start_key]}, but {GENERATION} {START} {start_id}: outputs "
+            f"would begin otherwise than in training"
+        )
 
 
 def _check_generation(folder: Path, settings: Mapping[str, Any], generation: Mapping[str, Any]) -> None:

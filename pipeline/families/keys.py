@@ -1,5 +1,6 @@
 """The three lists of keys of a config.json: those that a family carries, those that change nothing, and those that it
-carries with one value alone. A key on none of them is refused, too: nobody has looked at what it does."""
+carries with one value alone. A key on none of them is refused, too: nobody has looked at what it does. Settings of a
+part of the model have lists of their own."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ class RotaryPositions(nn.Module):
         """For layers of an attention type."""
         told = self.settings[kind]
         exponents = torch.arange(0, self.width, 2, dtype=torch.float32, device=positions_RQ.device) / self.width
-        frequencies = 1.0 / told["rope_theta"] ** exponents / told.get("factor", 1.0)
+        factor = told["factor"] if told["rope_type"] == "linear" else 1.0
+        frequencies = 1.0 / told["rope_theta"] ** exponents / factor
         angles = positions_RQ[:, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
@@ -195,6 +196,7 @@ class T5Gemma2Family:
     keys: ClassVar[Keys] = Keys.of(
         ("dropout_rate", "attention_dropout", "eoi_token_index"),
         harmless=("classifier_dropout_rate", "initializer_range", "image_token_index"),
+        equal={"decoder_start_token_id": "bos_token_id"},
         parts={
             "encoder": Keys.of(
                 ("dropout_rate", "eoi_token_index", "vision_config"),

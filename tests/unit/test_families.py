@@ -332,6 +332,16 @@ def test_parts_of_a_public_t5gemma2_are_read_in_one_type_and_under_their_older_n
     assert "dtype" not in again["decoder"].keys() | again["encoder"].keys() | again["encoder"]["text_config"].keys()
 
 
+def test_outputs_of_a_t5gemma2_begin_in_decoding_as_in_training(tmp_path):
+    save_ordinary(tiny_model("t5gemma2", 2, 2), tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder_start_token_id": 0}))
+    with pytest.raises(ValueError, match=r"bos_token_id 2, but generation_config.json decoder_start_token_id 0: "):
+        check_ordinary(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text()) | {"decoder_start_token_id": 0}
+    assert "unless they are equal" in family_of("t5gemma2").keys.refusal(told)
+
+
 def test_attention_losses_are_refused_where_a_family_has_none():
     check_losses("t5gemma2", LossConfig())
     check_losses("bart", LossConfig(attention_self=1.0))
