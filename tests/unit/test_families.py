@@ -49,9 +49,9 @@ def test_states_before_the_first_layer_and_decoder_inputs_are_the_models_own(kin
     """T5: plain embeddings. BART and its kin: scaled or not, learned positions from offset 2 or sinusoids, a norm of
     each stack's own or none."""
     model = tiny_model(kind)
-    _, shared, _ = parts(model)
+    family, shared, _ = parts(model)
     batch = random_batch(6)
-    start_id = getattr(model.config, "decoder_start_token_id", model.config.bos_token_id)
+    start_id = getattr(model.config, family.start_key)
     ids_BT = shift_tokens_right(batch.labels_BT, model.config.pad_token_id, start_id)
     assert torch.equal(shared.decoder_inputs(batch.labels_BT), ids_BT)
     outputs = model(input_ids=batch.source_BS, decoder_input_ids=ids_BT, output_hidden_states=True)
@@ -132,9 +132,9 @@ def test_every_layer_of_a_umt5_has_a_bias_of_its_own_and_takes_it_along():
         output_hidden_states=True,
     )  # fmt: skip
     states = (expected.encoder_hidden_states, expected.decoder_hidden_states)
-    encoded_BSD, cross_bias = expected.encoder_last_hidden_state, shared.cross_bias(mask_BL)
-    for stack, before, encoded, bias in zip(STACKS, states, (None, encoded_BSD), (None, cross_bias), strict=True):
-        inputs = shared.inputs(stack, mask_BL if stack == "encoder" else mask_BL[:1], bias)
+    sources = ((None, None), (expected.encoder_last_hidden_state, mask_BL))
+    for stack, before, (encoded, source_mask) in zip(STACKS, states, sources, strict=True):
+        inputs = shared.inputs(stack, mask_BL if stack == "encoder" else mask_BL[:1], source_mask)
         for index in (0, 1):
             found_BLD = family.call_layer(layers[stack][index], before[index], encoded, inputs)
             torch.testing.assert_close(found_BLD[mask_BL], before[index + 1][mask_BL], atol=2e-5, rtol=1e-5)
