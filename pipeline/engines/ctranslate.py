@@ -56,7 +56,7 @@ def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
         shutil.copy2(checkpoint / GENERATION, folder / GENERATION)  # for Translator
     if quantization == "float32":
         check_scores(checkpoint, folder)
-    return _loading(checkpoint)
+    return _loading(checkpoint, _vocabulary(folder))
 
 
 def _files(converter: Any, folder: Path, quantization: str) -> dict[str, str]:
@@ -138,11 +138,12 @@ def _vocabulary(folder: Path) -> list[str]:
     return json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
 
 
-def options_of(told: Mapping[str, Any], num_beams: int, max_new_tokens: int) -> dict[str, Any]:
+def options_of(told: Mapping[str, Any], words: Sequence[str], num_beams: int, max_new_tokens: int) -> dict[str, Any]:
     """What generate goes by, in the words of translate_batch.
 
     Args:
         told: what generation_config.json says.
+        words: what the engine calls each id.
     """
     options = {name: told[name] for name in OPTIONS if told.get(name) is not None}
     options |= {"beam_size": num_beams, "max_decoding_length": max_new_tokens}
@@ -150,6 +151,10 @@ def options_of(told: Mapping[str, Any], num_beams: int, max_new_tokens: int) -> 
         options["patience"] = PATIENCE
     # generate counts the token that the decoder starts with; the engine by itself would allow no empty output
     options["min_decoding_length"] = max(0, (told.get("min_length") or 0) - 1)
+    if isinstance(ends := told.get("eos_token_id"), list):
+        options["end_token"] = [words[each] for each in ends]
+    if never := told.get("bad_words_ids"):
+        options["suppress_sequences"] = [[words[each] for each in ids] for ids in never]
     return options
 
 
@@ -177,7 +182,7 @@ class Translator:
             forced_bos_ids: what each output begins with; None where the generation settings say it.
             min_new_tokens: no output is shorter; 0 where the generation settings say it.
         """
-        options = options_of(self._told, num_beams, max_new_tokens)
+        options = options_of(self._told, self._words, num_beams, max_new_tokens)
         if min_new_tokens:
             options["min_decoding_length"] = min_new_tokens
         forced = self._told.get("forced_bos_token_id")
@@ -206,11 +211,11 @@ class Translator:
         return [[self._words[each] for each in ids] for ids in rows]
 
 
-def _loading(checkpoint: Path) -> str:
+def _loading(checkpoint: Path, words: Sequence[str]) -> str:
     """How the folder is used, with what generation_config.json says in CTranslate2's words; a tokenizer with tokens of
     languages is told them first."""
     told = read(checkpoint / GENERATION)
-    options = options_of(told, told.get("num_beams") or 1, told.get("max_new_tokens") or 128)
+    options = options_of(told, words, told.get("num_beams") or 1, told.get("max_new_tokens") or 128)
     first, languages = [], []
     if language := read(checkpoint / TOKENIZER_CONFIG).get("src_lang"):
         languages = [

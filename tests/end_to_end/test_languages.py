@@ -151,8 +151,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "data.source_language": "{src}", "data.target_language": "{tgt}", "data.max_source_tokens": LONGEST_SOURCE,
         "data.max_target_tokens": 16, "distill.granularities": "[2]", "distill.optim.num_steps": 4,
         "distill.local_steps": 2, "distill.loop.ds_config": "zero2_cpu", "baseline.optim.num_steps": 2,
-        "assemble.ratios": "[2.0]", "evaluate.max_new_tokens": NUM_NEW_TOKENS, "launch.num_ranks": 1,
-        "launch.num_mpi_ranks": 1,
+        "assemble.ratios": "[2.0]", "assemble.ctranslate2": "[float32]", "evaluate.max_new_tokens": NUM_NEW_TOKENS,
+        "launch.num_ranks": 1, "launch.num_mpi_ranks": 1,
     }  # fmt: skip
     options |= {f"data.{part}": f"[{written(root / f'{part}.jsonl', part_rows)}]" for part, part_rows in parts.items()}
     main(["run", "--config", "minute", *(text for key, value in options.items() for text in (f"--{key}", str(value)))])
@@ -175,12 +175,14 @@ def plain_outputs(folder: Path, examples: list[dict[str, str]], **options: Any) 
 def test_outputs_begin_with_the_language_that_is_asked_for(finished: RunDir) -> None:
     examples = [json.loads(line) for line in (finished.data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     systems = json.loads(finished.systems.read_text())["systems"]
-    assert {each["kind"] for each in systems} == {"teacher", "assembly", "dropped", "finetuned"}
+    assert {each["kind"] for each in systems} == {"teacher", "assembly", "dropped", "finetuned", "engine"}
     for system in systems:
         path, folder = (
             finished.stage("evaluate") / "outputs" / f"{system['name']}.jsonl",
             finished.root / system["folder"],
         )
+        if system["kind"] == "engine":
+            folder = folder.with_name(system["assembly"])  # the checkpoint that it was made of
         ours = [json.loads(line)["output"] for line in path.read_text(encoding="utf-8").splitlines()]
         expected = plain_outputs(folder, examples, max_new_tokens=NUM_NEW_TOKENS)
         assert ours == expected, system["name"]

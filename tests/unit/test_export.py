@@ -102,7 +102,12 @@ def test_ctranslate2_writes_what_generate_writes(tmp_path, kind):
 @NEEDS_ENGINE
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"min_length": 5}, {"forced_bos_token_id": 9, "forced_eos_token_id": 7, "no_repeat_ngram_size": 2}],
+    [
+        {},
+        {"min_length": 5},
+        {"forced_bos_token_id": 9, "forced_eos_token_id": 7, "no_repeat_ngram_size": 2},
+        {"eos_token_id": [1, 198, 231], "bad_words_ids": [[37], [14, 276]]},
+    ],
 )
 def test_a_converted_model_takes_and_gives_ids_as_generate_does(tmp_path, settings):
     models, _ = exported(tmp_path, "v1.1", ASSEMBLIES[:1])
