@@ -153,7 +153,9 @@ def options_of(told: Mapping[str, Any], words: Sequence[str], num_beams: int, ma
     options["min_decoding_length"] = max(0, (told.get("min_length") or 0) - 1)
     if isinstance(ends := told.get("eos_token_id"), list):
         options["end_token"] = [words[each] for each in ends]
-    if never := told.get("bad_words_ids"):
+    # an OPUS-MT's padding is no word of the engine's, which never writes it
+    never = [ids for ids in told.get("bad_words_ids") or [] if max(ids) < len(words)]
+    if never:
         options["suppress_sequences"] = [[words[each] for each in ids] for ids in never]
     return options
 
