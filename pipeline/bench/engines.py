@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.bench import Measure, report
-from pipeline.engines import PATIENCE
+from pipeline.engines import Translator
 from pipeline.export import Form, assemblies_of, bytes_of, export
 from pipeline.rundir import RunDir
 from pipeline.scoring import References, bleu, p_values
@@ -93,10 +93,8 @@ def generated(folder: Path, sources: Sequence[str], num_beams: int, longest: int
     started_at = time.process_time()
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(list(sources)).input_ids
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found: list[list[int]] = [[]] * len(ids)
-    for begin in range(0, len(order), BATCH):
-        places = order[begin : begin + BATCH]
+    for places in _batches(ids):
         batch = tokenizer.pad({"input_ids": [ids[place] for place in places]}, return_tensors="pt")
         rows = model.generate(**batch, num_beams=num_beams, do_sample=False, max_new_tokens=longest)
         for place, row in zip(places, rows[:, 1:].tolist(), strict=True):
@@ -119,18 +117,23 @@ def num_lower(folder: Path, sources: Sequence[str], ours: Outputs, theirs: Outpu
 
 
 def translated(folder: Path, sources: Sequence[str], num_beams: int, longest: int) -> Outputs:
-    """By CTranslate2."""
-    import ctranslate2  # late: the list of benchmarks is wanted without it
-
+    """By CTranslate2, the same batches."""
     started_at = time.process_time()
-    translator, tokenizer = ctranslate2.Translator(str(folder), intra_threads=1), AutoTokenizer.from_pretrained(folder)
-    pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(list(sources)).input_ids]
-    patience = PATIENCE if num_beams > 1 else 1.0  # as the README of an exported folder says
-    results = translator.translate_batch(
-        pieces, beam_size=num_beams, patience=patience, max_decoding_length=longest, max_batch_size=BATCH
-    )
-    rows: list[Any] = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
-    return Outputs(tokenizer.batch_decode(rows, skip_special_tokens=True), rows, time.process_time() - started_at)
+    translator, tokenizer = Translator(folder, torch.device("cpu")), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(list(sources)).input_ids
+    found: list[list[int]] = [[]] * len(ids)
+    for places in _batches(ids):
+        rows = translator.generate([ids[place] for place in places], longest, num_beams)
+        for place, row in zip(places, rows, strict=True):
+            found[place] = row[:-1] if row[-1] == tokenizer.eos_token_id else row
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return Outputs(texts, found, time.process_time() - started_at)
+
+
+def _batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of BATCH texts of similar length."""
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    return [order[begin : begin + BATCH] for begin in range(0, len(order), BATCH)]
 
 
 def _report(rows: Sequence[dict[str, Any]], num_examples: int, write_dir: Path | None) -> None:

@@ -227,7 +227,7 @@ def converted(subject: Subject, quantization: str, scratch: Path) -> dict[str, P
 
 
 def _by_engine(folders: Mapping[str, Path], subject: Subject, device: torch.device) -> Result:
-    """CTranslate2, folder by folder, in the order of lengths that it chooses itself."""
+    """CTranslate2, folder by folder, in batches of like length."""
     result, settings = Result(), subject.recipe.evaluate
     sources = [example["source"] for example in subject.examples]
     for name, folder in folders.items():

@@ -38,15 +38,7 @@ SOURCE_LENGTHS, TARGET_LENGTHS = (16, 11, 3), (8, 5, 2)
 def to_ctranslate2(checkpoint: Path, folder: Path, quantization: str) -> str:
     """Write a checkpoint into a folder as a CTranslate2 model, with its tokenizer.
 
-    Args:
-        folder: is there and has no model in it.
-        quantization: one of QUANTIZATIONS.
-
-    Returns:
-        How the folder is used, as code.
-
-    Raises:
-        ValueError: what CTranslate2 makes of the checkpoint computes something else.
+    As `Engine.convert`.
     """
     converter = _converter(checkpoint)
     for name, text in _files(converter, folder, quantization).items():

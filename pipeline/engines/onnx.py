@@ -44,27 +44,21 @@ Axes = dict[int, str]  # axis of a tensor -> its name, where its length may be a
 def to_onnx(checkpoint: Path, folder: Path, quantization: str) -> str:
     """Write a checkpoint into a folder as three graphs, with its settings and its tokenizer.
 
-    Args:
-        folder: is there and has no model in it.
-        quantization: one of QUANTIZATIONS.
-
-    Returns:
-        How the folder is used, as code.
-
-    Raises:
-        ValueError: the graphs compute something else than the checkpoint.
+    As `Engine.convert`.
     """
     model = AutoModelForSeq2SeqLM.from_pretrained(
         checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    _write(folder, _graphs(model))
+    graphs = _graphs(model)
+    quantized = {name: _quantized(graph) for name, graph in graphs.items()} if quantization == "int8" else {}
+    _write(folder, graphs)
     copy_tokenizer(checkpoint, folder)
     for name in (CONFIG, GENERATION):
         if (checkpoint / name).is_file():
             shutil.copy2(checkpoint / name, folder / name)
     check_scores(model, folder)
-    if quantization == "int8":
-        _write(folder, {name: _quantized(graph) for name, graph in _graphs(model).items()})
+    if quantized:
+        _write(folder, quantized)
     return _loading(checkpoint)
 
 

@@ -77,10 +77,18 @@ def empty_bias(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return torch.empty(*rows, width, dtype=dtype, device=device)[..., :num_keys]
 
 
-def masked_bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The additive bias of a mask [..., L]: 0 where it is true, the dtype's minimum elsewhere."""
-    bias = empty_bias(visible.shape, dtype, visible.device).zero_()
-    return bias.masked_fill_(~visible, torch.finfo(dtype).min)
+def visible_keys(mask_BL: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Which keys each query looks at: real ones and, if causal, none behind it; bool [B, 1, L or 1, L]."""
+    visible = mask_BL[:, None, None, :]
+    if not causal:
+        return visible
+    positions_1L = torch.arange(mask_BL.shape[1], device=mask_BL.device)[None]
+    return visible & visible_at(positions_1L, mask_BL.shape[1])
+
+
+def visible_at(positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Which of the first keys are not behind tokens at these positions, bool [R or 1, 1, Q, T]."""
+    return torch.arange(num_keys, device=positions_RQ.device) <= positions_RQ[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,28 @@ class Shared(Protocol):
 
     def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of finished decoder states [N, D]."""
+
+
+class SharedParts(nn.Module):
+    """What Shared is in every family alike: masks, and the head."""
+
+    head: VocabularyHead
+
+    def masked(self, visible: torch.Tensor) -> torch.Tensor:
+        """The additive bias of a mask [..., L]: 0 where it is true, the dtype's minimum elsewhere."""
+        dtype = self.head.weight.dtype
+        bias = empty_bias(visible.shape, dtype, visible.device).zero_()
+        return bias.masked_fill_(~visible, torch.finfo(dtype).min)
+
+    def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
+        return self.masked(mask_BS[:, None, None, :])
+
+    def bias_of_source(self, mask_BS: torch.Tensor | None) -> torch.Tensor | None:
+        """That of cross-attention, in the encoder none."""
+        return None if mask_BS is None else self.cross_bias(mask_BS)
+
+    def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
+        return self.head(normed_ND)
 
 
 class Family(Protocol):

@@ -18,10 +18,12 @@ from pipeline.families.attention import attend, attend_across, heads
 from pipeline.families.base import (
     KeysValues,
     SelfCache,
+    SharedParts,
     StackInputs,
-    masked_bias,
     set_layer_index,
     shifted,
+    visible_at,
+    visible_keys,
 )
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
@@ -44,7 +46,7 @@ class LearnedPositions(nn.Module):
         return self.table(ids_RQ, position_ids=positions_RQ)[0]  # the table adds a dimension in front
 
 
-class LayerNormShared(nn.Module):
+class LayerNormShared(SharedParts):
     """Embeddings, norms outside the layers and the head: frozen, and used by teacher and student alike.
 
     Positions enter here, not in the layers, so a layer can stand anywhere.
@@ -80,30 +82,17 @@ class LayerNormShared(nn.Module):
         return self.norm[stack](tokens_RQD + self.positions[stack](ids_RQ, positions_RQ))
 
     def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
-        keys_T = torch.arange(num_keys, device=positions_RQ.device)
-        return StackInputs(self._masked(keys_T <= positions_RQ[:, None, :, None]), cross_bias)
+        return StackInputs(self.masked(visible_at(positions_RQ, num_keys)), cross_bias)
 
     def decoder_inputs(self, labels_BT: torch.Tensor) -> torch.Tensor:
         return shifted(labels_BT, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
-        visible = mask_BL[:, None, None, :]
-        if stack == "decoder":
-            positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-            visible = visible & (positions_L[None, :] <= positions_L[:, None])
-        return StackInputs(self._masked(visible), None if source_mask_BS is None else self.cross_bias(source_mask_BS))
-
-    def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
-        return self._masked(mask_BS[:, None, None, :])
-
-    def _masked(self, visible: torch.Tensor) -> torch.Tensor:
-        return masked_bias(visible, self.head.weight.dtype)
+        visible = visible_keys(mask_BL, causal=stack == "decoder")
+        return StackInputs(self.masked(visible), self.bias_of_source(source_mask_BS))
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return self.final_norm[stack](hidden_BLD)
-
-    def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
-        return self.head(normed_ND)
 
 
 CARRIED = (

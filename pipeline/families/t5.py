@@ -22,11 +22,13 @@ from pipeline.families.base import (
     Distances,
     KeysValues,
     SelfCache,
+    SharedParts,
     StackInputs,
     empty_bias,
-    masked_bias,
     set_layer_index,
     shifted,
+    visible_at,
+    visible_keys,
 )
 from pipeline.families.capture import Projections
 from pipeline.families.head import VocabularyHead
@@ -56,18 +58,9 @@ class RelativePositions(nn.Module):
         places_RQT = (keys_T - positions_RQ[:, :, None]).clamp(max=0) + num_keys - 1
         return Distances(self._buckets(keys_T + 1 - num_keys), places_RQT)
 
-    def hidden(self, mask_BL: torch.Tensor) -> torch.Tensor:
-        """Keys that are padding (or later, in a decoder), bool [B, 1, L or 1, L]."""
-        hidden = ~mask_BL[:, None, None, :]
-        if self.bidirectional:
-            return hidden
-        positions_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-        return hidden | (positions_L[None, :] > positions_L[:, None])
-
-    def hidden_at(self, positions_RQ: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """Later keys, bool [R or 1, 1, Q, T]."""
-        keys_T = torch.arange(num_keys, device=positions_RQ.device)
-        return keys_T > positions_RQ[:, None, :, None]
+    def visible(self, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Bool [B, 1, L or 1, L]."""
+        return visible_keys(mask_BL, causal=not self.bidirectional)
 
     def _buckets(self, distance_R: torch.Tensor) -> torch.Tensor:
         return T5Attention._relative_position_bucket(
@@ -86,26 +79,26 @@ class PositionBias(RelativePositions):
         """Inputs with a self-attention bias [B, H, L, L], also by distance."""
         distances = self.distances(mask_BL.shape[1], mask_BL.device)
         by_distance_RH = self.table(distances.buckets_R)
-        bias_BHLL = biased(by_distance_RH, distances, self.hidden(mask_BL))
+        bias_BHLL = biased(by_distance_RH, distances, self.visible(mask_BL))
         return StackInputs(bias_BHLL, cross_bias, by_distance_RH.T)
 
     def at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
         """Inputs with the rows of the bias that belong to these positions, [R or 1, H, Q, num_keys]."""
         distances = self.distances_at(positions_RQ, num_keys)
         by_distance_RH = self.table(distances.buckets_R)
-        return StackInputs(biased(by_distance_RH, distances, self.hidden_at(positions_RQ, num_keys)), cross_bias)
+        return StackInputs(biased(by_distance_RH, distances, visible_at(positions_RQ, num_keys)), cross_bias)
 
 
-def biased(by_distance_RH: torch.Tensor, distances: Distances, hidden: torch.Tensor) -> torch.Tensor:
-    """Additive self-attention bias [B or 1, H, Q, L] from one by distance; keys that are hidden, bool
+def biased(by_distance_RH: torch.Tensor, distances: Distances, visible: torch.Tensor) -> torch.Tensor:
+    """Additive self-attention bias [B or 1, H, Q, L] from one by distance; keys that are not visible, bool
     [B or 1, 1, Q or 1, L], are masked."""
     bias_HQL = F.embedding(distances.places_QL, by_distance_RH).permute(0, 3, 1, 2)
-    shape = torch.broadcast_shapes(bias_HQL.shape, hidden.shape)
+    shape = torch.broadcast_shapes(bias_HQL.shape, visible.shape)
     bias_BHQL = empty_bias(shape, bias_HQL.dtype, bias_HQL.device)
-    return bias_BHQL.copy_(bias_HQL).masked_fill_(hidden, torch.finfo(bias_HQL.dtype).min)
+    return bias_BHQL.copy_(bias_HQL).masked_fill_(~visible, torch.finfo(bias_HQL.dtype).min)
 
 
-class T5Shared(nn.Module):
+class T5Shared(SharedParts):
     """Embedding, position biases, final norms and head: frozen, and used by teacher and student alike.
 
     Args:
@@ -132,14 +125,7 @@ class T5Shared(nn.Module):
         return shifted(labels_BT, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
-        return self.bias[stack](mask_BL, None if source_mask_BS is None else self.cross_bias(source_mask_BS))
-
-    def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
-        return self.masked(mask_BS[:, None, None, :])
-
-    def masked(self, visible: torch.Tensor) -> torch.Tensor:
-        """An additive bias that only masks keys."""
-        return masked_bias(visible, self.embedding.weight.dtype)
+        return self.bias[stack](mask_BL, self.bias_of_source(source_mask_BS))
 
     def embed_at(self, ids_RQ: torch.Tensor, positions_RQ: torch.Tensor) -> torch.Tensor:
         return self.embedding(ids_RQ)
@@ -150,10 +136,6 @@ class T5Shared(nn.Module):
 
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return self.norm[stack](hidden_BLD)
-
-    def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of final-normed decoder states [N, D]."""
-        return self.head(normed_ND)
 
 
 CARRIED = (

@@ -27,9 +27,9 @@ from pipeline.families.attention import attend_to_both, heads
 from pipeline.families.base import (
     KeysValues,
     SelfCache,
+    SharedParts,
     StackInputs,
     empty_bias,
-    masked_bias,
     repeated,
     set_layer_index,
     shifted,
@@ -131,7 +131,7 @@ class TokenEmbedding(nn.Module):
         return torch.where((ids_BL == self.eoi_token_index)[..., None], self.eoi_embedding, embedded_BLD)
 
 
-class T5Gemma2Shared(nn.Module):
+class T5Gemma2Shared(SharedParts):
     """Embedding, rotary positions, masks, final norms and head: frozen, and used by teacher and student alike."""
 
     def __init__(self, model: T5Gemma2ForConditionalGeneration) -> None:
@@ -154,8 +154,7 @@ class T5Gemma2Shared(nn.Module):
 
     def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> T5Gemma2Inputs:
         positions_1L = torch.arange(mask_BL.shape[1], device=mask_BL.device)[None]
-        cross_bias = None if source_mask_BS is None else self.cross_bias(source_mask_BS)
-        return self._inputs(stack, positions_1L, mask_BL[:, None, :], cross_bias)
+        return self._inputs(stack, positions_1L, mask_BL[:, None, :], self.bias_of_source(source_mask_BS))
 
     def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> T5Gemma2Inputs:
         all_11T = torch.ones(1, 1, num_keys, dtype=torch.bool, device=positions_RQ.device)
@@ -174,20 +173,14 @@ class T5Gemma2Shared(nn.Module):
         near_RQT = near(0, 0, queries_RQ1, keys_T)
         dtype, rotary = self.head.weight.dtype, RotaryPositions(config)
         return T5Gemma2Inputs(
-            self_bias=masked_bias(visible_RQT[:, None], dtype),
-            sliding_bias=masked_bias((visible_RQT & near_RQT)[:, None], dtype),
+            self_bias=self.masked(visible_RQT[:, None]),
+            sliding_bias=self.masked((visible_RQT & near_RQT)[:, None]),
             cross_bias=cross_bias,
             rotations={kind: rotary.at(positions_RQ, kind, dtype) for kind in {*config.layer_types}},
         )
 
-    def cross_bias(self, mask_BS: torch.Tensor) -> torch.Tensor:
-        return masked_bias(mask_BS[:, None, None, :], self.head.weight.dtype)
-
     def finish(self, stack: str, hidden_BLD: torch.Tensor) -> torch.Tensor:
         return self.norm[stack](hidden_BLD)
-
-    def logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
-        return self.head(normed_ND)
 
 
 class T5Gemma2Family:

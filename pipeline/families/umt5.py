@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
-from pipeline.families.base import KeysValues, StackInputs, set_layer_index
+from pipeline.families.base import KeysValues, StackInputs, set_layer_index, visible_at
 from pipeline.families.capture import Projections
 from pipeline.families.keys import Keys
 from pipeline.families.t5 import CARRIED, RelativePositions, T5Family, T5Shared, biased, within_fp16
@@ -24,13 +24,13 @@ class UMT5Shared(T5Shared):
     def inputs(self, stack: str, mask_BL: torch.Tensor, source_mask_BS: torch.Tensor | None = None) -> StackInputs:
         positions: Any = self.bias[stack]
         distances = positions.distances(mask_BL.shape[1], mask_BL.device)
-        cross_bias = None if source_mask_BS is None else self.cross_bias(source_mask_BS)
-        return StackInputs(self.masked(~positions.hidden(mask_BL)), cross_bias, distances=distances)
+        cross_bias = self.bias_of_source(source_mask_BS)
+        return StackInputs(self.masked(positions.visible(mask_BL)), cross_bias, distances=distances)
 
     def inputs_at(self, positions_RQ: torch.Tensor, num_keys: int, cross_bias: torch.Tensor) -> StackInputs:
         positions: Any = self.bias["decoder"]
         distances = positions.distances_at(positions_RQ, num_keys)
-        return StackInputs(self.masked(~positions.hidden_at(positions_RQ, num_keys)), cross_bias, distances=distances)
+        return StackInputs(self.masked(visible_at(positions_RQ, num_keys)), cross_bias, distances=distances)
 
 
 class _Pass:
@@ -77,7 +77,7 @@ class UMT5Family(T5Family):
         """The layer's position bias with the stack's mask, [B or 1, H, L, L] or [R or 1, H, Q, T]."""
         assert inputs.distances is not None
         by_distance_RH = attention.relative_attention_bias(inputs.distances.buckets_R)
-        return biased(by_distance_RH, inputs.distances, inputs.self_bias < 0)
+        return biased(by_distance_RH, inputs.distances, inputs.self_bias == 0)
 
     def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
         set_layer_index(layer, index)
