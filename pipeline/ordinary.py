@@ -25,7 +25,8 @@ from pipeline.weights import dtypes_of, same_bytes, shapes_of, weight_files
 WEIGHTS = "model.safetensors"
 HEAD, TIED, SCALED = "lm_head.weight", "tie_word_embeddings", "scale_decoder_outputs"
 DERIVED = ("is_gated_act", "dense_act_fn")  # of feed_forward_proj; saved beside it, and then believed
-MUST_SCALE = {"t5": True, "mt5": False}  # whether transformers 5 scales the outputs of a head that is the embedding
+MUST_SCALE = {"t5": True, "umt5": True, "mt5": False}
+"""Whether transformers 5 scales the outputs of a head that is the embedding."""
 TYPES = ("dtype", "torch_dtype")
 QUANTIZED, ADAPTER = "quantization_config", "adapter_config.json"
 ADAPTED = (".lora_", ".base_layer.", ".adapter")
@@ -51,8 +52,6 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     written = without_types_of_parts(settings)
     shapes, family = _shapes(folder), family_of(written["model_type"])
-    if family.scales_always:  # which transformers 5 saves true
-        written[TIED] = HEAD not in shapes or same_bytes(weight_files(folder), HEAD, family.vocabulary_weights[0])
     if written["model_type"] in MUST_SCALE:
         scaled = written.get(SCALED, written.get(TIED) is not False) and MUST_SCALE[written["model_type"]]
         if not scaled and HEAD not in shapes:
@@ -77,6 +76,13 @@ def without_types_of_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def scale_as_told(model: Any, folder: Path) -> None:
+    """Have a model that transformers has read scale what its head takes where its config.json says so: versions of
+    transformers 5 (5.17, not 5.24) scale every umT5's."""
+    if MUST_SCALE.get(model.config.model_type) and not hasattr(model.config, SCALED):
+        model.config.tie_word_embeddings = read(folder / CONFIG).get(TIED) is not False
+
+
 def check_ordinary(folder: Path) -> str:
     """Hold config.json of a model folder against its weights, from names, shapes and bytes alone.
 
@@ -95,8 +101,6 @@ def check_ordinary(folder: Path) -> str:
     check_beside(folder, settings)
     depths = "+".join(str(len(family.layers(model, stack))) for stack in STACKS)
     head = "a head of its own" if HEAD in shapes else "its embedding as head"
-    if family.scales_always and not settings.get(TIED, True):
-        head += ", whose outputs transformers 5 scales and 4 does not"
     return f"{folder}: {settings['model_type']}, {depths} layers, {head}; {CONFIG} agrees with the weights"
 
 

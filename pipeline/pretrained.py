@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.beside import CONFIG, read
 from pipeline.families import FAMILIES, family_of
-from pipeline.ordinary import HEAD, TIED, without_types_of_parts
+from pipeline.ordinary import HEAD, TIED, scale_as_told, without_types_of_parts
 from pipeline.weights import names_of_index, refuse_packed, shapes_of, weight_files
 
 EMBEDDING, BIN = "shared.weight", "pytorch_model.bin"
@@ -92,6 +92,7 @@ def model_of(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
     if family and EMBEDDING in family.vocabulary_weights:
         _take_stored_embedding(model, folder)
+    scale_as_told(model, folder)
     return model
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from transformers import (
 
 from pipeline.data import MicroBatch
 from pipeline.families import decoder_inputs
+from pipeline.ordinary import scale_as_told
 from pipeline.spans import Assembly
 
 OWN_TOKENIZER = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled"]  # kinds for which tests make one
@@ -39,8 +42,7 @@ SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64,
 
 
 def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6, seed: int = 0, vocab_size: int = 64):
-    """A random model: "v1.0" (tied, scaled head), "v1.1" and "mt5" (untied head, not scaled) or "umt5" (untied head,
-    scaled)."""
+    """A random model: "v1.0" (tied, scaled head), "v1.1", "mt5" and "umt5" (untied head, not scaled)."""
     torch.manual_seed(seed)
     sizes = {**SIZES, "vocab_size": vocab_size}
     depth = {"num_layers": num_layers, "num_decoder_layers": num_decoder_layers, "dropout_rate": 0.0}
@@ -48,6 +50,7 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
         model = MT5ForConditionalGeneration(MT5Config(**sizes, **depth))
     elif kind == "umt5":
         model = UMT5ForConditionalGeneration(UMT5Config(**sizes, **depth))
+        model.config.tie_word_embeddings = False  # which UMT5Config overrules
     elif kind == "v1.0":
         model = T5ForConditionalGeneration(T5Config(**sizes, **depth))
     else:
@@ -173,6 +176,13 @@ def tiny_assembled(kind: str, assembly: Assembly):
     stacks = zip(ATTENTION_TYPES, (assembly.encoder, assembly.decoder), strict=True)
     encoder, decoder = ([kinds[span.last] for span in tiling.spans] for kinds, tiling in stacks)
     return tiny_t5gemma2(*depths, kinds=(encoder, decoder))
+
+
+def read_plainly(folder: Path, **options: Any):
+    """What plain transformers makes of a folder, as 4.57 and 5.24 make it: 5.17 scales the outputs of every umT5."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options).eval()
+    scale_as_told(model, folder)
+    return model
 
 
 def hf_logits(model, batch: MicroBatch) -> torch.Tensor:

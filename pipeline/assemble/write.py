@@ -25,7 +25,7 @@ from pipeline.beside import fault_of_tokenizer
 from pipeline.engines import ENGINES, refuse_kind
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
-from pipeline.ordinary import check_weights, write_settings
+from pipeline.ordinary import check_weights, scale_as_told, write_settings
 from pipeline.rundir import RunDir, read_json
 from pipeline.spans import STACKS, Assembly, Span, Tiling, kept_layers
 from pipeline.tokenizer import copy_tokenizer, write_tokenizer
@@ -160,6 +160,7 @@ def check_round_trip(folder: Path, model: Any) -> None:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise ValueError(f"{folder} does not read back ({what}: {', '.join(map(str, info[what]))}): not published")
+    scale_as_told(loaded, folder)
     generator = torch.Generator().manual_seed(0)
     source_BS, target_BT = (
         torch.randint(model.config.vocab_size, (2, length), generator=generator) for length in (16, 8)

@@ -23,6 +23,7 @@ from data_prep.publish import discard
 from pipeline.beside import GENERATION, TOKENIZER_CONFIG, read
 from pipeline.engines.base import TOLERANCE
 from pipeline.families import family_of
+from pipeline.ordinary import scale_as_told
 from pipeline.tokenizer import copy_tokenizer
 
 AUTO = "AutoTokenizer"
@@ -69,6 +70,7 @@ def _converter(checkpoint: Path) -> Any:
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
             model = super().load_model(model_class, model_name_or_path, **options)
             config = model.config
+            scale_as_told(model, checkpoint)
             if hasattr(config, "scale_decoder_outputs"):  # a T5's, by which version 5 of transformers scales
                 config.tie_word_embeddings = config.scale_decoder_outputs
             elif config.model_type == "mt5":
@@ -105,6 +107,7 @@ def check_scores(checkpoint: Path, folder: Path) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(
         checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
     ).eval()  # SDPA lets a umT5's targets see what follows them
+    scale_as_told(model, checkpoint)
     words = _vocabulary(folder)
     drawn = torch.tensor([i for i in range(len(words)) if i != model.config.pad_token_id])  # no text has padding in it
     start = getattr(model.config, family_of(model.config.model_type).start_key)

@@ -27,6 +27,7 @@ from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCach
 
 from pipeline.beside import CONFIG, GENERATION, TOKENIZER_CONFIG, read
 from pipeline.engines.base import TOLERANCE
+from pipeline.ordinary import scale_as_told
 from pipeline.tokenizer import copy_tokenizer
 
 QUANTIZATIONS = ("float32", "int8")
@@ -49,6 +50,7 @@ def to_onnx(checkpoint: Path, folder: Path, quantization: str) -> str:
     model = AutoModelForSeq2SeqLM.from_pretrained(
         checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    scale_as_told(model, checkpoint)
     graphs = _graphs(model)
     quantized = {name: _quantized(graph) for name, graph in graphs.items()} if quantization == "int8" else {}
     _write(folder, graphs)

@@ -184,9 +184,6 @@ class Family(Protocol):
     """Names of the weights with one row for each position."""
     computed_weights: ClassVar[tuple[str, ...]]
     """Names of the weights that transformers computes where a file does not have them."""
-    scales_always: ClassVar[bool]
-    """Whether transformers 5 scales what the head takes, whatever config.json says; 4 does so where the head is said to
-    be the embedding."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""

@@ -140,7 +140,6 @@ class LayerNormFamily:
         "model.decoder.embed_positions.weight",
     )
     computed_weights: ClassVar[tuple[str, ...]] = ()
-    scales_always: ClassVar[bool] = False
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return cast(nn.ModuleList, model.get_submodule(f"model.{stack}.layers"))

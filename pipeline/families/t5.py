@@ -163,7 +163,6 @@ class T5Family:
 
     position_weights: ClassVar[tuple[str, ...]] = ()
     computed_weights: ClassVar[tuple[str, ...]] = ()
-    scales_always: ClassVar[bool] = False
     norm: ClassVar[type[nn.Module]] = T5LayerNorm
     """Class of the norms."""
 

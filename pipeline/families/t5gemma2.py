@@ -215,7 +215,6 @@ class T5Gemma2Family:
     )
     position_weights: ClassVar[tuple[str, ...]] = ()
     computed_weights: ClassVar[tuple[str, ...]] = ()
-    scales_always: ClassVar[bool] = False
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return self._stack(model, stack).layers

@@ -44,7 +44,6 @@ class UMT5Family(T5Family):
     """See pipeline.families.base.Family."""
 
     keys: ClassVar[Keys] = Keys.of(CARRIED, harmless=("scalable_attention",))
-    scales_always: ClassVar[bool] = True
     norm: ClassVar[type[nn.Module]] = UMT5LayerNorm
 
     def is_shared_weight(self, name_in_layer: str) -> bool:
@@ -57,7 +56,8 @@ class UMT5Family(T5Family):
 
     def take_shared(self, model: nn.Module) -> UMT5Shared:
         config: Any = model.config
-        return UMT5Shared(model, RelativePositions, scaled=config.tie_word_embeddings)
+        scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+        return UMT5Shared(model, RelativePositions, scaled=scaled)
 
     def call_layer(
         self,

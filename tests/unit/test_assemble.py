@@ -19,7 +19,7 @@ from pipeline.config.recipe import AssembleConfig, DistillConfig, Recipe
 from pipeline.rundir.files import write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly, modular_spans, tilings
-from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
+from tests.tiny import KINDS, hf_logits, random_batch, read_plainly, tiny_model
 from tests.unit.test_modular import modular_of, perturb
 from tests.unit.test_switching import generated, save_library
 
@@ -41,13 +41,13 @@ def test_plain_transformers_computes_what_training_computed(tmp_path, kind, text
     run, modular = make_run(tmp_path, kind)
     assembly = Assembly.parse(text)
     write_checkpoint(Parts.of(run), assembly, tmp_path / "out")
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    loaded = read_plainly(tmp_path / "out")
     batch = random_batch(4)
     with torch.no_grad():
         expected = modular(batch, (assembly,)).student_logits_NV
     torch.testing.assert_close(hf_logits(loaded, batch), expected, atol=2e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
+    again = read_plainly(tmp_path / "again")
     assert torch.equal(hf_logits(again, batch), hf_logits(loaded, batch))
 
 
@@ -62,12 +62,12 @@ def test_every_assembly_survives_saving_and_plain_loading(tmp_path, kind):
     batch = random_batch(4)
     for assembly in (Assembly(encoder, decoder) for encoder in every for decoder in every):
         write_checkpoint(parts, assembly, tmp_path / "out")
-        loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+        loaded = read_plainly(tmp_path / "out")
         loaded.save_pretrained(tmp_path / "again")
         models = (
             parts.models.assembly(assembly),
             loaded,
-            AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval(),
+            read_plainly(tmp_path / "again"),
         )
         logits, beams = [hf_logits(m, batch) for m in models], [generated(m, batch, 4) for m in models]
         assert torch.equal(logits[0], logits[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import GenerationConfig
 
 from pipeline.assemble.write import Parts, write_checkpoint
 from pipeline.bench import tokens
@@ -17,7 +17,7 @@ from pipeline.decoding.together import LayerCalls, Member, decode_together
 from pipeline.decoding.views import load_pool
 from pipeline.spans.prefixes import count_layers, count_prefixes
 from pipeline.spans.spans import Assembly
-from tests.tiny import KINDS
+from tests.tiny import KINDS, read_plainly
 from tests.unit.test_assemble import make_run
 
 ASSEMBLIES = ("e1x6-d1x6", "e1x6-d2x3", "e2x3-d2x3", "e2x3-d6", "e1x4.2-d3x2")
@@ -55,7 +55,7 @@ def members() -> list[Member]:
 
 
 def by_transformers(folder, sources, settings) -> list[list[int]]:
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    model = read_plainly(folder)
     source_BS, mask_BS = padded_sources(model, sources)
     ids_BT = model.generate(input_ids=source_BS, attention_mask=mask_BS, max_new_tokens=MAX_NEW, **settings)[:, 1:]
     return [up_to_end(ids, {model.config.eos_token_id}) for ids in ids_BT.tolist()]
@@ -90,7 +90,7 @@ def test_each_output_begins_with_what_its_example_asks_for(run, name):
     pool.model.generation_config = GenerationConfig(**config | {"forced_bos_token_id": 5})
     rules, expected = rules_of(pool.model, MAX_NEW, settings.get("num_beams", 1)), {}
     for text in some:
-        model = AutoModelForSeq2SeqLM.from_pretrained(run.root / text).eval()
+        model = read_plainly(run.root / text)
         model.generation_config = GenerationConfig(**config)
         expected[text] = generate(model, sources, MAX_NEW, rules.num_beams, forced)
     assert [output[0] for output in expected[some[0]]] == forced
@@ -108,7 +108,7 @@ def test_losses_are_those_of_the_exported_models(run):
     found = decode_together(pool, members(), sources, references, rules_of(pool.model, 3, 1))
     for text in ASSEMBLIES:
         # SDPA lets a umT5's targets see what follows them
-        model = AutoModelForSeq2SeqLM.from_pretrained(run.root / text, attn_implementation="eager").eval()
+        model = read_plainly(run.root / text, attn_implementation="eager")
         for source, reference, loss in zip(sources, references, found[text].losses, strict=True):
             labels = torch.tensor([reference])
             with torch.no_grad():

@@ -24,7 +24,7 @@ from pipeline.engines import ENGINES, ctranslate, onnx, refuse_kind
 from pipeline.ordinary import check_ordinary
 from tests.readers.environments import place_of
 from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, WITH_PIECES, exported
-from tests.tiny import OWN_TOKENIZER
+from tests.tiny import OWN_TOKENIZER, read_plainly
 
 ASSEMBLIES = ("e2x2-d4", "e4-d1x4")  # both stacks changed, the decoder deeper
 STRONGER = {"bart": 3.0, "bart-scaled": 3.0, "Pegasus": 2.0, "OPUS-MT": 3.0}
@@ -73,7 +73,7 @@ def engine_outputs(folder, num_beams):
 
 
 def plain_outputs(folder, num_beams):
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = read_plainly(Path(folder)), AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     model.generation_config = type(model.generation_config)(
@@ -230,7 +230,7 @@ def test_graphs_write_what_generate_writes(tmp_path, onnx_here, kind, text):
     run_export(tmp_path, "--assembly", text, "--to", "onnx")
     texts, (folder,) = some_texts(200), models
     known = run_graphs(tmp_path / "run" / "export" / "onnx-float32" / text, texts)
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = read_plainly(Path(folder)), AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     model.generation_config = greedy_settings(model, tokenizer)

@@ -101,9 +101,23 @@ def test_what_follows_the_last_layer_is_the_models_own(kind):
     assert tied == (kind not in ("v1.1", "mt5", "umt5", "bart-scaled"))
 
 
-def test_t5_1_0_and_umt5_scale_their_states_before_the_head():
-    for kind, scale in (("v1.0", 32**-0.5), ("v1.1", 1.0), ("mt5", 1.0), ("umt5", 32**-0.5)):
+def test_t5_1_0_scales_its_states_before_the_head():
+    for kind, scale in (("v1.0", 32**-0.5), ("v1.1", 1.0), ("mt5", 1.0), ("umt5", 1.0)):
         assert parts(tiny_t5(kind))[1].head.scale == scale
+
+
+def test_a_umt5_scales_its_states_where_its_config_says_that_its_head_is_its_embedding(tmp_path):
+    """transformers 5.17 scales every umT5's."""
+    untied = tiny_model("umt5", 2, 2)
+    tied = copy.deepcopy(untied)
+    tied.lm_head.weight, tied.config.tie_word_embeddings = tied.shared.weight, True
+    for name, model, scale in (("untied", untied, 1.0), ("tied", tied, 32**-0.5)):
+        save_ordinary(model, tmp_path / name)
+        told = json.loads((tmp_path / name / "config.json").read_text())
+        assert told["tie_word_embeddings"] == (name == "tied")
+        loaded = load_model(tmp_path / name)
+        assert parts(loaded)[1].head.scale == scale
+        assert torch.equal(hf_logits(loaded.eval(), random_batch(0)), hf_logits(model, random_batch(0)))
 
 
 def test_position_bias_is_taken_out_of_block_0_and_only_there():
