@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.rundir.files import difference, read_json, write_atomic
 from pipeline.rundir.run_dir import STAGES, RunDir
 
 FORMAT_VERSION = 1
+NUM_PIECES, PIECE_BYTES = 64, 2**14  # of a large file that are read to know it
 
 
 def left_out(recipe: Recipe) -> dict[str, str]:
@@ -60,8 +61,7 @@ class Stage:
             for found in (identity_of(recipe), fields_of_kind(recipe, "schedule"))
         )
         identity |= {"format": FORMAT_VERSION, "seed": recipe.seed}
-        if name == "teacher" and recipe.teacher.folder:
-            identity["teacher files"] = _files_of(local_folder(recipe.teacher.folder))
+        identity |= _files_used(recipe, run, name)
         unused = left_out(recipe)
         for other in upstream:
             if other not in unused:
@@ -164,8 +164,24 @@ class Stage:
         return hashlib.sha256(json.dumps([self.inputs, files], sort_keys=True).encode()).hexdigest()
 
 
-def _files_of(folder: Path) -> dict[str, Any]:
-    """What tells a model folder from another of the same name without reading gigabytes: sizes, small files' hashes.
+def _files_used(recipe: Recipe, run: RunDir, name: str) -> dict[str, Any]:
+    """What the model folders hold that a stage is given by path."""
+    if name == "teacher" and recipe.teacher.folder:
+        begun = (read_json(run.stage(name) / "inputs.json") or {"identity": {}})["identity"].get("teacher files", {})
+        return {"teacher files": _files_of(local_folder(recipe.teacher.folder), begun)}
+    if name != "evaluate":
+        return {}
+    given = [text.rpartition("=")[2] for text in recipe.evaluate.folders]
+    given += [recipe.evaluate.metricx] if recipe.evaluate.metricx else []
+    found = {folder: _files_of(Path(folder)) for folder in given if (Path(folder) / "config.json").is_file()}
+    return {"files of evaluate's folders": found} if given else {}
+
+
+def _files_of(folder: Path, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What tells a model folder from another of the same name without reading gigabytes, by file.
+
+    Args:
+        begun: what a run was begun with. Sizes were once all that was taken of large files: such a run goes on.
 
     Raises:
         ValueError: no such folder.
@@ -174,7 +190,23 @@ def _files_of(folder: Path) -> dict[str, Any]:
         adapter = folder / "adapter_config.json"
         instead = f", but an adapter ({adapter.name}): merge it into its model" if adapter.is_file() else ""
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json{instead}")
+    files = {path.name: path for path in files_in(folder, "*")}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
     return {
-        path.name: sha256_of(path) if path.stat().st_size < 2**20 else path.stat().st_size
-        for path in files_in(folder, "*")
+        name: sizes[name] if (begun or {}).get(name) == sizes[name] else _fingerprint(path)
+        for name, path in files.items()
     }
+
+
+def _fingerprint(path: Path) -> str:
+    """The sha256 of a small file; of a large one, of its size and of pieces that lie evenly in it: training changes
+    every matrix of a model, so some of them."""
+    size = path.stat().st_size
+    if size < 2**20:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for piece in range(NUM_PIECES):
+            file.seek(piece * (size - PIECE_BYTES) // (NUM_PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()

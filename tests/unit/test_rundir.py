@@ -179,3 +179,36 @@ def test_a_retrained_baseline_makes_what_comes_after_it_stale(run):
     assert Stage.of(Recipe(), run, "assemble").stamp() is None
     publish(Recipe(), run, "assemble")
     assert Stage.of(Recipe(), run, "evaluate").stamp() is None
+
+
+def model_folder(path, *, last_byte):
+    """A folder with a large file that no size and no name tells from another."""
+    path.mkdir(exist_ok=True)
+    write_atomic(path / "config.json", "{}")
+    (path / "model.safetensors").write_bytes(bytes(3 * 2**20) + bytes([last_byte]))
+    return str(path)
+
+
+def test_other_weights_of_the_same_size_in_a_given_folder_make_the_stages_that_read_it_stale(run, tmp_path):
+    peer, metricx, teacher = (model_folder(tmp_path / name, last_byte=1) for name in ("peer", "metricx", "given"))
+    recipe = Recipe(evaluate=EvaluateConfig(folders=(f"p={peer}", "nowhere"), metricx=metricx))
+    recipe = replace(recipe, teacher=replace(recipe.teacher, folder=teacher))
+    recipe = replace(recipe, baseline=replace(recipe.baseline, optim=replace(recipe.baseline.optim, num_steps=0)))
+    for name in ("teacher", "distill", "assemble", "evaluate"):
+        publish(recipe, run, name)
+    for folder, name in ((peer, "evaluate"), (metricx, "evaluate"), (teacher, "teacher")):
+        assert Stage.of(recipe, run, name).stamp() is not None
+        model_folder(tmp_path / folder, last_byte=2)
+        assert Stage.of(recipe, run, name).stamp() is None, folder
+        model_folder(tmp_path / folder, last_byte=1)
+
+
+def test_a_run_begun_when_large_files_were_known_by_size_goes_on(run, tmp_path):
+    recipe = Recipe(teacher=replace(Recipe().teacher, folder=model_folder(tmp_path / "given", last_byte=1)))
+    stage = Stage.of(recipe, run, "teacher")
+    old = {**stage.identity["teacher files"], "model.safetensors": 3 * 2**20 + 1}
+    stage = replace(stage, identity={**stage.identity, "teacher files": old})
+    stage.begin()
+    Stage.of(recipe, run, "teacher").check()
+    stage.publish([], started_at=time.time())
+    assert Stage.of(recipe, run, "teacher").stamp() is not None
