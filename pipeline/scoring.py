@@ -37,7 +37,7 @@ SEED = 12345
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 ROUGE_WORDS = ("a-z, 0-9", "letters and digits of every script, alone where a script has no spaces")
 ACCENTED = 0.005  # share of letters beyond a-z from which on rouge-score's own tokenizer would cut words to pieces
-LONG_PAIR = 100 * 100  # words of output x reference; TER's search for shifts takes seconds for more
+LONG_PAIR = 50 * 50  # words of output x reference; TER's search for shifts may take a second for more
 _FALLBACKS = {"ja-mecab": "char", "ko-mecab": "13a"}  # where the packages are not installed
 _AT_SPACES = ("13a", "intl", "none")
 

@@ -6,15 +6,27 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-WITHOUT_SPACES = re.compile(
-    "[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff]"
-)
+import regex
+
+# Unicode's names (UAX 24). Extensions, since the mark of a long vowel is of no one script; letters and digits, since
+# Chinese and Japanese share signs.
+_KANA = r"[[\p{scx=Hiragana}\p{scx=Katakana}]&&[\p{L}\p{N}]]"
+_HAN = r"[\p{scx=Han}&&[\p{L}\p{N}]]"
+# The other scripts in use that put no spaces between words: those whose lines break at syllables or by a dictionary
+# (UAX 14, classes SA, AK and AS), Tibetan, Buginese and Bopomofo.
+_BY_SYLLABLE = "".join(
+    rf"\p{{Script={name}}}"
+    for name in (
+        "Thai", "Lao", "Tibetan", "Myanmar", "Khmer", "Javanese", "Balinese", "Batak", "Buginese", "Cham", "Tai_Le",
+        "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Ahom", "Bopomofo",
+    )
+)  # fmt: skip
+WITHOUT_SPACES = regex.compile(f"[{_KANA}{_HAN}{_BY_SYLLABLE}]", regex.VERSION1)
 _SCRIPTS = {  # tokenizer: the characters that ask for it
-    "ja-mecab": re.compile("[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]"),
-    "zh": re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"),
-    "ko-mecab": re.compile("[\uac00-\ud7a3\u1100-\u11ff]"),
-    "char": re.compile("[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff]"),  # Thai, Lao, Tibetan, Burmese, Khmer
+    "ja-mecab": regex.compile(_KANA, regex.VERSION1),
+    "zh": regex.compile(f"[{_HAN}--{_KANA}]", regex.VERSION1),
+    "ko-mecab": regex.compile(r"\p{Script=Hangul}"),
+    "char": regex.compile(f"[{_BY_SYLLABLE}]"),
 }
 _LANGUAGES = {"ja": "ja-mecab", "zh": "zh", "ko": "ko-mecab"}  # ISO 639-1, below 639-3, as NLLB has them
 _LANGUAGES |= {"jpn": "ja-mecab", "zho": "zh", "yue": "zh", "kor": "ko-mecab"}

@@ -121,7 +121,17 @@ SCRIPTS = {  # two sentences, and one that is half of the first
     "de": ["Über Äpfel hört müde Füße laufen.", "Schöne Grüße aus Köln."],
     "signs": ["\U0001f44d\U0001f3fd \U0001f600", "!!! ???"],
 }  # fmt: skip
-TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char"}  # Japanese and Korean where their packages are not installed
+WITHOUT_SPACES = {  # other scripts that have none: their first letter
+    "Lao": 0x0E81, "Tibetan": 0x0F40, "Burmese": 0x1000, "Khmer": 0x1780, "Tai Le": 0x1950, "New Tai Lue": 0x1980,
+    "Buginese": 0x1A00, "Lanna": 0x1A20, "Balinese": 0x1B05, "Batak": 0x1BC0, "Bopomofo": 0x3105, "Javanese": 0xA984,
+    "Cham": 0xAA00, "Tai Viet": 0xAA80, "Ahom": 0x11700,
+}  # fmt: skip
+SCRIPTS |= {
+    name: ["".join(map(chr, range(first, first + 10))), "".join(map(chr, range(first + 10, first + 15)))]
+    for name, first in WITHOUT_SPACES.items()
+}
+TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char"} | dict.fromkeys(WITHOUT_SPACES, "char")
+# Japanese and Korean where their packages are not installed
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
