@@ -28,6 +28,8 @@ _SETTINGS = "config.json"
 _KINDS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm")
 _GENERIC = "PreTrainedTokenizerFast"  # known to transformers 4 and 5; both then take tokenizer.json as it stands
 _OF_THIS_MACHINE = ("backend", "is_local", "local_files_only", "name_or_path")
+# Classes and model types whose spiece.model is read as T5's; AutoTokenizer of transformers 5 knows only some of them.
+_READ_AS_T5 = ("T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast", "t5", "mt5", "umt5")
 _USUAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -57,7 +59,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         except Exception as error:  # the tokenizers' own libraries raise any kind
             text = " ".join(str(error).split())
             raise ValueError(
-                f"the tokenizer in {folder} ({', '.join(files)}) cannot be read ({text}): fetch it again"
+                f"the tokenizer in {folder} ({', '.join(files)}) cannot be read ({text}): fetch it again, or "
+                f"give one that transformers {transformers.__version__} reads, such as a {TOKENIZER_JSON}"
             ) from error
     for kind, token in _USUAL.items():  # a tokenizer.json alone names none
         if getattr(tokenizer, kind) is None and token in tokenizer.get_vocab():
@@ -116,6 +119,9 @@ def _load(folder: Path, files: set[str]) -> PreTrainedTokenizerBase:
             # Nothing says what kind it is: T5's, with the sentinels that the files name.
             return T5Tokenizer.from_pretrained(folder, extra_ids=_num_sentinels(told), local_files_only=True)
     options: dict[str, Any] = {"local_files_only": True}
+    kind = told.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type")
+    if TOKENIZER_JSON not in files and SPIECE in files and kind in _READ_AS_T5:
+        options["tokenizer_type"] = "t5"
     if model.get("model_type") in CONFIG_MAPPING:
         # Only what says the class: whether the rest can be read is the model's affair.
         named = {"tokenizer_class": model["tokenizer_class"]} if model.get("tokenizer_class") else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from sentencepiece import SentencePieceProcessor
 from transformers import T5Config
 
 from data_prep.config import DataConfig
@@ -96,6 +97,17 @@ def test_sentinels_that_nothing_speaks_of_are_there_where_embeddings_are(tmp_pat
         assert len(load_tokenizer(tmp_path)) == wanted
     settings_of(tmp_path, extra_ids=7)
     assert len(load_tokenizer(tmp_path)) == num_pieces + 7
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast", None])
+def test_pieces_of_every_model_of_t5s_kin_are_read_as_t5s(tmp_path: Path, kind: str | None) -> None:
+    """transformers 5 has no class for umT5, nor mT5's own any more."""
+    num_pieces = piece_model(tmp_path)
+    model_settings(tmp_path, "umt5", num_pieces)
+    if kind:
+        settings_of(tmp_path, tokenizer_class=kind, extra_ids=0)
+    pieces, text = SentencePieceProcessor(model_file=str(tmp_path / SPIECE)), "the two of them, 1995 of 3"
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == [*pieces.encode(text), 1]
 
 
 def test_settings_of_a_model_do_not_keep_its_tokenizer_from_being_read(tmp_path: Path) -> None:
