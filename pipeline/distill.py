@@ -25,6 +25,7 @@ from pipeline.model import (
     TeacherLeaf,
     Wanted,
     check_losses,
+    compile_layers,
     granularity_label,
     granularity_of,
     load_model,
@@ -35,7 +36,7 @@ from pipeline.scoring import bleu
 from pipeline.spans import Assembly, Stacks
 from pipeline.tokenizer import Wording, language_ids, load_tokenizer
 from pipeline.training import Task, Trainer, Translation, Watchdog, begin_stage
-from pipeline.world import World
+from pipeline.world import World, logger_of
 
 
 def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
@@ -60,6 +61,8 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
         task,
         stage, world, watchdog, optim=settings.optim, batch=settings.batch, loop=settings.loop,
     )  # fmt: skip
+    if settings.compile_layers:
+        logger_of(world).info("distill: %s", compile_layers(model, lambda good: not world.any(not good)))
     trainer.train()
     if world.is_main:
         export_library(checkpoints(stage.folder / "checkpoints")[-1], run.library)

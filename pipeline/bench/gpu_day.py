@@ -18,7 +18,8 @@ from typing import Any
 from pipeline.bench import hardware
 
 SECONDS = {
-    "machine": 50, "shapes": 45, "step": 100, "kernels": 100, "gathers": 50, "bart": 40, "norm": 40, "decoding": 40,
+    "machine": 50, "shapes": 45, "step": 100, "kernels": 100, "gathers": 50, "bart": 40, "norm": 20, "decoding": 40,
+    "compiled": 90,
 }  # fmt: skip
 """Parts, the most telling first, and how long each may take."""
 LIMIT_S = 360.0

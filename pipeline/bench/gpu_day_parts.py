@@ -15,11 +15,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import BartConfig, BartForConditionalGeneration, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -31,6 +30,7 @@ from pipeline.bench.timing import num_launches
 from pipeline.checkpoints.format import Snapshot
 from pipeline.decoding.plain import weights_in
 from pipeline.families import StackInputs, family_of
+from pipeline.model import ModularModel, compile_layers
 from pipeline.spans import STACKS
 from pipeline.training.engine import Engine, join_world
 from pipeline.training.loop import Task
@@ -169,7 +169,7 @@ def bart(world: World, size: dict[str, Any]) -> Figures:
 
 
 def norm(world: World, size: dict[str, Any]) -> Figures:
-    """T5's norm against torch's own in one kernel, and a compiled layer."""
+    """T5's norm against torch's own in one kernel."""
     width = size["model"]["d_model"]
     own = T5LayerNorm(width).to(world.device, torch.bfloat16)
     state_BD = torch.randn(8192 if world.device.type == "cuda" else 64, width, device=world.device).bfloat16()
@@ -182,19 +182,25 @@ def norm(world: World, size: dict[str, Any]) -> Figures:
         found[f"us, {name}"] = 1e6 * min(_seconds(world, run)[0] for _ in range(20))
     ours, theirs = own(state_BD).float(), F.rms_norm(state_BD, (width,), own.weight, own.variance_epsilon).float()
     found["largest difference"] = (ours - theirs).abs().max().item()
-    model: nn.Module = T5ForConditionalGeneration(t5(**{**size["model"], "num_layers": 1}, vocab_size=64))
-    block: Any = model.get_submodule("encoder.block.0").to(world.device, torch.bfloat16)
-    compiled = torch.compile(block, dynamic=True, backend="inductor" if world.device.type == "cuda" else "eager")
-    state_1LD = torch.randn(16, size["source"], width, device=world.device).bfloat16()
-    found["s to compile"], _ = _seconds(world, lambda: compiled(state_1LD)[0].sum().backward())
-    for name, each in {"eager": block, "compiled": compiled}.items():
-        run = _forward_and_backward(each, state_1LD)
-        found[f"ms of a layer, {name}"] = 1e3 * min(_seconds(world, run)[0] for _ in range(5))
     return found
 
 
-def _forward_and_backward(layer: Any, state_BLD: torch.Tensor) -> Callable[[], None]:
-    return lambda: layer(state_BLD)[0].sum().backward()
+def compiled(world: World, size: dict[str, Any]) -> Figures:
+    """A step with layers as they are and compiled: time, launches."""
+    task = new_task(T5ForConditionalGeneration(t5(**size["model"])))
+    engine = new_engine(task, world, "zero2_replicated")
+    run = _stepper(engine, task, world, size, size["tokens"][0])
+    found: Figures = {}
+    for name in ("as they are", "compiled"):
+        if name == "compiled":
+            backend = "inductor" if world.device.type == "cuda" else "eager"
+            found["outcome"] = compile_layers(cast(ModularModel, task.module), lambda good: good, backend)
+        found[f"s of the first step, {name}"], _ = _seconds(world, run)
+        run()  # lengths of any kind are compiled for in the second
+        found[f"ms of a step, {name}"] = 1e3 * median(_seconds(world, run)[0] for _ in range(size["steps"]))
+        if world.device.type == "cuda":
+            found[f"launches, {name}"] = num_launches(run)
+    return found
 
 
 def decoding(world: World, size: dict[str, Any]) -> Figures:
@@ -242,7 +248,7 @@ def _peak_gib(world: World) -> float:
 
 
 PARTS: dict[str, Callable[[World, dict[str, Any]], Figures]] = {
-    each.__name__: each for each in (machine, shapes, step, kernels, gathers, bart, norm, decoding)
+    each.__name__: each for each in (machine, shapes, step, kernels, gathers, bart, norm, decoding, compiled)
 }
 
 

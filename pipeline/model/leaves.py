@@ -6,6 +6,7 @@ Shapes: B examples, S source tokens, L tokens of the stack that a leaf is in, D 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 
 from pipeline.families import Family, QueriesKeys, StackInputs, captured
 from pipeline.spans import Span
+
+CallLayer = Callable[..., torch.Tensor]
+"""Family.call_layer, or what torch.compile makes of it."""
 
 
 class _Leaf(nn.Module):
@@ -22,6 +26,13 @@ class _Leaf(nn.Module):
         super().__init__()
         self.layer = layer
         self.family = family
+        self.compiled: CallLayer | None = None
+
+    def call_layer(self, *args: Any, capture: bool = False) -> torch.Tensor:
+        """States after the layer, from those before it, the encoder's output and the inputs of the stack. What is to be
+        captured is only met where the layer runs as it is."""
+        call = self.family.call_layer if capture or self.compiled is None else self.compiled
+        return call(self.layer, *args)
 
 
 class TeacherLeaf(_Leaf):
@@ -42,9 +53,9 @@ class TeacherLeaf(_Leaf):
         queries and keys if `capture`). The student's batch may be that of several students, one after the other; its
         encoded states and inputs are as many."""
         with torch.no_grad(), captured(self.family.attentions(self.layer), capture) as queries_keys:
-            teacher_out_BLD = self.family.call_layer(self.layer, teacher_BLD, teacher_encoded_BSD, inputs)
+            teacher_out_BLD = self.call_layer(teacher_BLD, teacher_encoded_BSD, inputs, capture=capture)
         if use:
-            student_BLD = self.family.call_layer(self.layer, student_BLD, student_encoded_BSD, student_inputs)
+            student_BLD = self.call_layer(student_BLD, student_encoded_BSD, student_inputs)
         else:
             student_BLD = student_BLD.view_as(student_BLD)
         return teacher_out_BLD, student_BLD, queries_keys
@@ -68,7 +79,7 @@ class ModularLeaf(_Leaf):
         if not use:
             return state_BLD.view_as(state_BLD)
         with captured(self.family.attentions(self.layer), capture) as queries_keys:
-            state_BLD = self.family.call_layer(self.layer, state_BLD, encoded_BSD, inputs)
+            state_BLD = self.call_layer(state_BLD, encoded_BSD, inputs, capture=capture)
         if not capture:
             return state_BLD
         taken = [tensor for found in queries_keys.values() for tensor in found if tensor is not None]

@@ -20,7 +20,7 @@ def test_every_part_comes_to_its_end_in_the_dry_mode(tmp_path):
     text = (tmp_path / "gpu_day.md").read_text()
     assert "dry: tiny sizes" in text.splitlines()[0]
     assert "## step: ok" in text
-    assert sum(gpu_day.SECONDS.values()) <= 1.3 * gpu_day.LIMIT_S, "limits are not all reached in one day"
+    assert sum(gpu_day.SECONDS.values()) <= 1.5 * gpu_day.LIMIT_S, "limits are not all reached in one day"
 
 
 def test_what_a_part_found_before_it_hung_is_kept_and_the_next_runs(tmp_path, monkeypatch, capsys):
