@@ -19,13 +19,15 @@ _TORCHRUN = re.compile(
     re.MULTILINE,
 )
 _SRUN = re.compile(r"^srun: error: \S+: tasks? (?P<rank>\d+)\S*: (?P<how>.+)$", re.MULTILINE)
+_NOT_STARTED = re.compile(r"slurmstepd\S*: error: (execve\(\): .+)")
 _NODE_FAILURE = re.compile(r"Node failure on (\S+)|NODE FAILURE", re.IGNORECASE)
 _TORCH = re.compile(r"^\[rank\d+\]: ?")  # what torch puts before every line of a traceback
 _EXIT_CODE = re.compile(r"exit code (\d+)")
+_MISTAKE = re.compile(r"^(?:error|data_prep): .+", re.MULTILINE)  # in recipe or data
 _MESSAGE = re.compile(
-    r"^(?:error: .+|data_prep: .+"  # mistakes in recipe or data
-    r"|\[\d+/\d+\] (?:rank|no progress) .+"  # pipeline/training/watchdog.py
-    r"|(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b.*)$"
+    rf"{_MISTAKE.pattern}"
+    r"|^\[\d+/\d+\] (?:rank|no progress) .+"  # pipeline/training/watchdog.py
+    r"|^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b"
 )
 
 
@@ -63,12 +65,21 @@ def _failure_told(logs: Path, status: int, processes_per_node: int, first_rank: 
     lost = _NODE_FAILURE.search(launch)
     if lost:
         return Failure(f"lost node {lost[1] or ''}".strip(), status, lost_node=True)
+    unstarted = _NOT_STARTED.search(launch)
+    if unstarted:
+        return Failure(f"not started: {unstarted[1]}", status)
     first = _first_of_torchrun(launch, processes_per_node) or _first_of_srun(launch)
     if first is None:
         return Failure(f"failed with exit status {status}: {_cause(logs / 'launch.log')}", status)
     rank, code = first_rank + first[0], first[1]
     how = f"killed by {_signal_name(-code)}" if code < 0 else f"exit status {code}"
     return Failure(f"rank {rank} failed first ({how}): {_cause(logs / f'rank-{rank}.log')}", code)
+
+
+def tells_mistake(logs: Path) -> bool:
+    """Whether a rank says that a mistake in recipe or data ended it. The exit status alone does not tell: it is also
+    that of execve for what is not there, and of many programs that are called wrongly."""
+    return any(_MISTAKE.search(_read(log)) for log in logs.glob("rank-*.log"))
 
 
 def quietest_rank(logs: Path) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.cause import Failure, first_failure
+from slurm.cause import Failure, first_failure, tells_mistake
 from slurm.stages import stage_of
 
 EXIT_MISTAKE, EXIT_REQUEUE = 2, 85  # as in pipeline/exits.py, which the Python of a batch host may be too old for
@@ -222,7 +222,7 @@ def end(
 
 def _refusal(job: Job, failure: Failure | None, after: str, max_requeues: int) -> str:
     """Why there should be no further start; empty when there should be one."""
-    if failure is not None and failure.exit_status == EXIT_MISTAKE:
+    if failure is not None and failure.exit_status == EXIT_MISTAKE and tells_mistake(job.logs):
         return "a mistake in recipe or data, which another start would not change"
     stuck = [start for start in read_starts(job.folder) if start.by_itself and start.progress_after == after]
     stuck = [start for start in stuck if start.progress_before == after]

@@ -55,6 +55,15 @@ def test_a_step_that_says_nothing_is_told_by_its_exit_status(tmp_path: Path) -> 
     assert first_failure(tmp_path / "nothing", 3, 1).text == "failed with exit status 3: launch.log is empty"
 
 
+def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
+    launch = (
+        "srun: error: node1: task 0: Exited with exit code 2\n"
+        "0: slurmstepd-node1: error: execve(): bash: No such file or directory\n"
+    )
+    failure = first_failure(logs_with(tmp_path, launch=launch), 2, 1)
+    assert failure.text == "not started: execve(): bash: No such file or directory"
+
+
 def test_a_disk_without_room_for_the_logs_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, told in ((4096, "; No space left on device, for logs either: make room there"), (1 << 30, "")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
@@ -111,6 +120,21 @@ def test_two_crashes_without_progress_are_enough(job: Job, capsys: pytest.Captur
     assert run_start(replace(job, start=4), 1) == 1
     assert "not requeued: 2 starts without progress (step_00000020)" in capsys.readouterr().out
     assert [start.by_itself for start in read_starts(job.folder)] == [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("rank_0", "verdict"),
+    [
+        ("error: no recipe 'x'\n", 1),
+        ("data_prep: no such file\n", 1),
+        ("python: can't open file 'x.py'\n", 85),
+        ("", 85),
+    ],
+)
+def test_only_what_a_rank_says_is_a_mistake_is_one(job: Job, rank_0: str, verdict: int) -> None:
+    """Other programs leave with that exit status too; of ours, one rank says the mistake for all."""
+    logs_with(job.logs, launch="srun: error: node2: task 1: Exited with exit code 2\n", rank_0=rank_0, rank_1="")
+    assert run_start(job, 2) == verdict
 
 
 def test_what_comes_from_outside_may_come_often(job: Job) -> None:
