@@ -114,6 +114,7 @@ def render(script: Script) -> str:
         cluster=cluster,
         shape=shape,
         options=_sbatch_options(script),
+        is_array=script.is_array or script.points > 0,
         step_cpus=shape.cpus_per_process * (shape.processes_per_node if _is_torchrun(script) else 1),
         run_dir=shlex.quote(str(script.run_dir)),
         points=shlex.quote(str(script.slurm_dir / "points.txt")) if script.points else "",

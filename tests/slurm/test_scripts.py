@@ -68,6 +68,40 @@ def test_signal_saves_and_requeues(slurm: SlurmCluster, tmp_path: Path, launcher
     assert slurm.wait_job(after)["JobState"] == "COMPLETED"
 
 
+def test_a_job_without_the_environment_of_its_submission_runs(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """As where SBATCH_EXPORT=NONE is set, which SLURM hands on to the steps of a job."""
+    stand_in = StandIn(slurm, tmp_path)
+    job = slurm.sbatch("--export=NONE", stand_in.script("teacher"))
+    assert slurm.wait_job(job)["JobState"] == "COMPLETED", stand_in.log()
+    assert "rank 1 of 2 starts at step 0" in stand_in.log(), "what the script exports reaches the ranks"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--ntasks=3",),
+        ("--mem-per-cpu=10",),
+        ("--gpus-per-node=1",),
+        ("--gpus=1", "--ntasks-per-gpu=1", "--cpus-per-gpu=1"),
+    ],
+)
+def test_a_script_submitted_by_hand_inside_another_job_takes_nothing_over(
+    slurm: SlurmCluster, tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    stand_in = StandIn(slurm, tmp_path, launcher="torchrun")
+    script = stand_in.script("teacher", nodes="1-2")
+    # a rank of torchrun, in the eighth start of a task of an array
+    outer = ("RANK=3", "LOCAL_RANK=1", "WORLD_SIZE=4", "MASTER_ADDR=elsewhere", "TORCHELASTIC_USE_AGENT_STORE=True")
+    outer += ("SLURM_ARRAY_JOB_ID=5", "SLURM_ARRAY_TASK_ID=3", "SLURM_RESTART_COUNT=7")
+    by_hand = ("env", *outer, "sbatch", "--parsable", "--mem=500", script)
+    shown = slurm.run("salloc", *asked, "srun", "--ntasks=1", "--mpi=pmi2", *by_hand)
+    job = int(shown.stdout.split()[-1])
+    assert slurm.wait_job(job)["JobState"] == "COMPLETED", stand_in.log()
+    (start,) = read_starts(stand_in.run / "logs" / f"teacher-{job}")
+    assert (start.number, start.why) == (0, "finished")
+    assert "rank 1 of 2 starts at step 0" in stand_in.log()
+
+
 def test_preempted_job_saves_and_requeues(slurm: SlurmCluster, tmp_path: Path) -> None:
     """SIGTERM to every task of the job, which is what a preemption with a grace time sends."""
     stand_in = StandIn(slurm, tmp_path)

@@ -107,6 +107,17 @@ def test_bash_reads_every_script_with_awkward_paths(cluster_name: str, stage: st
     assert f'#SBATCH --output="/runs/a b\'s $x/logs/{stage}-{number}.out"' in script
 
 
+def test_modules_are_found_without_the_environment_of_a_login_shell(tmp_path: Path) -> None:
+    cluster = replace(load_cluster(find_cluster("local")), modules=("cuda/12.8",))
+    profile = tmp_path / "profile"
+    profile.write_text('false\nmodule() { echo "$NOT_SET$@"; }\n')
+    lines = re.search(r"^set \+eu.*?^set -u$", rendered(cluster, "report"), re.MULTILINE | re.DOTALL)
+    assert lines is not None
+    loading = lines[0].replace("/etc/profile", str(profile))
+    shown = subprocess.run(["bash", "-eu"], input=loading, env={}, text=True, capture_output=True, check=True)
+    assert shown.stdout == "load cuda/12.8\n"
+
+
 def test_percent_in_a_path_is_no_pattern_of_slurm() -> None:
     cluster = load_cluster(find_cluster("local"))
     script = rendered(cluster, "report", run_dir=Path("/runs/50%j"))
