@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.beside import CONFIG, check_beside, read, write_generation
-from pipeline.families import Family, family_of, stored_weights
+from pipeline.families import Family, correct_umt5, family_of, stored_weights
 from pipeline.spans import STACKS
 from pipeline.weights import dtypes_of, same_bytes, shapes_of, weight_files
 
@@ -76,11 +76,24 @@ def without_types_of_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def scale_as_told(model: Any, folder: Path) -> None:
-    """Have a model that transformers has read scale what its head takes where its config.json says so: versions of
-    transformers 5 (5.17, not 5.24) scale every umT5's."""
-    if MUST_SCALE.get(model.config.model_type) and not hasattr(model.config, SCALED):
-        model.config.tie_word_embeddings = read(folder / CONFIG).get(TIED) is not False
+def read_model(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a local folder as every version of transformers should make it, in evaluation mode.
+
+    Args:
+        options: of from_pretrained, such as `dtype`; without it that of config.json, or else of the weights.
+
+    Returns:
+        The model, and the names of weights that are missing_keys, unexpected_keys and mismatched_keys.
+
+    Raises:
+        OSError: there are no settings or no weights.
+    """
+    model, found = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, **options
+    )
+    if model.config.model_type == "umt5":
+        correct_umt5(model, read(folder / CONFIG))
+    return model, found
 
 
 def check_ordinary(folder: Path) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.beside import CONFIG, read
 from pipeline.families import FAMILIES, family_of
-from pipeline.ordinary import HEAD, TIED, scale_as_told, without_types_of_parts
+from pipeline.ordinary import HEAD, TIED, read_model, without_types_of_parts
 from pipeline.weights import names_of_index, refuse_packed, shapes_of, weight_files
 
 EMBEDDING, BIN = "shared.weight", "pytorch_model.bin"
@@ -84,15 +84,12 @@ def model_of(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
             several embeddings.
     """
     disable_progress_bar()
-    model, found = AutoModelForSeq2SeqLM.from_pretrained(
-        folder, config=config_of(folder), local_files_only=True, dtype=dtype or "auto", output_loading_info=True
-    )
+    model, found = read_model(folder, config=config_of(folder), dtype=dtype or "auto")
     family = FAMILIES.get(model.config.model_type)
     if missing := sorted({*found["missing_keys"]} - {*(family.computed_weights if family else ())}):
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}")
     if family and EMBEDDING in family.vocabulary_weights:
         _take_stored_embedding(model, folder)
-    scale_as_told(model, folder)
     return model
 
 

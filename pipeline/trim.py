@@ -21,13 +21,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from data_prep.publish import publishing_folder
 from pipeline.assemble import write_trimmed_card
 from pipeline.families import family_of
-from pipeline.ordinary import save_ordinary, scale_as_told, write_settings
+from pipeline.ordinary import read_model, save_ordinary, write_settings
 from pipeline.pretrained import model_of
 from pipeline.rundir import check_empty
 from pipeline.tokenizer import load_tokenizer, write_tokenizer
@@ -190,8 +189,7 @@ def check_logits(original: Any, trimmed: Path, kept: Sequence[int]) -> None:
     Raises:
         ValueError: it does not.
     """
-    model = AutoModelForSeq2SeqLM.from_pretrained(trimmed, local_files_only=True).eval()
-    scale_as_told(model, trimmed)
+    model, _ = read_model(trimmed)
     generator = torch.Generator().manual_seed(0)
     source_BS, target_BT = (torch.randint(len(kept), (2, length), generator=generator) for length in (16, 8))
     rows = torch.tensor(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from transformers import (
 
 from pipeline.data import MicroBatch
 from pipeline.families import decoder_inputs
-from pipeline.ordinary import scale_as_told
 from pipeline.spans import Assembly
 
 OWN_TOKENIZER = ["v1.0", "v1.1", "mt5", "umt5", "bart", "bart-scaled"]  # kinds for which tests make one
@@ -49,8 +49,7 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
     if kind == "mt5":
         model = MT5ForConditionalGeneration(MT5Config(**sizes, **depth))
     elif kind == "umt5":
-        model = UMT5ForConditionalGeneration(UMT5Config(**sizes, **depth))
-        model.config.tie_word_embeddings = False  # which UMT5Config overrules
+        model = _as_other_versions(UMT5ForConditionalGeneration(UMT5Config(**sizes, **depth)), tied=False)
     elif kind == "v1.0":
         model = T5ForConditionalGeneration(T5Config(**sizes, **depth))
     else:
@@ -61,6 +60,15 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
     for parameter in model.parameters():  # norms and biases away from their constant start
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
+
+
+def _as_other_versions(model: Any, *, tied: bool) -> Any:
+    """A umT5 as transformers 4.57 and 5.24 make it: 5.17 scales the outputs of every one, and where no target is padded
+    lets each see those behind it."""
+    model.config.tie_word_embeddings = tied
+    for block in model.decoder.block:
+        block.layer[0].SelfAttention.is_causal = True
+    return model
 
 
 def tiny_bart(
@@ -178,16 +186,19 @@ def tiny_assembled(kind: str, assembly: Assembly):
     return tiny_t5gemma2(*depths, kinds=(encoder, decoder))
 
 
-def read_plainly(folder: Path, **options: Any):
-    """What plain transformers makes of a folder, as 4.57 and 5.24 make it: 5.17 scales the outputs of every umT5."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options).eval()
-    scale_as_told(model, folder)
+def read_plainly(folder: Path):
+    """What plain transformers makes of a folder. The project's own reader is held against this, and has no part in
+    it."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    if model.config.model_type == "umt5":
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _as_other_versions(model, tied=settings["tie_word_embeddings"])
     return model
 
 
 def hf_logits(model, batch: MicroBatch) -> torch.Tensor:
     """Logits [N, V] of an ordinary Hugging Face model at the target tokens. With a mask in which there is padding every
-    one is causal (see UMT5Family.prepare_for_training)."""
+    one is causal, a umT5 of transformers 5.17 too."""
     with torch.no_grad():
         return model(
             input_ids=batch.source_BS,

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
 
 from data_prep.publish import publishing_folder
 from pipeline.assemble.card import card_of, loading_of, write_card
@@ -25,7 +24,7 @@ from pipeline.beside import fault_of_tokenizer
 from pipeline.engines import ENGINES, refuse_kind
 from pipeline.families import Family, family_of
 from pipeline.library import ModuleLibrary
-from pipeline.ordinary import check_weights, scale_as_told, write_settings
+from pipeline.ordinary import check_weights, read_model, write_settings
 from pipeline.rundir import RunDir, read_json
 from pipeline.spans import STACKS, Assembly, Span, Tiling, kept_layers
 from pipeline.tokenizer import copy_tokenizer, write_tokenizer
@@ -156,11 +155,10 @@ def check_round_trip(folder: Path, model: Any) -> None:
     Raises:
         ValueError: weights missing or left over, or other logits.
     """
-    loaded, info = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    loaded, info = read_model(folder)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise ValueError(f"{folder} does not read back ({what}: {', '.join(map(str, info[what]))}): not published")
-    scale_as_told(loaded, folder)
     generator = torch.Generator().manual_seed(0)
     source_BS, target_BT = (
         torch.randint(model.config.vocab_size, (2, length), generator=generator) for length in (16, 8)

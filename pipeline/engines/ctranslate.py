@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from data_prep.publish import discard
 from pipeline.beside import GENERATION, TOKENIZER_CONFIG, read
 from pipeline.engines.base import TOLERANCE
 from pipeline.families import family_of
-from pipeline.ordinary import scale_as_told
+from pipeline.ordinary import read_model
 from pipeline.tokenizer import copy_tokenizer
 
 AUTO = "AutoTokenizer"
@@ -68,9 +68,8 @@ def _converter(checkpoint: Path) -> Any:
 
     class Converter(TransformersConverter):
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
-            model = super().load_model(model_class, model_name_or_path, **options)
+            model, _ = read_model(Path(model_name_or_path), **options)
             config = model.config
-            scale_as_told(model, checkpoint)
             if hasattr(config, "scale_decoder_outputs"):  # a T5's, by which version 5 of transformers scales
                 config.tie_word_embeddings = config.scale_decoder_outputs
             elif config.model_type == "mt5":
@@ -104,10 +103,7 @@ def check_scores(checkpoint: Path, folder: Path) -> None:
     import ctranslate2
 
     translator = ctranslate2.Translator(str(folder), device="cpu", intra_threads=torch.get_num_threads())
-    model = AutoModelForSeq2SeqLM.from_pretrained(
-        checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
-    ).eval()  # SDPA lets a umT5's targets see what follows them
-    scale_as_told(model, checkpoint)
+    model, _ = read_model(checkpoint, dtype=torch.float32)
     words = _vocabulary(folder)
     drawn = torch.tensor([i for i in range(len(words)) if i != model.config.pad_token_id])  # no text has padding in it
     start = getattr(model.config, family_of(model.config.model_type).start_key)

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from pipeline.beside import CONFIG, GENERATION, TOKENIZER_CONFIG, read
 from pipeline.engines.base import TOLERANCE
-from pipeline.ordinary import scale_as_told
+from pipeline.ordinary import read_model
 from pipeline.tokenizer import copy_tokenizer
 
 QUANTIZATIONS = ("float32", "int8")
@@ -47,10 +47,7 @@ def to_onnx(checkpoint: Path, folder: Path, quantization: str) -> str:
 
     As `Engine.convert`.
     """
-    model = AutoModelForSeq2SeqLM.from_pretrained(
-        checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    scale_as_told(model, checkpoint)
+    model, _ = read_model(checkpoint, dtype=torch.float32, attn_implementation="eager")
     graphs = _graphs(model)
     quantized = {name: _quantized(graph) for name, graph in graphs.items()} if quantization == "int8" else {}
     _write(folder, graphs)

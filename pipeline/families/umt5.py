@@ -6,6 +6,7 @@ tokens of each and T tokens looked at.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -49,11 +50,6 @@ class UMT5Family(T5Family):
     def is_shared_weight(self, name_in_layer: str) -> bool:
         return False
 
-    def prepare_for_training(self, model: nn.Module) -> None:
-        super().prepare_for_training(model)
-        for layer in self.layers(model, "decoder"):
-            _make_causal(layer)
-
     def take_shared(self, model: nn.Module) -> UMT5Shared:
         config: Any = model.config
         scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
@@ -81,7 +77,6 @@ class UMT5Family(T5Family):
 
     def place_layer(self, layer: nn.Module, index: int, first: nn.Module) -> None:
         set_layer_index(layer, index)
-        _make_causal(layer)
 
     def attentions(self, layer: nn.Module) -> dict[str, Projections]:
         found = super().attentions(layer)
@@ -89,8 +84,16 @@ class UMT5Family(T5Family):
         return {**found, "self": found["self"]._replace(bias=table)}
 
 
-def _make_causal(layer: nn.Module) -> None:
-    """Let no decoder layer see later tokens. transformers 5.17 leaves that to masks, and with SDPA makes none where no
-    target is padded: only a `generate` that keeps a cache, and so gives one token at a time, is right by itself."""
-    attention = cast(Any, layer).layer[0].SelfAttention
-    attention.is_causal = attention.is_decoder
+def correct_umt5(model: Any, settings: Mapping[str, Any]) -> None:
+    """Have a umT5 as transformers 5.17 reads it compute what 4.57 and 5.24 make of it.
+
+    5.17 scales the outputs of every umT5, whatever config.json says. And it leaves it to masks that no target sees
+    those behind it, but with SDPA makes none where no target is padded: only a `generate` that keeps a cache, and so
+    gives one token at a time, is right by itself.
+
+    Args:
+        settings: its config.json.
+    """
+    model.config.tie_word_embeddings = settings.get("tie_word_embeddings") is not False
+    for block in model.decoder.block:
+        block.layer[0].SelfAttention.is_causal = True

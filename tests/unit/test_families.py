@@ -17,6 +17,7 @@ from pipeline.config import LossConfig
 from pipeline.families import StackInputs, family_of
 from pipeline.model.huggingface import check_losses, load_model
 from pipeline.ordinary import save_ordinary
+from pipeline.pretrained import model_of
 from pipeline.spans import STACKS
 from tests.tiny import (
     KINDS,
@@ -105,10 +106,14 @@ def test_a_umt5_scales_its_states_where_its_config_says_that_its_head_is_its_emb
     untied = tiny_model("umt5", 2, 2)
     tied = copy.deepcopy(untied)
     tied.lm_head.weight, tied.config.tie_word_embeddings = tied.shared.weight, True
-    for name, model, scale in (("untied", untied, 1.0), ("tied", tied, 32**-0.5)):
+    for name, model, scale in (("untied", untied, 1.0), ("tied", tied, 32**-0.5), ("not said", tied, 32**-0.5)):
         save_ordinary(model, tmp_path / name)
-        told = json.loads((tmp_path / name / "config.json").read_text())
-        assert told["tie_word_embeddings"] == (name == "tied")
+        path = tmp_path / name / "config.json"
+        told = json.loads(path.read_text())
+        assert told["tie_word_embeddings"] == (name != "untied")
+        if name == "not said":
+            del told["tie_word_embeddings"]
+            path.write_text(json.dumps(told))
         loaded = load_model(tmp_path / name)
         assert parts(loaded)[1].head.scale == scale
         assert torch.equal(hf_logits(loaded.eval(), random_batch(0)), hf_logits(model, random_batch(0)))
@@ -152,10 +157,12 @@ def test_every_layer_of_a_umt5_has_a_bias_of_its_own_and_takes_it_along():
         }
 
 
+@pytest.mark.parametrize("read", [load_model, model_of])
 @torch.no_grad()
-def test_targets_of_a_umt5_in_training_see_nothing_that_follows_them(tmp_path):
+def test_targets_of_a_umt5_see_nothing_that_follows_them(tmp_path, read):
+    """transformers 5.17 hides it from them only where some target is padded."""
     tiny_model("umt5", 2, 2).save_pretrained(tmp_path)
-    model, ids_BT = load_model(tmp_path), torch.tensor([[4, 5, 6, 7]])
+    model, ids_BT = read(tmp_path), torch.tensor([[4, 5, 6, 7]])
     changed_BT = torch.tensor([[4, 5, 6, 8]])
     before, after = (model(input_ids=ids_BT, decoder_input_ids=each).logits for each in (ids_BT, changed_BT))
     assert torch.equal(before[:, :3], after[:, :3])
