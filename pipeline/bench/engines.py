@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.bench import Measure, report
 from pipeline.engines import Translator
 from pipeline.export import Form, assemblies_of, bytes_of, export
+from pipeline.ordinary import read_model
 from pipeline.rundir import RunDir
 from pipeline.scoring import References, bleu, p_values
 
@@ -91,7 +92,7 @@ def _row(name: str, folders: Sequence[Path], sources: list[str], targets: list[s
 def generated(folder: Path, sources: Sequence[str], num_beams: int, longest: int) -> Outputs:
     """By transformers' generate, sources of similar length together."""
     started_at = time.process_time()
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    (model, _), tokenizer = read_model(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(list(sources)).input_ids
     found: list[list[int]] = [[]] * len(ids)
     for places in _batches(ids):
@@ -106,7 +107,7 @@ def generated(folder: Path, sources: Sequence[str], num_beams: int, longest: int
 @torch.no_grad()
 def num_lower(folder: Path, sources: Sequence[str], ours: Outputs, theirs: Outputs) -> int:
     """Examples whose output `ours` the checkpoint finds less likely, a token, than `theirs`."""
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    (model, _), tokenizer = read_model(folder), AutoTokenizer.from_pretrained(folder)
 
     def score(source: str, ids: list[int]) -> float:
         labels = torch.tensor([[*ids, model.config.eos_token_id]])

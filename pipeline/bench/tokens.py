@@ -29,6 +29,7 @@ from pipeline.decoding.rules import rules_of
 from pipeline.decoding.together import Member, decode_together
 from pipeline.decoding.views import load_pool
 from pipeline.evaluation.slices import tokenize
+from pipeline.ordinary import read_model
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import STACKS, Assembly, Span
 from pipeline.tokenizer import load_tokenizer
@@ -198,7 +199,7 @@ def compare(case: Case, num_beams: int) -> None:
     lengths: list[int] = []
     texts: set[tuple[int, ...]] = set()
     for text, folder in case.folders.items():
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model, _ = read_model(folder, dtype=torch.float32)
         alone = by_transformers(model, case.sources, 1, case.max_new_tokens, num_beams)
         batched = by_transformers(model, case.sources, HF_BATCH, case.max_new_tokens, num_beams)
         lengths += map(len, alone)

@@ -170,6 +170,17 @@ def test_the_comparison_at_full_size_tells_what_differs(monkeypatch, capsys):
     assert printed.err.startswith("error: outputs differ by more than ties")
 
 
+def test_the_comparison_reads_a_umt5_as_its_assemblies_compute(tmp_path, capsys):
+    run, _ = make_run(tmp_path, "umt5")
+    write_checkpoint(Parts.of(run), Assembly.parse("e2x3-d2x3"), tmp_path / "out")
+    sources = texts(1, 12, 10)
+    case = tokens.Case(
+        "umt5", run.teacher_model, run.library, {"e2x3-d2x3": tmp_path / "out"}, sources, sources, MAX_NEW, 1000
+    )
+    tokens.compare(case, num_beams=4)
+    assert "ours differs on 0 of these" in capsys.readouterr().out
+
+
 def test_gaps_are_those_of_the_tokens_or_texts_that_differ():
     class Model(torch.nn.Module):
         """Says a token with a log probability that is 0.1 less than that of the one before it in the vocabulary."""

@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline import export as exporting
 from pipeline.__main__ import main
+from pipeline.bench import engines
 from pipeline.decoding import generate, losses_of
 from pipeline.engines import ENGINES, ctranslate, onnx, refuse_kind
 from pipeline.ordinary import check_ordinary
@@ -293,6 +294,14 @@ def test_graphs_in_int8_write_nearly_the_same_in_fewer_bytes(tmp_path, onnx_here
         sizes[quantization] = sum(path.stat().st_size for path in folder.glob("*.onnx_data"))
     assert sizes["int8"] < 0.32 * sizes["float32"]
     assert np.mean(ids["int8"][:, 1] == ids["float32"][:, 1]) > 0.8, "the first tokens"
+
+
+def test_the_benchmark_of_engines_reads_a_umt5_as_it_was_written(tmp_path):
+    ((folder, model),) = exported(tmp_path, "umt5", ASSEMBLIES[:1], strength=2.0)[0].items()
+    found = engines.generated(Path(folder), TEXTS, 4, MAX_NEW_TOKENS).ids
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = generate(model, tokenizer(TEXTS).input_ids, MAX_NEW_TOKENS, 4)
+    assert found == [[each for each in row if each != model.config.eos_token_id] for row in rows]
 
 
 @NEEDS_ENGINE

@@ -169,6 +169,17 @@ def test_one_importer_each(library):
     assert importers == {ONE_IMPORTER[library]}
 
 
+def test_one_reader_of_models():
+    """`read_model` corrects what transformers 5.17 makes of a umT5; one benchmark times plain loading, of a T5."""
+    readers = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("AutoModelForSeq2SeqLM.from_pretrained")
+    }
+    assert readers == {"pipeline.ordinary", "pipeline.bench.switch"}
+
+
 def test_the_packages_keep_apart():
     for name, path in MODULES.items():
         for imported, _ in imports_of(path):
