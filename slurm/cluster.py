@@ -72,7 +72,7 @@ class Cluster:
     """Further options of every job, such as "--exclusive"."""
     srun_options: tuple[str, ...]
     """Further options of every srun, such as pyxis' "--container-image=/images/modular.sqsh". A
-    "--distribution" belongs here too: steps do not take it over from the job."""
+    "--distribution" and GPUs by task ("--gpus-per-task") belong here too: steps take neither over from the job."""
     mpi: str
     """How data preparation starts its ranks: srun --mpi for the MPI that mpi4py uses, "pmi2" (MPICH, Intel MPI) or
     "pmix" (Open MPI); "mpiexec" beside the interpreter, which starts them within the job; "none" (one process)."""
