@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.assemble import stacks_of
 from pipeline.config import Recipe, settings_parser, with_recipe_paths
-from pipeline.planning import preflight
+from pipeline.planning import preflight, ranks_here
 from pipeline.run import lock, run_stage, write_recipe
 from pipeline.rundir import RunDir, Stage
 from pipeline.study.cells import BASE, Cell, Cells
@@ -59,7 +59,7 @@ class Study:
             unknown = set(getattr(self.config, name)) - set(recipe.assemble.ratios)
             if unknown:
                 raise ValueError(f"{name} has {min(unknown):g}, which is none of the recipes' assemble.ratios")
-        preflight(recipe, run)
+        preflight(replace(recipe, launch=ranks_here(recipe)), run)
         run.root.mkdir(parents=True, exist_ok=True)
         if run.output_hash("data") is None or Stage.of(recipe, run, "teacher").stamp() is None:
             with lock(run):
@@ -152,6 +152,7 @@ class Study:
 
 
 def _run(recipe: Recipe, run: RunDir, stages: Sequence[str]) -> None:
+    recipe = replace(recipe, launch=ranks_here(recipe))
     write_recipe(recipe, run)
     for name in stages:
         run_stage(name, recipe, run, [])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline import doctor
 from pipeline.__main__ import main
@@ -66,3 +68,13 @@ def test_a_machine_with_one_gpu_trains_a_little_too():
     told = doctor._output_of([sys.executable, "-m", "pipeline.doctor"]).splitlines()[-1]
     assert told.startswith("1 ranks over ")
     assert all(name in told for name in doctor.TRIED)
+
+
+def test_a_gpu_that_only_emulates_bf16_is_refused(monkeypatch, tmp_path):
+    properties = SimpleNamespace(name="Old", total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ValueError, match=r"Old has no bf16: use an NVIDIA GPU of compute capability 8\.0 or newer"):
+        doctor.CHECKS["devices"](tmp_path)

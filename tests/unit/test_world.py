@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 
+from pipeline.training.engine import _placed
 from pipeline.world import World, free_port
 
 
@@ -64,3 +65,12 @@ def test_no_gpu_takes_the_attention_that_plans_every_shape(gpus):
     gpus(1)
     World.from_environment()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_ranks_behind_the_first_make_room_for_weights_and_read_none():
+    """What has no data cannot be read."""
+    unread = torch.empty(3, 2, device="meta")
+    placed = _placed(unread, torch.bfloat16, World(1, 2, 1, torch.device("cpu")))
+    assert (placed.shape, placed.dtype, placed.device.type) == ((3, 2), torch.bfloat16, "cpu")
+    weight = torch.randn(3, 2)
+    assert torch.equal(_placed(weight, torch.bfloat16, World(0, 2, 0, torch.device("cpu"))), weight.bfloat16())
