@@ -189,10 +189,15 @@ def model_folder(path, *, last_byte):
     return str(path)
 
 
+def taught_by(recipe, folder):
+    teacher, data = replace(recipe.teacher, folder=folder), replace(recipe.data, tokenizer=folder)
+    return replace(recipe, teacher=teacher, data=data)
+
+
 def test_other_weights_of_the_same_size_in_a_given_folder_make_the_stages_that_read_it_stale(run, tmp_path):
     peer, metricx, teacher = (model_folder(tmp_path / name, last_byte=1) for name in ("peer", "metricx", "given"))
     recipe = Recipe(evaluate=EvaluateConfig(folders=(f"p={peer}", "nowhere"), metricx=metricx))
-    recipe = replace(recipe, teacher=replace(recipe.teacher, folder=teacher))
+    recipe = taught_by(recipe, teacher)
     recipe = replace(recipe, baseline=replace(recipe.baseline, optim=replace(recipe.baseline.optim, num_steps=0)))
     for name in ("teacher", "distill", "assemble", "evaluate"):
         publish(recipe, run, name)
@@ -204,7 +209,7 @@ def test_other_weights_of_the_same_size_in_a_given_folder_make_the_stages_that_r
 
 
 def test_a_run_begun_when_large_files_were_known_by_size_goes_on(run, tmp_path):
-    recipe = Recipe(teacher=replace(Recipe().teacher, folder=model_folder(tmp_path / "given", last_byte=1)))
+    recipe = taught_by(Recipe(), model_folder(tmp_path / "given", last_byte=1))
     stage = Stage.of(recipe, run, "teacher")
     old = {**stage.identity["teacher files"], "model.safetensors": 3 * 2**20 + 1}
     stage = replace(stage, identity={**stage.identity, "teacher files": old})
