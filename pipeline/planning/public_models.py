@@ -54,7 +54,8 @@ _SIGLIP = {
 
 
 def public_config(name: str) -> dict[str, Any]:
-    """What config.json of a public model says of its sizes.
+    """What config.json of a public model says, as far as its layers and their sizes go by it and transformers' own
+    defaults differ.
 
     Args:
         name: of a repository or a folder; its last part counts, such as t5-large, flan-t5-xl or mt5-large.
@@ -89,6 +90,7 @@ def _t5gemma2(sizes: tuple[int, int, int, int, int]) -> dict[str, Any]:
     return {"model_type": "t5gemma2", "vocab_size": 262144, "encoder": encoder, "decoder": stack}
 
 
+_MBART_50 = {"model_type": "mbart", "vocab_size": 250054, "decoder_start_token_id": 2, "scale_embedding": True}
 _OF_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 PUBLIC: dict[str, dict[str, Any]] = {
     **{f"t5-{size}": _t5(sizes) for size, sizes in _T5.items()},
@@ -100,18 +102,31 @@ PUBLIC: dict[str, dict[str, Any]] = {
         for size in ("small", "base", "xl", "xxl")
     },
     **{f"bart-{size}": _bart(sizes) for size, sizes in _BART.items()},
+    "mbart-large-50": _bart(_BART["large"], **_MBART_50),
     **{
-        f"mbart-large-50{kind}": _bart(_BART["large"], model_type="mbart", vocab_size=250054)
-        for kind in ("", "-many-to-many-mmt", "-one-to-many-mmt", "-many-to-one-mmt")
+        f"mbart-large-50-{kind}-mmt": _bart(_BART["large"], **_MBART_50, activation_function="relu")
+        for kind in ("many-to-many", "one-to-many", "many-to-one")
     },
     **{
         f"pegasus-{name}": _bart(
-            (1024, 64, 4096, 16, 16), model_type="pegasus", vocab_size=96103, max_position_embeddings=count
+            (1024, 64, 4096, 16, 16),
+            model_type="pegasus",
+            vocab_size=96103,
+            max_position_embeddings=count,
+            activation_function="relu",
+            scale_embedding=True,
         )
         for name, count in _PEGASUS.items()
     },
-    "opus-mt-en-de": _bart((512, 64, 2048, 8, 6), model_type="marian", vocab_size=58101, max_position_embeddings=512),
+    "opus-mt-en-de": _bart(
+        (512, 64, 2048, 8, 6),
+        model_type="marian",
+        vocab_size=58101,
+        max_position_embeddings=512,
+        activation_function="swish",
+        scale_embedding=True,
+    ),
     **{f"t5gemma-2-{size}-{size}": _t5gemma2(sizes) for size, sizes in _T5GEMMA2.items()},
     **{name: _bart(sizes, model_type="m2m_100", vocab_size=vocab) for name, (vocab, sizes) in _M2M100.items()},
 }
-"""Sizes by name."""
+"""Settings by name."""
