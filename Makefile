@@ -35,9 +35,10 @@ bench: .venv/installed  ## measure against named baselines, on a CPU
 	$(BIN)/python -m pipeline.bench step
 	$(BIN)/python -m pipeline.bench data
 
-full-size: .venv/installed  ## run T5-large and mT5-large all the way on a CPU: 24 GiB of memory, 40 GiB of disk, half an hour
+full-size: .venv/installed  ## run T5-large and mT5-large all the way on a CPU, and every family into its folders: 24 GiB of memory, 40 GiB of disk, an hour
 	$(BIN)/python -m pipeline.bench full-size --model t5-large
 	$(BIN)/python -m pipeline.bench full-size --model mt5-large
+	$(BIN)/python -m pipeline.bench families
 
 bench-gpu: .venv/installed  ## run the tests and benchmarks that need an NVIDIA GPU; one that fails stops no other
 	-$(BIN)/pip install -q --disable-pip-version-check --no-deps liger-kernel orda-kernel accelerate psutil  # baselines; left out where they do not install

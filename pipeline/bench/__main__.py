@@ -13,6 +13,7 @@ BENCHES = {
     "checkpoint": "pipeline.bench.checkpoint",
     "engines": "pipeline.bench.engines",
     "evaluate": "pipeline.bench.evaluate",
+    "families": "pipeline.bench.families",
     "full-size": "pipeline.bench.full_size",
     "gpu-day": "pipeline.bench.gpu_day",
     "kernels": "pipeline.bench.kernels",

@@ -23,6 +23,7 @@ import transformers
 
 from data_prep.tokenizer import load_tokenizer, write_tokenizer
 from pipeline.assemble import Parts, write_checkpoint
+from pipeline.bench.families import save_library
 from pipeline.rundir import RunDir
 from pipeline.spans import Assembly
 from pipeline.tokenizer import vocabulary_size
@@ -32,7 +33,6 @@ from tests.languages import m2m_100, marian, mbart_50, nllb, pegasus
 from tests.readers.environments import PACKAGES, place_of
 from tests.tiny import OWN_TOKENIZER, read_plainly, tiny_model
 from tests.unit.test_modular import modular_of, perturb
-from tests.unit.test_switching import save_library
 
 ASSEMBLIES = ("e1x4-d1x4", "e2x2-d4", "e4-d1x4")  # the teacher's own, both stacks changed, the decoder deeper
 TEXTS = ["the garden is green", "a house stands in the old garden", "green", "the old house is a house"]

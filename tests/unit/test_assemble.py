@@ -15,13 +15,14 @@ from pipeline.assemble import write as assemble
 from pipeline.assemble.requests import requested_assemblies
 from pipeline.assemble.systems import describe
 from pipeline.assemble.write import Parts, write_checkpoint
+from pipeline.bench.families import save_library
 from pipeline.config.recipe import AssembleConfig, DistillConfig, Recipe
 from pipeline.rundir.files import write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly, modular_spans, tilings
 from tests.tiny import KINDS, hf_logits, random_batch, read_plainly, tiny_model
 from tests.unit.test_modular import modular_of, perturb
-from tests.unit.test_switching import generated, save_library
+from tests.unit.test_switching import generated
 
 
 def make_run(tmp_path, kind, num_layers=6, granularities=(2, 3, 6)):

@@ -7,39 +7,16 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from data_prep.publish import sha256_of
 from pipeline.bench.__main__ import main as bench
+from pipeline.bench.families import save_library, weights_of
 from pipeline.library.switching import ModuleLibrary
-from pipeline.model.modular import ModularModel
 from pipeline.rundir.run_dir import RunDir
 from pipeline.spans.spans import Assembly, Span
 from tests.tiny import KINDS, hf_logits, random_batch, tiny_model
 from tests.unit.test_modular import modular_of, perturb
 
 TEXTS = ["e2x3-d3x2", "e6-d6", "e6-d1x4.2", "e3.1x3-d6", "e1.1.2x2-d1x6"]
-
-
-def weights_of(modular: ModularModel) -> dict[str, torch.Tensor]:
-    return {
-        f"{stack}.{span}.{name}": weight.contiguous()
-        for stack, leaves in modular.modular.items()
-        for span, leaf in leaves.items()
-        for name, weight in leaf.layer.state_dict().items()
-    }
-
-
-def save_library(modular: ModularModel, run: RunDir) -> None:
-    """As the distill stage publishes it."""
-    run.library.mkdir(parents=True)
-    save_file(weights_of(modular), run.library / "modular.safetensors")
-    manifest = {
-        "teacher_sha256": sha256_of(run.teacher_model / "model.safetensors"),
-        "modular_sha256": sha256_of(run.library / "modular.safetensors"),
-        "spans": {stack: [str(span) for span in spans] for stack, _, spans in modular.stacks},
-    }
-    (run.library / "library.json").write_text(json.dumps(manifest))
 
 
 def library_of(kind: str):
