@@ -13,15 +13,17 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from pipeline.bench import Measure, report, step_draws
+from pipeline.bench.step_host import PLAIN
 from pipeline.footprint.estimate import GIB
 from pipeline.world import free_port
 
-PARTS = ("traffic", "memory", "overhead", "draws", "gpu")
+PARTS = ("traffic", "memory", "overhead", "draws", "host", "gpu")
 TOLERANCE = 1e-9
 SHORT = (2, 32, 16)
 """Examples, source and target tokens of a micro-batch of the full-size benchmark."""
@@ -43,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
     parts = (
         arguments.part or ["traffic", "gpu"]
         if has_gpu
-        else arguments.part or ["traffic", "memory", "overhead", "draws"]
+        else arguments.part or ["traffic", "memory", "overhead", "draws", "host"]
     )
     if "gpu" in parts and not has_gpu:
         raise ValueError("--part gpu, but torch sees no CUDA device")
@@ -56,7 +58,7 @@ def main(arguments: argparse.Namespace) -> None:
     report("step", measures, "\n".join(notes), arguments.write)
 
 
-def _ranks(part: str, num_ranks: int, threads: int = 1, **options: Any) -> dict[str, Any]:
+def _ranks(part: str, num_ranks: int, threads: int = 1, **options: Any) -> Any:
     """Run a part on real ranks and return what rank 0 found."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
@@ -158,6 +160,26 @@ def _of_draws(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _host(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
+    """CPU time under each configuration, held against plain PyTorch."""
+    measures, spreads = [], []
+    for row in _ranks("host", 2, steps=arguments.steps):
+        times = row["ms"]
+        ranges = (f"{name} {min(each):.4g} to {max(each):.4g}" for name, each in times.items())
+        spreads.append(f"{row['name']}, ms: {', '.join(ranges)}")
+        plain = median(times.pop(PLAIN))
+        measures += [
+            Measure("step", f"CPU time, {row['name']}, {name}", median(each), plain, PLAIN, "ms", row["floor"])
+            for name, each in times.items()
+        ]
+    setting = (
+        "Host: CPU time of rank 0's main thread; T5 24+24, d 64, granularities 2, 3, 6, fp32, 1 x 4/4 tokens, 2 ranks\n"
+        f"of 1 thread; median of {arguments.steps} steps in turns.\n"
+        "Floor: the operations of plain PyTorch, if each were one of the smallest."
+    )
+    return measures, "\n".join([setting, *spreads])
+
+
 def _gpu(arguments: argparse.Namespace) -> tuple[list[Measure], str]:
     return on_devices(torch.cuda.device_count(), steps=arguments.steps, **LARGE)
 
@@ -185,4 +207,4 @@ def on_devices(num_ranks: int, **options: Any) -> tuple[list[Measure], str]:
     return measures, f"GPU: {found['setting']}.\n{found['summary']}\n{note}"
 
 
-MEASURED = {"traffic": _traffic, "memory": _memory, "overhead": _overhead, "draws": _draws, "gpu": _gpu}
+MEASURED = {"traffic": _traffic, "memory": _memory, "overhead": _overhead, "draws": _draws, "host": _host, "gpu": _gpu}

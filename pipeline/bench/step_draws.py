@@ -5,7 +5,6 @@ Shapes: B examples, S source tokens, T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -26,6 +25,7 @@ from pipeline.bench.step_model import (
     random_batch,
     t5,
     timed_step,
+    with_draws,
 )
 from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.footprint.estimate import sizes_of
@@ -125,7 +125,7 @@ def seconds(folder: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     task = new_task(T5ForConditionalGeneration(config))
     sizes = sizes_of(task.module, task.leaf_classes)
-    tasks = {num_draws: _with_draws(task, draws) for num_draws, draws in DRAWS.items()}
+    tasks = {num_draws: with_draws(task, draws) for num_draws, draws in DRAWS.items()}
     engine = new_engine(task, world, "zero3_cpu")
     taken: dict[int, list[float]] = {num_draws: [] for num_draws in DRAWS}
     useful: dict[int, list[float]] = {num_draws: [] for num_draws in DRAWS}
@@ -144,9 +144,3 @@ def seconds(folder: str, steps: int) -> dict[str, Any]:
         "floor": {num_draws: mean(each) / peak for num_draws, each in useful.items()},
         "setting": f"T5 12+12, d 512, fp32, batch 4, 128/32 tokens, {torch.get_num_threads()} threads",
     }
-
-
-def _with_draws(task: Any, draws: Sequence[str]) -> Any:
-    """The same module with other draws."""
-    sampler = Sampler(replace(SETTINGS, draws=tuple(draws)), seed=0, stacks=task.module.stacks)
-    return replace(task, draws=sampler.draws)

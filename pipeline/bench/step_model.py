@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.distill import modular_task
 from pipeline.families import family_of
 from pipeline.footprint.estimate import Sizes, training_flops, useful_flops
 from pipeline.footprint.sharding import read_ds_config
-from pipeline.model.draws import Draws
+from pipeline.model.draws import Draws, Sampler
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel
 from pipeline.spans.spans import STACKS, Assembly
@@ -63,6 +63,12 @@ def new_task(model: nn.Module, settings: DistillConfig = SETTINGS) -> Task:
     family = family_of(config.model_type)
     modular = ModularModel(model, family, settings.by_stack, settings.init, share_memory=True)
     return modular_task(modular, family, config, settings, seed=0)
+
+
+def with_draws(task: Task, draws: Sequence[str]) -> Task:
+    """The same module with other draws."""
+    module: Any = task.module
+    return replace(task, draws=Sampler(replace(SETTINGS, draws=tuple(draws)), seed=0, stacks=module.stacks).draws)
 
 
 def new_engine(task: Task, world: World, ds_config: str, num_accumulated: int = 1) -> Engine:
@@ -201,6 +207,7 @@ class Plain:
         self.groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in task.module.named_parameters():
             if parameter.requires_grad:
+                parameter.data = parameter.data.clone()  # it starts in the teacher's memory, and is trained in place
                 parameter.grad = torch.zeros_like(parameter)
                 self.groups.setdefault(task.clip_group(name), []).append(parameter)
         parameters = [parameter for group in self.groups.values() for parameter in group]

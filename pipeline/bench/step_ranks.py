@@ -19,6 +19,7 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from pipeline.bench import step_draws
+from pipeline.bench.step_host import host
 from pipeline.bench.step_model import (
     SETTINGS,
     Counted,
@@ -149,8 +150,6 @@ def overhead(folder: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     teacher = T5ForConditionalGeneration(config)
     plain_task = new_task(copy.deepcopy(teacher))
-    for parameter in plain_task.module.parameters():
-        parameter.data = parameter.data.clone()  # plain PyTorch trains in place
     task = new_task(teacher)
     sizes = sizes_of(task.module, task.leaf_classes)
     ours, plain = new_engine(task, world, "zero3_cpu"), Plain(plain_task)
@@ -245,12 +244,13 @@ def gpu(
     }
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+PARTS: dict[str, Callable[..., Any]] = {
     "traffic": traffic,
     "memory": memory_part,
     "draws-traffic": step_draws.traffic,
     "draws-seconds": step_draws.seconds,
     "overhead": overhead,
+    "host": host,
     "gpu": gpu,
     "trainer": trainer,
 }

@@ -3,12 +3,14 @@ checkpointing; hundreds of random draws; and every trap of ZeRO, shown to bite w
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 
 import pytest
 
 from pipeline.bench import step
+from pipeline.bench.__main__ import main as bench
 from pipeline.doctor import CHECKS
 from tests.distributed.engine_ranks import ONE, SEVERAL
 from tests.ranks import run_ranks
@@ -119,3 +121,10 @@ def test_the_benchmark_of_gpus_runs_at_toy_size(monkeypatch):
     assert {measure.baseline_name for measure in measures} == {"with eager losses", "task loss alone", "estimate"}
     assert all(measure.ours > 0 and measure.baseline > 0 for measure in measures)
     assert "pip install accelerate" in note
+
+
+def test_the_benchmark_of_host_time_prints_both_sides(capsys):
+    assert bench(["step", "--part", "host", "--steps", "1"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(lines) == 8  # ZeRO-2 and ZeRO-3, a micro-batch and an optimizer step, one draw and the default
+    assert all(0 < line["floor"] < line["baseline"] and line["floor"] < line["ours"] for line in lines)
