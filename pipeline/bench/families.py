@@ -12,7 +12,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -50,7 +50,7 @@ LONGEST_INPUT = 12
 NUM_NEW_TOKENS = 8
 WORDS = (10, 60)
 """Ids of inputs and targets, from and below: of no special token in any family."""
-BEAMS = (1, 4)
+NUM_BEAMS = 4
 STRENGTH = 2.0
 """Of the matrices in layers, over what their models start training with: what is written depends on what is read."""
 HEADER = """\
@@ -138,16 +138,16 @@ def agreement(name: str, settings: Mapping[str, Any], run: RunDir) -> Agreement:
     batch = MicroBatch(0, np.arange(NUM_INPUTS), *padded_rows(sources, pad_id), padded_rows(targets, IGNORED_LABEL)[0])
     logits_NV = {text: modular(batch, (each,)).student_logits_NV for text, each in assemblies.items()}
     del teacher, modular
-    outputs = {num_beams: decoded(run, assemblies, sources, num_beams) for num_beams in BEAMS}
+    outputs = {num_beams: decoded(run, assemblies, sources, num_beams) for num_beams in (1, NUM_BEAMS)}
 
     parts = Parts.of(run)
-    apart, equal = 0.0, dict.fromkeys(BEAMS, 0)
+    apart, equal = 0.0, {1: 0, NUM_BEAMS: 0}
     for text, assembly in assemblies.items():
         folder = run.root / text
         write_checkpoint(parts, assembly, folder)
         model, _ = read_model(folder)
         apart = max(apart, (plain_logits(model, batch) - logits_NV[text]).abs().max().item())
-        for num_beams in BEAMS:
+        for num_beams in equal:
             theirs = generate(model, sources, NUM_NEW_TOKENS, num_beams)
             equal[num_beams] += sum(a == b for a, b in zip(outputs[num_beams][text], theirs, strict=True))
         del model
@@ -160,7 +160,7 @@ def agreement(name: str, settings: Mapping[str, Any], run: RunDir) -> Agreement:
         logits_apart=apart,
         largest_logit=max(each.abs().max().item() for each in logits_NV.values()),
         greedy_equal=equal[1],
-        beam_equal=equal[4],
+        beam_equal=equal[NUM_BEAMS],
         outputs=len(greedy),
         distinct=len({*greedy}),
         seconds=time.monotonic() - started_at,
@@ -188,7 +188,7 @@ def random_model(settings: Mapping[str, Any]) -> Any:
     return model
 
 
-def granularities_of(num_layers: Iterable[int]) -> list[int]:
+def granularities_of(num_layers: Sequence[int]) -> list[int]:
     """Those of the bench for the depths of both stacks."""
     return [each for each in GRANULARITIES if not any(depth % each for depth in num_layers)][:3]
 

@@ -242,7 +242,8 @@ class DistillConfig(Settings):
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     compile_layers: bool = operational(False)
     """Compile the layers by torch.compile at the start, which takes minutes. Where that does not work they run as they
-    are, and the log says why: under ZeRO-3, or without a compiler. Attention losses take them as they are, too."""
+    are, and the log says why: under ZeRO-3, with recompute_activations, or without a compiler. Attention losses take
+    them as they are, too."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)

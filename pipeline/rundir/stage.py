@@ -22,6 +22,7 @@ from pipeline.rundir.files import difference, read_json, write_atomic
 from pipeline.rundir.run_dir import STAGES, RunDir
 
 FORMAT_VERSION = 1
+TEACHER_FILES, FOLDER_FILES = "teacher files", "files of evaluate's folders"
 NUM_PIECES, PIECE_BYTES = 64, 2**14  # of a large file that are read to know it
 
 
@@ -165,16 +166,17 @@ class Stage:
 
 
 def _files_used(recipe: Recipe, run: RunDir, name: str) -> dict[str, Any]:
-    """What the model folders hold that a stage is given by path."""
+    """What the model folders hold that a stage is given by path; as it was begun with of one that is not to be seen."""
+    begun = (read_json(run.stage(name) / "inputs.json") or {"identity": {}})["identity"]
     if name == "teacher" and recipe.teacher.folder:
-        begun = (read_json(run.stage(name) / "inputs.json") or {"identity": {}})["identity"].get("teacher files", {})
-        return {"teacher files": _files_of(local_folder(recipe.teacher.folder), begun)}
+        return {TEACHER_FILES: _files_of(local_folder(recipe.teacher.folder), begun.get(TEACHER_FILES))}
     if name != "evaluate":
         return {}
     given = [text.rpartition("=")[2] for text in recipe.evaluate.folders]
     given += [recipe.evaluate.metricx] if recipe.evaluate.metricx else []
-    found = {folder: _files_of(Path(folder)) for folder in given if (Path(folder) / "config.json").is_file()}
-    return {"files of evaluate's folders": found} if given else {}
+    found = {folder: each for folder, each in begun.get(FOLDER_FILES, {}).items() if folder in given}
+    found |= {folder: _files_of(Path(folder)) for folder in given if (Path(folder) / "config.json").is_file()}
+    return {FOLDER_FILES: found} if given else {}
 
 
 def _files_of(folder: Path, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -206,6 +207,8 @@ def test_other_weights_of_the_same_size_in_a_given_folder_make_the_stages_that_r
         model_folder(tmp_path / folder, last_byte=2)
         assert Stage.of(recipe, run, name).stamp() is None, folder
         model_folder(tmp_path / folder, last_byte=1)
+    shutil.rmtree(peer)
+    assert Stage.of(recipe, run, "evaluate").stamp() is not None, "what is done stays so without the folder"
 
 
 def test_a_run_begun_when_large_files_were_known_by_size_goes_on(run, tmp_path):
