@@ -12,13 +12,15 @@ vocabulary, D width.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import shutil
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ from pipeline.beside import CONFIG, GENERATION, TOKENIZER_CONFIG, read
 from pipeline.engines.base import TOLERANCE
 from pipeline.ordinary import read_model
 from pipeline.tokenizer import copy_tokenizer
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession  # it need not be installed
 
 QUANTIZATIONS = ("float32", "int8")
 ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_model"
@@ -222,11 +227,13 @@ def _quantized(graph: Any) -> Any:
         return onnx.load(f"{scratch}/graph.onnx")
 
 
-def sessions(folder: Path) -> list[Any]:
-    """Encoder, first step and later steps, each ready to run."""
-    from onnxruntime import InferenceSession
+def sessions(folder: Path) -> list[InferenceSession]:
+    """Encoder, first step and later steps, each ready to run on as many threads as torch."""
+    from onnxruntime import InferenceSession, SessionOptions
 
-    return [InferenceSession(folder / f"{name}.onnx") for name in (ENCODER, FIRST, NEXT)]
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return [InferenceSession(folder / f"{name}.onnx", options) for name in (ENCODER, FIRST, NEXT)]
 
 
 @torch.no_grad()
@@ -245,16 +252,13 @@ def check_scores(model: Any, folder: Path) -> None:
     )
     mask_BS = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     source_BS = source_BS.where(mask_BS == 1, torch.tensor(pad))
-    encoder, first, later = sessions(folder)
-    mask = {"encoder_attention_mask": mask_BS.numpy()}
+    encoder, step, later = sessions(folder)
     (hidden_BSD,) = encoder.run(None, {"input_ids": source_BS.numpy(), "attention_mask": mask_BS.numpy()})
-    step, cache = first, {"encoder_hidden_states": hidden_BSD}
-    logits = []
+    logits, cache = [], {"encoder_hidden_states": hidden_BSD}
     for tokens in target_BT.split([2, *[1] * (NUM_TARGETS - 2)], dim=1):
-        found = dict(zip(_outputs(step), step.run(None, {"input_ids": tokens.numpy(), **mask, **cache}), strict=True))
-        logits.append(torch.from_numpy(found.pop("logits")))
-        kept = cache if step is later else {}
-        step, cache = later, kept | {name.replace("present", "past_key_values"): each for name, each in found.items()}
+        found, cache = advance(step, mask_BS.numpy(), tokens.numpy(), cache)
+        logits.append(torch.from_numpy(found))
+        step = later
     ours_BTV = model(input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=target_BT).logits
     apart = (torch.cat(logits, dim=1).log_softmax(-1) - ours_BTV.log_softmax(-1)).abs().max().item()
     if not apart <= TOLERANCE:
@@ -264,48 +268,74 @@ def check_scores(model: Any, folder: Path) -> None:
         )
 
 
-def _outputs(session: Any) -> list[str]:
-    return [each.name for each in session.get_outputs()]
+# the README of a folder has the source of advance and greedy: they use numpy alone
+
+
+def advance(
+    step: InferenceSession, mask: np.ndarray, new: np.ndarray, cache: dict[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits (text, token, vocabulary) of new tokens, and the cache with these tokens in it."""
+    names = [output.name for output in step.get_outputs()]
+    found = dict(zip(names, step.run(None, {"input_ids": new, "encoder_attention_mask": mask, **cache}), strict=True))
+    logits = found.pop("logits")
+    cache = {name: each for name, each in cache.items() if name.startswith("past_key_values")}
+    return logits, cache | {name.replace("present", "past_key_values"): each for name, each in found.items()}
+
+
+def greedy(
+    graphs: list[InferenceSession], ids: np.ndarray, mask: np.ndarray, first: list[int], ends: int | list[int],
+    pad: int, never: list[int], max_new_tokens: int,
+) -> np.ndarray:  # fmt: skip
+    """Ids of outputs, each with its first tokens, from the ids of a batch with padding and its mask."""
+    encoder, step, later = graphs
+    cache = {"encoder_hidden_states": encoder.run(None, {"input_ids": ids, "attention_mask": mask})[0]}
+    written = new = np.array([first] * len(ids))
+    ended = np.zeros(len(ids), dtype=bool)
+    while written.shape[1] <= max_new_tokens and not ended.all():
+        logits, cache = advance(step, mask, new, cache)
+        logits[:, -1, never] = -np.inf
+        new = np.where(ended, pad, logits[:, -1].argmax(-1))[:, None]
+        ended |= np.isin(new[:, 0], ends)
+        written = np.concatenate([written, new], axis=1)
+        step = later
+    return written
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What `greedy` is told of a folder's settings."""
+    told = read(folder / CONFIG) | read(folder / GENERATION)
+    forced = told.get("forced_bos_token_id")
+    return {
+        "first": [told["decoder_start_token_id"], *([] if forced is None else [forced])],
+        "ends": told["eos_token_id"],
+        "pad": told["pad_token_id"],
+        "never": [ids[0] for ids in told.get("bad_words_ids") or [] if len(ids) == 1],
+        "max_new_tokens": told.get("max_new_tokens") or 128,
+    }
 
 
 def _loading(checkpoint: Path) -> str:
     """How the folder is used: greedy decoding; a tokenizer with tokens of languages is told them first."""
-    told = read(checkpoint / CONFIG) | read(checkpoint / GENERATION)
-    first, languages = "", []
+    languages = []
     if language := read(checkpoint / TOKENIZER_CONFIG).get("src_lang"):
         languages = [
-            f"tokenizer.src_lang = tokenizer.tgt_lang = {language!r}  # of the texts, and of what is to be written"
+            f"tokenizer.src_lang = tokenizer.tgt_lang = {language!r}  # of the texts, and of what is to be written",
+            "settings['first'][1:] = tokenizer(text_target='').input_ids[:1]",
         ]
-        first = ", tokenizer(text_target='').input_ids[0]"
-    elif told.get("forced_bos_token_id") is not None:
-        first = f", {told['forced_bos_token_id']}"
-    never = [ids[0] for ids in told.get("bad_words_ids") or [] if len(ids) == 1]
     code = [
         "import numpy as np",
         "from onnxruntime import InferenceSession",
-        "from transformers import AutoTokenizer",
+        "from transformers import AutoTokenizer\n",
+        inspect.getsource(advance),
+        inspect.getsource(greedy),
         'folder, texts = ".", ["a text"]  # this folder',
+        f"settings = {settings_of(checkpoint)}",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"names = {ENCODER!r}, {FIRST!r}, {NEXT!r}",
-        "encoder, step, later = (InferenceSession(f'{folder}/{name}.onnx') for name in names)",
         *languages,
+        f"names = {ENCODER!r}, {FIRST!r}, {NEXT!r}",
+        "graphs = [InferenceSession(f'{folder}/{name}.onnx') for name in names]",
         "batch = tokenizer(texts, padding=True, return_tensors='np')",
-        "mask = batch.attention_mask",
-        "hidden = encoder.run(None, {'input_ids': batch.input_ids, 'attention_mask': mask})[0]",
-        "cache = {'encoder_hidden_states': hidden}",
-        f"ids = new = np.array([[{told['decoder_start_token_id']}{first}]] * len(texts))",
-        "ended = np.zeros(len(texts), dtype=bool)",
-        f"while ids.shape[1] < {1 + (told.get('max_new_tokens') or 128)} and not ended.all():  # greedy",
-        "    found = step.run(None, {'input_ids': new, 'encoder_attention_mask': mask, **cache})",
-        "    found = dict(zip([output.name for output in step.get_outputs()], found))",
-        "    logits = found.pop('logits')[:, -1]",
-        *([f"    logits[:, {never}] = -np.inf"] if never else []),
-        f"    new = np.where(ended, {told['pad_token_id']}, logits.argmax(-1))[:, None]",
-        f"    ended |= np.isin(new[:, 0], {told['eos_token_id']})",
-        "    ids = np.concatenate([ids, new], axis=1)",
-        "    cache = cache if step is later else {}",
-        "    cache |= {name.replace('present', 'past_key_values'): each for name, each in found.items()}",
-        "    step = later",
-        "print(tokenizer.batch_decode(ids, skip_special_tokens=True))",
+        "ids = greedy(graphs, batch.input_ids, batch.attention_mask, **settings)",
+        "print(tokenizer.batch_decode(ids, skip_special_tokens=True))\n",
     ]
-    return "".join(f"    {line}\n" for line in code)
+    return textwrap.indent("\n".join(code), "    ")

@@ -190,12 +190,14 @@ def test_a_converted_model_that_scales_what_it_should_not_is_never_published(tmp
 
 
 def run_graphs(folder, texts):
-    """What the code beside graphs knows at its end, for these texts and at most MAX_NEW_TOKENS."""
-    code, num_changed = re.subn(r"< \d+ and not", f"< {1 + MAX_NEW_TOKENS} and not", "\n".join(code_of(folder)))
+    """What the code beside graphs writes for these texts, at most MAX_NEW_TOKENS: ids."""
+    changed, num_changed = re.subn(
+        r"'max_new_tokens': \d+", f"'max_new_tokens': {MAX_NEW_TOKENS}", "\n".join(code_of(folder))
+    )
     assert num_changed == 1
     known = {"TEXTS": texts}
-    exec(code.replace('folder, texts = ".", ["a text"]', f"folder, texts = {str(folder)!r}, TEXTS"), known)
-    return known
+    exec(changed.replace('folder, texts = ".", ["a text"]', f"folder, texts = {str(folder)!r}, TEXTS"), known)
+    return known["ids"]
 
 
 def greedy_settings(model, tokenizer):
@@ -230,23 +232,25 @@ def test_graphs_write_what_generate_writes(tmp_path, onnx_here, kind, text):
     models, _ = exported(tmp_path, kind, (text,), strength=STRONGER.get(kind, 1.0))
     run_export(tmp_path, "--assembly", text, "--to", "onnx")
     texts, (folder,) = some_texts(200), models
-    known = run_graphs(tmp_path / "run" / "export" / "onnx-float32" / text, texts)
+    graphs = tmp_path / "run" / "export" / "onnx-float32" / text
+    ids = run_graphs(graphs, texts)
     model, tokenizer = read_plainly(Path(folder)), AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     model.generation_config = greedy_settings(model, tokenizer)
     outputs = model.generate(**inputs)
-    assert known["ids"].tolist() == outputs.tolist()
+    assert ids.tolist() == outputs.tolist()
     assert len({tuple(row) for row in outputs.tolist()}) > 2, "outputs depend on inputs"
     with torch.no_grad():
         hidden = model.get_encoder()(**inputs).last_hidden_state
         logits = model(**inputs, decoder_input_ids=outputs[:, :1]).logits
-    mask = known["mask"] == 1
-    np.testing.assert_allclose(known["hidden"][mask], hidden.numpy()[mask], atol=1e-4)
-    first = onnx.sessions(tmp_path / "run" / "export" / "onnx-float32" / text)[1]
-    given = {"encoder_attention_mask": known["mask"], "encoder_hidden_states": known["hidden"]}
-    found = first.run(["logits"], {"input_ids": outputs[:, :1].numpy(), **given})[0]
-    np.testing.assert_allclose(found, logits.numpy(), atol=1e-4)
+    encoder, first, _ = onnx.sessions(graphs)
+    given = {name: each.numpy() for name, each in inputs.items()}
+    (found,) = encoder.run(None, given)
+    mask = given["attention_mask"] == 1
+    np.testing.assert_allclose(found[mask], hidden.numpy()[mask], atol=1e-4)
+    (begun, _) = onnx.advance(first, given["attention_mask"], outputs[:, :1].numpy(), {"encoder_hidden_states": found})
+    np.testing.assert_allclose(begun, logits.numpy(), atol=1e-4)
 
 
 def test_the_graphs_of_a_decoder_share_their_weights_and_are_named_as_optimum_names_them(tmp_path, onnx_here):
@@ -290,7 +294,7 @@ def test_graphs_in_int8_write_nearly_the_same_in_fewer_bytes(tmp_path, onnx_here
     for quantization in ("float32", "int8"):
         run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", "onnx", "--quantization", quantization)
         folder = tmp_path / "run" / "export" / f"onnx-{quantization}" / ASSEMBLIES[0]
-        ids[quantization] = run_graphs(folder, some_texts(50))["ids"]
+        ids[quantization] = run_graphs(folder, some_texts(50))
         sizes[quantization] = sum(path.stat().st_size for path in folder.glob("*.onnx_data"))
     assert sizes["int8"] < 0.32 * sizes["float32"]
     assert np.mean(ids["int8"][:, 1] == ids["float32"][:, 1]) > 0.8, "the first tokens"
