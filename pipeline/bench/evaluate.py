@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from pipeline.bench import Measure, report
-from pipeline.bench.engines import translated
+from pipeline.bench.engines import load_ctranslate2, written
 from pipeline.config.cli import parse_recipe, recipe_parser
 from pipeline.config.recipe import SEARCHED
 from pipeline.decoding.plain import batches_of, generate, load, losses_of
@@ -231,7 +231,8 @@ def _by_engine(folders: Mapping[str, Path], subject: Subject, device: torch.devi
     result, settings = Result(), subject.recipe.evaluate
     sources = [example["source"] for example in subject.examples]
     for name, folder in folders.items():
-        result.tokens[name] = translated(folder, sources, settings.num_beams, settings.max_new_tokens).ids
+        outputs = written(load_ctranslate2, folder, sources, settings.num_beams, settings.max_new_tokens)
+        result.tokens[name] = outputs.ids
     return result
 
 

@@ -19,10 +19,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline import export as exporting
 from pipeline.__main__ import main
+from pipeline.bench import __main__ as bench
 from pipeline.bench import engines
 from pipeline.decoding import generate, losses_of
 from pipeline.engines import ENGINES, ctranslate, onnx, refuse_kind
 from pipeline.ordinary import check_ordinary
+from tests.readers import test_readers
 from tests.readers.environments import place_of
 from tests.readers.test_readers import MAX_NEW_TOKENS, TEXTS, WITH_PIECES, exported
 from tests.tiny import OWN_TOKENIZER, read_plainly
@@ -302,20 +304,43 @@ def test_graphs_in_int8_write_nearly_the_same_in_fewer_bytes(tmp_path, onnx_here
 
 def test_the_benchmark_of_engines_reads_a_umt5_as_it_was_written(tmp_path):
     ((folder, model),) = exported(tmp_path, "umt5", ASSEMBLIES[:1], strength=2.0)[0].items()
-    found = engines.generated(Path(folder), TEXTS, 4, MAX_NEW_TOKENS).ids
+    found = engines.written(engines.load_transformers, Path(folder), TEXTS, 4, MAX_NEW_TOKENS).ids
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = generate(model, tokenizer(TEXTS).input_ids, MAX_NEW_TOKENS, 4)
     assert found == [[each for each in row if each != model.config.eos_token_id] for row in rows]
+
+
+def test_the_benchmark_of_engines_measures_graphs_against_generate(tmp_path, monkeypatch, capsys, onnx_here):
+    monkeypatch.setattr(test_readers, "GENERATION", {})  # greedy decoding of graphs has no other rules
+    exported(tmp_path, "v1.1", ASSEMBLIES)
+    write_systems(tmp_path / "run")
+    examples = [json.dumps({"source": text, "target": text}) for text in TEXTS]
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "test.jsonl").write_text("\n".join(examples))
+    command = ["engines", "--run", str(tmp_path / "run"), "--to", "onnx", "--max-new-tokens", str(MAX_NEW_TOKENS)]
+    assert bench.main(command) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| assembly", "| e"))]
+    names, *rows = (line.split(" | ") for line in lines[-3:])
+    assert [row[0] for row in rows] == ["| e1x4-d1x4", "| e2x2-d4"]
+    for row in (dict(zip(names, cells, strict=True)) for cells in rows):
+        assert row["greedy equal"] == str(len(TEXTS))
+        assert row["BLEU fp32"] == row["BLEU generate"]
+        assert float(row["MB int8"]) < float(row["MB fp32"])
+
+
+def write_systems(run):
+    """What stage assemble says it has made: the teacher and an assembly."""
+    systems = [{"assembly": text, "kind": kind} for text, kind in
+               (("e1x4-d1x4", "teacher"), ("e2x2-d4", "assembly"), ("e2x2-d4", "dropped"))]  # fmt: skip
+    (run / "assemble").mkdir()
+    (run / "assemble" / "systems.json").write_text(json.dumps({"systems": systems}))
 
 
 @NEEDS_ENGINE
 def test_all_assemblies_are_exported_once_in_fewer_bytes(tmp_path, capsys):
     exported(tmp_path, "v1.1", ASSEMBLIES)
     run = tmp_path / "run"
-    systems = [{"assembly": text, "kind": kind} for text, kind in
-               (("e1x4-d1x4", "teacher"), ("e2x2-d4", "assembly"), ("e2x2-d4", "dropped"))]  # fmt: skip
-    (run / "assemble").mkdir()
-    (run / "assemble" / "systems.json").write_text(json.dumps({"systems": systems}))
+    write_systems(run)
     run_export(tmp_path, "--all", "--to", "ctranslate2", "--quantization", "int8")
     folders = sorted((run / "export" / "ctranslate2-int8").iterdir())
     assert [folder.name for folder in folders] == ["e1x4-d1x4", "e2x2-d4"]
