@@ -182,7 +182,7 @@ def _report(rows: Sequence[dict[str, Any]], to: str, num_examples: int, write_di
     versions = (f"{name} {metadata.version(name)}" for name in (*ENGINES[to].packages, "transformers"))
     notes = (
         f"{len(rows)} assemblies x {num_examples} test examples, one thread, CPU time of the process with loading; "
-        f"{', '.join(versions)}; fp32 and int8 are the engine's; beam 4 lower: outputs whose log-probability a token "
-        "is below generate's by more than 1e-3"
+        f"{', '.join(versions)}; fp32 and int8 are the engine's; lower: outputs whose log-probability a token is below "
+        "generate's by more than 1e-3"
     )
     report("engines", measures, f"{notes}\n\n{table}", write_dir)
