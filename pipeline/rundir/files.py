@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or run the stage that wrote it again") from None
