@@ -241,9 +241,8 @@ class DistillConfig(Settings):
     every span is replaced, or every granularity is admitted."""
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     compile_layers: bool = operational(False)
-    """Compile the layers by torch.compile at the start, which takes minutes. Where that does not work they run as they
-    are, and the log says why: under ZeRO-3, with recompute_activations, or without a compiler. Attention losses take
-    them as they are, too."""
+    """Compile the layers by torch.compile at the start, in minutes. Where that cannot be (ZeRO-3, recomputed
+    activations, no compiler) they run as they are, and the log says why. Attention losses always take them so."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
