@@ -167,11 +167,12 @@ class Stage:
 
 def _files_used(recipe: Recipe, run: RunDir, name: str) -> dict[str, Any]:
     """What the model folders hold that a stage is given by path; as it was begun with of one that is not to be seen."""
-    begun = (read_json(run.stage(name) / "inputs.json") or {"identity": {}})["identity"]
-    if name == "teacher" and recipe.teacher.folder:
-        return {TEACHER_FILES: _files_of(local_folder(recipe.teacher.folder), begun.get(TEACHER_FILES))}
-    if name != "evaluate":
+    if name not in ("teacher", "evaluate"):
         return {}
+    begun = (read_json(run.stage(name) / "inputs.json") or {"identity": {}})["identity"]
+    if name == "teacher":
+        folder = recipe.teacher.folder
+        return {TEACHER_FILES: _files_of(local_folder(folder), begun.get(TEACHER_FILES))} if folder else {}
     given = [text.rpartition("=")[2] for text in recipe.evaluate.folders]
     given += [recipe.evaluate.metricx] if recipe.evaluate.metricx else []
     found = {folder: each for folder, each in begun.get(FOLDER_FILES, {}).items() if folder in given}
