@@ -8,7 +8,6 @@ from importlib import import_module
 
 # name -> module with add_arguments(parser) and main(arguments); a new benchmark is a new line
 BENCHES = {
-    "ablation": "pipeline.bench.ablation",
     "data": "pipeline.bench.data",
     "checkpoint": "pipeline.bench.checkpoint",
     "engines": "pipeline.bench.engines",

@@ -197,7 +197,7 @@ def _warn(scores: dict[str, dict[str, Any]], of_all: str) -> None:
 
 def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, float]]:
     """Costs of all systems that were scored, by name, published as one file: they compare only when measured in one
-    go."""
+    go. Systems of one shape cost the same and are measured once."""
     count = min(subject.recipe.evaluate.latency_examples, len(subject.examples))
     picks = [i * len(subject.examples) // count for i in range(count)]
     systems = [system for system in subject.systems if "failed" not in scores[system.name]]
@@ -222,7 +222,15 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
     )
     folders = {system.name: subject.folder_of(system) for system in systems}
     peers, engines = ({each.name for each in systems if each.kind == kind} for kind in ("peer", "engine"))
-    found = costs(folders, sample, world.device, settings.dtype, peers | engines, engines)
+    # one config.json is one shape, whatever was trained; a peer's weights may be of another type than its file says
+    shapes = {
+        name: name if name in peers | engines else (folder / "config.json").read_text(encoding="utf-8")
+        for name, folder in folders.items()
+    }
+    first = {shape: name for name, shape in reversed(shapes.items())}
+    measured = {name: folder for name, folder in folders.items() if first[shapes[name]] == name}
+    taken = costs(measured, sample, world.device, settings.dtype, peers | engines, engines)
+    found = {name: taken[first[shape]] for name, shape in shapes.items() if first[shape] in taken}
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
 

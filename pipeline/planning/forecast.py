@@ -37,6 +37,8 @@ HOST_S_OF_A_LAYER = {2: 1.6e-3, 3: 3.9e-3}
 and as many modular ones on two ranks of a CPU (November 2026). Where it is more than a GPU's work, the GPU waits."""
 NUM_DRAWS = 200
 """Draws whose FLOPs are averaged, evenly over the replacing phase."""
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, less their whole parts, lie evenly between 0 and 1 however many there are."""
 
 
 @dataclass(frozen=True)
@@ -165,27 +167,34 @@ def _tokens(recipe: Recipe, batch: BatchConfig) -> tuple[int, int]:
     return num_source, batch.tokens_per_micro_batch - num_source
 
 
-def _modular_flops(recipe: Recipe, planned: Planned, sizes: Sizes, settings: DistillConfig) -> float:
+def _modular_flops(
+    recipe: Recipe, planned: Planned, sizes: Sizes, settings: DistillConfig, num_draws: int = NUM_DRAWS
+) -> float:
     """FLOPs of a micro-batch, averaged over both phases and over draws."""
     tokens = _tokens(recipe, settings.batch)
     local_steps, num_steps = settings.local_steps, settings.optim.num_steps
     total = local_steps * local_flops(sizes, *tokens)
     if num_steps > local_steps:
         sampler = Sampler(settings, seed=recipe.seed, stacks=planned.stacks)
-        steps = [local_steps + i * (num_steps - local_steps) // NUM_DRAWS for i in range(NUM_DRAWS)]
-        draws = [sampler.draws(step, i) for i, step in enumerate(steps)]
+        of_a_step = settings.batch.micro_batches_per_step
+        # even steps through the phase could meet one kind alone of micro-batches that take turns; golden ones do not
+        places = [int(i * GOLDEN % 1 * (num_steps - local_steps) * of_a_step) for i in range(num_draws)]
+        draws = [sampler.draws(local_steps + place // of_a_step, place % of_a_step) for place in places]
         total += (num_steps - local_steps) * mean(useful_flops(sizes, *tokens, each) for each in draws)
     return total / num_steps
 
 
-def distill_flops(recipe: Recipe) -> float:
+def distill_flops(recipe: Recipe, num_draws: int = NUM_DRAWS) -> float:
     """Useful FLOPs of training the modular layers, all ranks together, teacher and heads included.
+
+    Args:
+        num_draws: draws whose FLOPs are averaged.
 
     Raises:
         ValueError: a teacher that is neither here nor a public model.
     """
     planned, settings = Planned.of(recipe), recipe.distill
-    per_micro_batch = _modular_flops(recipe, planned, planned.distill_sizes, settings)
+    per_micro_batch = _modular_flops(recipe, planned, planned.distill_sizes, settings, num_draws)
     return per_micro_batch * settings.batch.micro_batches_per_step * settings.optim.num_steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,9 +13,13 @@ from pipeline.config import Recipe, parse_recipe, recipe_parser
 from pipeline.planning import baseline_flops, distill_flops
 from pipeline.report import read_jsonl
 from pipeline.rundir import RunDir, Stage
+from pipeline.study.settings import VariantConfig
 
 BASE = "base"
 """The run directory of data and teacher."""
+AS_IT_IS = VariantConfig()
+MANY_DRAWS = 2000
+"""Draws from which the costs of two samplers are held against each other: to about 1 %."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Cell:
     """Factor on the recipe's learning rate."""
     method: str = ""
     """As in baseline.methods, of a rival."""
+    variant: str = ""
+    """The name of a modular run with something changed."""
     uses: Mapping[str, RunDir] = field(default_factory=dict)
     """Stages beside data and teacher that are taken as they are, by name, and the runs that they lie in."""
 
@@ -48,17 +55,34 @@ class Cell:
         return next(iter([*folder.glob("model"), *folder.glob("*/model")]), None)
 
     @property
-    def validation_loss(self) -> float:
-        """Of the weights that were kept: nats per token, for a modular run the mean over the assemblies followed."""
+    def measures(self) -> Mapping[str, float]:
+        """What the last validation, or with keep_best the best, found: validation/<assembly> in nats per token, and
+        bleu/<assembly> where the recipe has it measured."""
         folder = self.run.stage(self.stage)
         (metrics,) = [*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")]
-        losses = [loss for record in read_jsonl(metrics) if (loss := _mean_loss(record)) is not None]
-        return min(losses) if self.recipe.distill.loop.keep_best else losses[-1]
+        found = [measures for record in read_jsonl(metrics) if _losses(measures := _measures(record))]
+        return min(found, key=_mean_loss) if self.recipe.distill.loop.keep_best else found[-1]
+
+    @property
+    def validation_loss(self) -> float:
+        """Of the weights that were kept: nats per token, for a modular run the mean over the assemblies followed."""
+        return _mean_loss(self.measures)
 
 
-def _mean_loss(record: Mapping[str, Any]) -> float | None:
-    losses = [v for k, v in record.items() if k.startswith("validation/") and k != "validation/teacher"]
-    return sum(losses) / len(losses) if losses else None
+def _measures(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in record.items()
+        if name.startswith(("validation/", "bleu/")) and not name.endswith("/teacher")
+    }
+
+
+def _losses(measures: Mapping[str, float]) -> list[float]:
+    return [value for name, value in measures.items() if name.startswith("validation/")]
+
+
+def _mean_loss(measures: Mapping[str, float]) -> float:
+    return statistics.mean(_losses(measures))
 
 
 @dataclass(frozen=True)
@@ -73,26 +97,55 @@ class Cells:
     configs: Sequence[str]
     out: Path
 
-    def recipe(self, name: str, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe with some fields, by dotted names, set anew; its run directory is called `name`."""
+    def recipe(self, name: str, settings: Mapping[str, Any], change: Sequence[str] = ()) -> Recipe:
+        """The recipe with a change, as on the command line, and some fields, by dotted names, set anew; its run
+        directory is called `name`."""
         settings = {"run_dir": self.out / name, "assemble.presets": "[size-first]", **settings}
-        arguments = [part for each in self.configs for part in ("--config", each)]
+        arguments = [*(part for each in self.configs for part in ("--config", each)), *change]
         arguments += [part for field_name, value in settings.items() for part in (f"--{field_name}", str(value))]
         return _parsed(tuple(arguments))
 
-    def modular(self, budget: int, rate: float, seed: int) -> Cell:
-        """The run for all sizes, of so many steps."""
-        distill = self.recipe(BASE, {}).distill
+    def modular(self, budget: int, rate: float, seed: int, variant: VariantConfig = AS_IT_IS) -> Cell:
+        """The run for all sizes: as it is for so many steps, otherwise for as many as cost the same."""
+        name = "-".join(["modular", *filter(None, [variant.name]), f"{budget}{_by(rate)}", f"seed{seed}"])
+        num_steps, local_steps = self._steps(budget, seed, variant)
+        rate_as_it_is = self.recipe(BASE, {}, variant.arguments).distill.optim.learning_rate
         settings = {
             "seed": seed,
-            "distill.local_steps": round(budget * distill.local_steps / distill.optim.num_steps),
-            "distill.optim.num_steps": budget,
-            "distill.optim.learning_rate": rate * distill.optim.learning_rate,
+            "distill.local_steps": local_steps,
+            "distill.optim.num_steps": num_steps,
+            "distill.optim.learning_rate": rate * rate_as_it_is,
             "baseline.optim.num_steps": 0,
         }
-        name = f"modular-{budget}{_by(rate)}-seed{seed}"
-        recipe = self.recipe(name, settings)
-        return Cell("distill", recipe, RunDir(self.out / name), _distill_flops(recipe), rate)
+        recipe = self.recipe(name, settings, variant.arguments)
+        return Cell("distill", recipe, RunDir(self.out / name), _distill_flops(recipe), rate, variant=variant.name)
+
+    def _steps(self, budget: int, seed: int, variant: VariantConfig) -> tuple[int, int]:
+        """(steps, those of them that are local): the recipe's share of local ones, and as many others as make it cost
+        what the run as it is costs; local ones alone where all are local."""
+        distill = self.recipe(BASE, {}, variant.arguments).distill
+        local_steps = round(budget * distill.local_steps / distill.optim.num_steps)
+        if variant == AS_IT_IS:
+            return budget, local_steps
+        _, local_as_it_is = self._steps(budget, seed, AS_IT_IS)
+        local, replacing = self._flops_of_phases(seed, AS_IT_IS)
+        flops = local_as_it_is * local + (budget - local_as_it_is) * replacing
+        local, replacing = self._flops_of_phases(seed, variant)
+        if local_steps == budget:
+            return (num_steps := round(flops / local)), num_steps
+        return local_steps + max(0, round((flops - local_steps * local) / replacing)), local_steps
+
+    def _flops_of_phases(self, seed: int, variant: VariantConfig) -> tuple[float, float]:
+        """Of a local and of a replacing step."""
+        local, replacing = (
+            self.recipe(
+                BASE,
+                {"seed": seed, "distill.optim.num_steps": MANY_DRAWS, "distill.local_steps": local_steps},
+                variant.arguments,
+            )
+            for local_steps in (MANY_DRAWS, 0)
+        )
+        return _distill_flops(local, MANY_DRAWS) / MANY_DRAWS, _distill_flops(replacing, MANY_DRAWS) / MANY_DRAWS
 
     def rival(self, method: str, ratio: float, flops: float, rate: float, seed: int, share: str) -> Cell:
         """A model of one size, trained for as many FLOPs as whole steps can make.

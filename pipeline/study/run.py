@@ -15,8 +15,8 @@ from pipeline.config import Recipe, settings_parser, with_recipe_paths
 from pipeline.planning import preflight, ranks_here
 from pipeline.run import lock, run_stage, write_recipe
 from pipeline.rundir import RunDir, Stage
-from pipeline.study.cells import BASE, Cell, Cells
-from pipeline.study.settings import StudyConfig
+from pipeline.study.cells import AS_IT_IS, BASE, Cell, Cells
+from pipeline.study.settings import StudyConfig, VariantConfig
 from pipeline.study.table import EQUAL, FULL, RECOVERED, Entry, write_results
 
 
@@ -27,12 +27,22 @@ def study_command(arguments: Sequence[str]) -> None:
         ValueError: a mistake in the study or in its recipes.
         SystemExit: a training failed, or was asked to stop (85).
     """
+    config = study_config(arguments)
+    out = Path(config.out or f"runs/{config.name}")
+    Study(config, Cells(config.recipes, out), out).run()
+
+
+def study_config(arguments: Sequence[str]) -> StudyConfig:
+    """What a command line says.
+
+    Raises:
+        ValueError: a mistake in it.
+    """
     parser = settings_parser("python -m pipeline study", __doc__ or "", StudyConfig, arguments)
     values = parser.instantiate(parser.parse_args(with_recipe_paths(arguments)))
     config = StudyConfig(**{each.name: values[each.name] for each in fields(StudyConfig)})
     config.check()
-    out = Path(config.out or f"runs/{config.name}")
-    Study(config, Cells(config.recipes, out), out).run()
+    return config
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,16 @@ class Study:
     def run(self) -> None:
         """Train, score and write the tables."""
         self._make_base()
-        entries = list(self._entries())
-        if entries:
-            print(write_results(self.config.name, entries, self.out))
-        missing = len(self.config.seeds) * len(self.config.budgets) - len(entries)
+        entries, variants = list(self._entries()), self._variants()
+        scored = [entry for entry in entries if entry is not None]
+        trained = {budget: done for budget, cells in variants.items() if (done := [each for each in cells if each])}
+        if scored or trained:
+            print(write_results(self.config.name, scored, trained, self.out))
+        missing = len(entries) - len(scored) + sum(each is None for cells in variants.values() for each in cells)
         if missing:
-            print(f"{missing} modular runs and their rivals are not all done by other processes yet: run this again")
+            print(
+                f"{missing} modular runs are not all done by other processes yet, with what they need: run this again"
+            )
 
     def _make_base(self) -> None:
         run, recipe = RunDir(self.out / BASE), self.cells.recipe(BASE, {"seed": self.config.seeds[0]})
@@ -65,13 +79,20 @@ class Study:
             with lock(run):
                 _run(recipe, run, ("data", "teacher"))
 
-    def _entries(self) -> Iterator[Entry]:
+    def _entries(self) -> Iterator[Entry | None]:
         """Seed by seed and budget by budget what is trained and scored."""
-        for seed in self.config.seeds:
-            for budget in self.config.budgets:
-                entry = self._entry(budget, seed)
-                if entry is not None:
-                    yield entry
+        if self.config.rivals:
+            for seed in self.config.seeds:
+                for budget in self.config.budgets:
+                    yield self._entry(budget, seed)
+
+    def _variants(self) -> dict[int, list[Cell | None]]:
+        """By budget, the modular run as it is and its variants, which are held against it."""
+        variants = (AS_IT_IS, *self.config.variants) if self.config.variants else ()
+        return {
+            budget: [self._modular(budget, seed, each) for seed in self.config.seeds for each in variants]
+            for budget in self.config.budgets
+        }
 
     def _entry(self, budget: int, seed: int) -> Entry | None:
         modular = self._modular(budget, seed)
@@ -93,11 +114,11 @@ class Study:
             return None
         return Entry(budget, modular, str(stacks.teacher()), assemblies, done)
 
-    def _modular(self, budget: int, seed: int) -> Cell | None:
+    def _modular(self, budget: int, seed: int, variant: VariantConfig = AS_IT_IS) -> Cell | None:
         """With the learning rate that was best for the first seed and budget."""
         first = self.config.budgets[0], self.config.seeds[0]
         best = _best([self._train(self.cells.modular(first[0], rate, first[1])) for rate in self.config.rates])
-        return best and self._train(self.cells.modular(budget, best.rate, seed))
+        return best and self._train(self.cells.modular(budget, best.rate, seed, variant))
 
     def _rival(self, ratio: float, budget: int, seed: int) -> Cell | None:
         """The better of the rivals that cost a ratio's part of the modular run, each with the learning rate that was

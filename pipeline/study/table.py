@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.pictures import as_png, new_figure
 from pipeline.report import scored
 from pipeline.study.cells import Cell
+from pipeline.study.variants import figures_of, text_of, variants_of
 
 EQUAL, FULL, RECOVERED = "equal", "full", "recovered"
 """Whom a modular checkpoint is held against: the rival for its ratio's part of the cost, the one for all of it, and
@@ -91,21 +92,32 @@ class Line:
         return f"{(whole / part) ** ((high - self.modular) / (high - low)):.1f}"
 
 
-def write_results(name: str, entries: Sequence[Entry], out: Path) -> str:
-    """Write OUT/study.md, study.json and study.png; the text of the first."""
+def write_results(name: str, entries: Sequence[Entry], variants: Mapping[int, Sequence[Cell]], out: Path) -> str:
+    """Write OUT/study.md, study.json and, where sizes were scored, study.png; the text of the first.
+
+    Args:
+        variants: by budget modular runs, those as they are first.
+    """
     budgets = list(dict.fromkeys(entry.budget for entry in entries))
     tables = {budget: _lines([each for each in entries if each.budget == budget]) for budget in budgets}
     seeds = {budget: [each.modular.recipe.seed for each in entries if each.budget == budget] for budget in budgets}
+    changed = {budget: variants_of(cells) for budget, cells in variants.items()}
     text = "\n".join(
-        [f"# {name}: one run against a run for every size", *map(_text, tables, seeds.values(), tables.values())]
+        [
+            f"# {name}: one run against a run for every size",
+            *map(_text, tables, seeds.values(), tables.values()),
+            *map(text_of, changed, changed.values()),
+        ]
     )
-    figures = [
+    sizes = [
         {"budget": budget, "seeds": seeds[budget], **asdict(line), "break_even": line.break_even}
         for budget, lines in tables.items() for line in lines
     ]  # fmt: skip
+    found = [figures for budget, of in changed.items() for figures in figures_of(budget, of)]
     (out / "study.md").write_text(text, encoding="utf-8")
-    (out / "study.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    (out / "study.png").write_bytes(_picture(tables))
+    (out / "study.json").write_text(json.dumps({"sizes": sizes, "variants": found}, indent=1), encoding="utf-8")
+    if tables:
+        (out / "study.png").write_bytes(_picture(tables))
     return text
 
 

@@ -26,6 +26,8 @@ from pipeline.assemble.systems import System
 from pipeline.assemble.write import Parts
 from pipeline.config.recipe import EvaluateConfig, Recipe
 from pipeline.engines import ENGINES, Translator
+from pipeline.evaluation import stage
+from pipeline.evaluation.cost import costs
 from pipeline.evaluation.subject import Subject
 from pipeline.report.choose import choose, export
 from pipeline.report.data import read_rows
@@ -121,7 +123,7 @@ def test_worker_0_takes_over_from_a_killed_worker(
     assert not read, "and not again while they are the same"
 
 
-def test_what_is_damaged_is_done_again(finished: Path, tmp_path: Path) -> None:
+def test_what_is_damaged_is_done_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "run"
     shutil.copytree(finished, root)
     before = when_published(root)
@@ -131,7 +133,12 @@ def test_what_is_damaged_is_done_again(finished: Path, tmp_path: Path) -> None:
     with open(root / "evaluate/outputs/drop-e2-d2.jsonl", "a", encoding="utf-8") as file:
         file.write("{}\n")
     (root / "evaluate/costs.json").write_text("[]")
+    measured: list[str] = []
+    monkeypatch.setattr(stage, "costs", lambda folders, *rest: measured.extend(folders) or costs(folders, *rest))
     evaluate_here(root)
+    assert measured == ["e1x2-d1x2", "e2-d2", "e1x2-d2"], "systems of one shape are measured once"
+    found = json.loads((root / "evaluate/costs.json").read_text())["costs"]
+    assert found["e2-d2"] == found["drop-e2-d2"] == found["finetuned-e2-d2"]
     assert table(root) == table(finished)
     assert outputs(root) == outputs(finished)
     again = {name for name, instant in when_published(root).items() if before[name] != instant}

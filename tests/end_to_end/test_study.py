@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.__main__ import main as data_main
 from pipeline.__main__ import main
-from pipeline.report import scored
+from pipeline.report import read_jsonl, scored
 from pipeline.run import lock, stage_command
 from pipeline.rundir import RunDir
 from pipeline.study import run as study_run
@@ -53,7 +53,7 @@ def test_every_training_is_done_once_and_the_test_part_is_scored_last(studied, m
     assert trained == [
         ("base", "data"), ("base", "teacher"), (modular, "distill"), *((rival, "baseline") for rival in rivals),
         ("finetune-6x-full-12-seed0", "baseline"), (f"recover-6x-{modular}", "recover"),
-        (modular, "assemble"), (modular, "evaluate"),
+        (modular, "assemble"), (modular, "evaluate"), ("modular-init-last-12-seed0", "distill"),
     ]  # fmt: skip
     monkeypatch.setattr(study_run, "run_stage", lambda name, *_: pytest.fail(f"{name} again"))
     main(["study", *SMALL, "--out", str(out)])
@@ -62,7 +62,8 @@ def test_every_training_is_done_once_and_the_test_part_is_scored_last(studied, m
 
 def test_figures_are_those_of_the_scores(studied):
     out, _ = studied
-    lines = json.loads((out / "study.json").read_text())
+    figures = json.loads((out / "study.json").read_text())
+    lines = figures["sizes"]
     assert [line["ratio"] for line in lines] == [1.1, 2.0, 6.0]
     run = RunDir(out / "modular-12-seed0")
     for line, assembly in zip(lines, ("e1x6-d1x4.2", "e2x3-d2x3", "e6-d6"), strict=True):
@@ -78,6 +79,11 @@ def test_figures_are_those_of_the_scores(studied):
         assert more["low"] - 1e-6 <= more["value"] <= more["high"] + 1e-6
     assert set(lines[2]["rivals"]) == {EQUAL, FULL, RECOVERED}
     assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert [each["name"] for each in figures["variants"]] == ["as it is", "init-last"]
+    for each, name in zip(figures["variants"], ("modular-12-seed0", "modular-init-last-12-seed0"), strict=True):
+        last = read_jsonl(out / name / "distill" / "metrics.jsonl")[-1]
+        assert each["measures"]["validation/e6-d6"]["mean"] == last["validation/e6-d6"]
+        assert each["num_steps"] == last["step"] == 12
 
 
 def test_equal_cost_is_equal_up_to_one_step(studied):
@@ -106,6 +112,9 @@ def test_what_another_process_trains_is_left_to_it(studied, tmp_path, monkeypatc
         (["--budgets", "[0]"], "budgets is 0: choose at least 1"),
         (["--rivals", "[theseus]"], "rivals is 'theseus': choose one of finetune, logit"),
         (["--recipes", "[nowhere]"], "no recipe 'nowhere'"),
+        (["--rivals", "[]", "--variants", "[]"], "rivals and variants are empty"),
+        (["--variants", "[{name: a/b, change: --distill.init last}]"], "variants has the name 'a/b'"),
+        (["--variants", "[{name: far, change: --distill.unit last}]"], "distill.unit"),
         (["--full_ratios", "[3]"], "full_ratios has 3, which is none of the recipes' assemble.ratios"),
         (["--bugdets", "[1]"], "unknown field 'bugdets': did you mean budgets?"),
     ],
