@@ -223,16 +223,17 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
     folders = {system.name: subject.folder_of(system) for system in systems}
     peers, engines = ({each.name for each in systems if each.kind == kind} for kind in ("peer", "engine"))
     # one config.json is one shape, whatever was trained; a peer's weights may be of another type than its file says
-    shapes = {
-        name: name if name in peers | engines else (folder / "config.json").read_text(encoding="utf-8")
-        for name, folder in folders.items()
-    }
+    shapes = {name: name if name in peers | engines else _config_text(folder) for name, folder in folders.items()}
     first = {shape: name for name, shape in reversed(shapes.items())}
     measured = {name: folder for name, folder in folders.items() if first[shapes[name]] == name}
     taken = costs(measured, sample, world.device, settings.dtype, peers | engines, engines)
     found = {name: taken[first[shape]] for name, shape in shapes.items() if first[shape] in taken}
     publish_sealed(path, {"key": key, "num_threads": torch.get_num_threads(), "costs": found})
     return found
+
+
+def _config_text(folder: Path) -> str:
+    return json.dumps(json.loads((folder / "config.json").read_text(encoding="utf-8")), sort_keys=True)
 
 
 def table_of(

@@ -16,8 +16,9 @@ from pipeline.planning import preflight, ranks_here
 from pipeline.run import lock, run_stage, write_recipe
 from pipeline.rundir import RunDir, Stage
 from pipeline.study.cells import AS_IT_IS, BASE, Cell, Cells
+from pipeline.study.lines import EQUAL, FULL, RECOVERED
 from pipeline.study.settings import StudyConfig, VariantConfig
-from pipeline.study.table import EQUAL, FULL, RECOVERED, Entry, write_results
+from pipeline.study.table import Entry, write_results
 
 
 def study_command(arguments: Sequence[str]) -> None:

@@ -12,18 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.pictures import as_png, new_figure
 from pipeline.report import scored
 from pipeline.study.cells import Cell
+from pipeline.study.lines import EQUAL, FULL, LEAST_BLEU, RECOVERED, Estimate, Line
+from pipeline.study.picture import picture_of
 from pipeline.study.variants import figures_of, text_of, variants_of
 
-EQUAL, FULL, RECOVERED = "equal", "full", "recovered"
-"""Whom a modular checkpoint is held against: the rival for its ratio's part of the cost, the one for all of it, and
-itself, trained further."""
 NUM_RESAMPLES = 1000
 SEED = 12345
-LEAST_BLEU = 1e-9
-"""In place of a teacher's 0, of which there are no shares."""
 
 
 @dataclass(frozen=True)
@@ -43,53 +39,6 @@ class Entry:
         """Further training that made nothing better leaves the checkpoint as it was."""
         has_model = self.rivals[side][ratio].model is not None
         return f"{side}-{ratio:g}x" if has_model else self.assemblies[ratio]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % bootstrap interval, paired: every resample takes the same examples of all systems."""
-
-    value: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(value: float, resampled_R: np.ndarray) -> Estimate:
-        low, high = np.percentile(resampled_R, [2.5, 97.5])
-        return Estimate(value, float(low), float(high))
-
-    def text(self, digits: int) -> str:
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One ratio at one budget, seeds pooled."""
-
-    ratio: float
-    teacher: float
-    modular: float
-    """BLEU, as that of the teacher and of rivals."""
-    kept: Estimate
-    """Share of the teacher's BLEU, in %."""
-    rivals: Mapping[str, tuple[str, float, Estimate]]
-    """By side: its method, its BLEU, and how much BLEU the modular checkpoint has more."""
-    flops: Mapping[str, float]
-    """By side, and of the modular run: what one seed costs."""
-
-    @property
-    def break_even(self) -> str:
-        """From how many sizes on one modular run is cheaper than a rival as good for each: by a line through the
-        rival's BLEU over the logarithm of its cost, where both its costs are there."""
-        if EQUAL not in self.rivals or FULL not in self.rivals:
-            return ""
-        whole, part = self.flops["modular"], self.flops[EQUAL]
-        (_, low, _), (_, high, _) = self.rivals[EQUAL], self.rivals[FULL]
-        if self.modular <= low:
-            return f"> {whole / part:.0f}"
-        if self.modular >= high:
-            return "1"
-        return f"{(whole / part) ** ((high - self.modular) / (high - low)):.1f}"
 
 
 def write_results(name: str, entries: Sequence[Entry], variants: Mapping[int, Sequence[Cell]], out: Path) -> str:
@@ -117,7 +66,7 @@ def write_results(name: str, entries: Sequence[Entry], variants: Mapping[int, Se
     (out / "study.md").write_text(text, encoding="utf-8")
     (out / "study.json").write_text(json.dumps({"sizes": sizes, "variants": found}, indent=1), encoding="utf-8")
     if tables:
-        (out / "study.png").write_bytes(_picture(tables))
+        (out / "study.png").write_bytes(picture_of(tables))
     return text
 
 
@@ -195,24 +144,3 @@ def _text(budget: int, seeds: Sequence[int], lines: Sequence[Line]) -> str:
         f"all ratios, the rivals of equal cost {equal:.3g} together. BLEU with paired 95 % intervals, seeds pooled. "
         f"Break-even: from how many sizes on the modular run is cheaper than as good a rival for each.\n\n{table}\n"
     )
-
-
-def _picture(tables: Mapping[int, Sequence[Line]]) -> bytes:
-    """The share of the teacher's BLEU that each side keeps, over the ratio; a panel for each budget."""
-    figure, panels = new_figure(len(tables), figsize=(5.5 * len(tables), 4))
-    for axes, (budget, lines) in zip(panels, tables.items(), strict=True):
-        kept = [line.kept for line in lines]
-        spread = [[e.value - e.low for e in kept], [e.high - e.value for e in kept]]
-        axes.errorbar([line.ratio for line in lines], [e.value for e in kept], spread, marker="o", label="modular run")
-        for side, label in ((EQUAL, "a rival each, equal cost in all"), (FULL, "a rival each, at full cost"),
-                            (RECOVERED, "modular, trained further")):  # fmt: skip
-            points = [
-                (line.ratio, 100 * line.rivals[side][1] / max(line.teacher, LEAST_BLEU))
-                for line in lines
-                if side in line.rivals
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=label)
-        axes.set(title=f"{budget:,} steps", xlabel="times fewer layers", ylabel="% of the teacher's BLEU")
-        axes.legend()
-    return as_png(figure, dpi=150)

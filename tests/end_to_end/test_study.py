@@ -16,7 +16,7 @@ from pipeline.run import lock, stage_command
 from pipeline.rundir import RunDir
 from pipeline.study import run as study_run
 from pipeline.study.cells import Cells
-from pipeline.study.table import EQUAL, FULL, LEAST_BLEU, RECOVERED, Estimate, Line
+from pipeline.study.lines import EQUAL, FULL, LEAST_BLEU, RECOVERED, Estimate, Line
 from tests.forks import run_forked
 
 MAINS = {"data_prep": data_main, "pipeline": main}
