@@ -95,8 +95,8 @@ def model_of(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 @torch.no_grad()
 def _take_stored_embedding(model: Any, folder: Path) -> None:
-    """Give the model the embedding and the head that its files have: without the name that transformers goes by, it
-    takes the one for the other."""
+    """Give the model the embedding and the head that its files have: without the name that it goes by, transformers
+    5.17 takes a T5's head for both."""
     stored = _stored(folder)
     names = [each for each in family_of(model.config.model_type).vocabulary_weights if each in stored and each != HEAD]
     check_embedding(folder, settings_of(folder), stored)

@@ -65,7 +65,7 @@ def tiny_t5(kind: str = "v1.1", num_layers: int = 6, num_decoder_layers: int = 6
 def _as_other_versions(model: Any, *, tied: bool) -> Any:
     """A umT5 as transformers 4.57 and 5.24 make it: 5.17 scales the outputs of every one, and where no target is padded
     lets each see those behind it."""
-    model.config.tie_word_embeddings = tied
+    model.config.update({"tie_word_embeddings": tied, "scale_decoder_outputs": tied})  # 5.17 goes by the first
     for block in model.decoder.block:
         block.layer[0].SelfAttention.is_causal = True
     return model

@@ -70,7 +70,7 @@ def _converter(checkpoint: Path) -> Any:
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
             model, _ = read_model(Path(model_name_or_path), **options)
             config = model.config
-            if hasattr(config, "scale_decoder_outputs"):  # a T5's, by which version 5 of transformers scales
+            if hasattr(config, "scale_decoder_outputs"):  # by which version 5 of transformers scales
                 config.tie_word_embeddings = config.scale_decoder_outputs
             elif config.model_type == "mt5":
                 config.tie_word_embeddings = False  # never scales

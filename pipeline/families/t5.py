@@ -142,14 +142,21 @@ CARRIED = (
     "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "decoder_layers", "feed_forward_proj",
     "is_gated_act", "dense_act_fn", "dropout_rate", "layer_norm_epsilon", "initializer_factor",
     "relative_attention_num_buckets", "relative_attention_max_distance", "hidden_size", "num_attention_heads",
-    "head_dim",
+    "head_dim", "scale_decoder_outputs",
 )  # fmt: skip
+
+
+class _Pass:
+    """In place of a cache: all tokens are there, and look at each other."""
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        return new
 
 
 class T5Family:
     """See pipeline.families.base.Family."""
 
-    keys: ClassVar[Keys] = Keys.of((*CARRIED, "scale_decoder_outputs"), harmless=("n_positions",))
+    keys: ClassVar[Keys] = Keys.of(CARRIED, harmless=("n_positions",))
     size_keys: ClassVar[tuple[str, ...]] = ("num_layers", "vocab_size", "d_model")
     start_key: ClassVar[str] = "decoder_start_token_id"
     has_attention_losses: ClassVar[bool] = True
@@ -185,7 +192,7 @@ class T5Family:
     def with_layers(self, settings: Mapping[str, Any], layers: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """`decoder_layers` is no key of T5's, but what transformers' `get_text_config(decoder=True)` goes by where it
         is there; without it `generate` makes a cache of as many layers as the ENCODER has, which is too short for a
-        decoder that is deeper (seen with transformers 5.17: IndexError). `num_hidden_layers` is an alias of the
+        decoder that is deeper (transformers 5.17 and 5.24: IndexError). `num_hidden_layers` is an alias of the
         encoder's depth, which would win over it."""
         encoder, decoder = len(layers["encoder"]), len(layers["decoder"])
         entries = {"num_layers": encoder, "num_decoder_layers": decoder, "decoder_layers": decoder}
@@ -217,14 +224,13 @@ class T5Family:
         encoded_BSD: torch.Tensor | None,
         inputs: StackInputs,
     ) -> torch.Tensor:
-        outputs: tuple[Any, ...] = layer(
-            hidden_BLD,
-            position_bias=inputs.self_bias,
-            encoder_hidden_states=encoded_BSD,
-            encoder_decoder_position_bias=inputs.cross_bias,
-            is_causal=False,  # the bias says so already; otherwise every decoder layer masks a copy of it again
-        )
-        return outputs[0]
+        """The block's own call would copy the bias in every attention (T5's of transformers 5.24, to have it without
+        gaps between rows), or make biases of zeros (umT5's)."""
+        if encoded_BSD is not None:
+            cross = self.cross_keys_values(layer, encoded_BSD)
+            return self.call_cached(layer, hidden_BLD, _Pass(), cross, inputs)
+        self_block, feed_forward = cast(Any, layer).layer
+        return within_fp16(feed_forward(self.attend_to_itself(self_block, hidden_BLD, _Pass(), inputs)))
 
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         attention: Any = layer.get_submodule("layer.1.EncDecAttention")

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
-from pipeline.families.base import KeysValues, StackInputs, set_layer_index, visible_at
+from pipeline.families.base import StackInputs, set_layer_index, visible_at
 from pipeline.families.capture import Projections
 from pipeline.families.keys import Keys
-from pipeline.families.t5 import CARRIED, RelativePositions, T5Family, T5Shared, biased, within_fp16
+from pipeline.families.t5 import CARRIED, RelativePositions, T5Family, T5Shared, biased
 
 
 class UMT5Shared(T5Shared):
@@ -34,13 +34,6 @@ class UMT5Shared(T5Shared):
         return StackInputs(self.masked(visible_at(positions_RQ, num_keys)), cross_bias, distances=distances)
 
 
-class _Pass:
-    """In place of a cache: all tokens are there, and look at each other."""
-
-    def extend(self, new: KeysValues) -> KeysValues:
-        return new
-
-
 class UMT5Family(T5Family):
     """See pipeline.families.base.Family."""
 
@@ -54,20 +47,6 @@ class UMT5Family(T5Family):
         config: Any = model.config
         scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
         return UMT5Shared(model, RelativePositions, scaled=scaled)
-
-    def call_layer(
-        self,
-        layer: nn.Module,
-        hidden_BLD: torch.Tensor,
-        encoded_BSD: torch.Tensor | None,
-        inputs: StackInputs,
-    ) -> torch.Tensor:
-        """UMT5Block's own call would hand out no bias by distance, and make one of zeros for cross-attention."""
-        if encoded_BSD is not None:
-            cross = self.cross_keys_values(layer, encoded_BSD)
-            return self.call_cached(layer, hidden_BLD, _Pass(), cross, inputs)
-        self_block, feed_forward = cast(Any, layer).layer
-        return within_fp16(feed_forward(self.attend_to_itself(self_block, hidden_BLD, _Pass(), inputs)))
 
     def self_bias(self, attention: Any, inputs: StackInputs) -> torch.Tensor:
         """The layer's position bias with the stack's mask, [B or 1, H, L, L] or [R or 1, H, Q, T]."""
@@ -94,6 +73,7 @@ def correct_umt5(model: Any, settings: Mapping[str, Any]) -> None:
     Args:
         settings: its config.json.
     """
-    model.config.tie_word_embeddings = settings.get("tie_word_embeddings") is not False
+    told = settings.get("tie_word_embeddings") is not False
+    model.config.tie_word_embeddings = settings.get("scale_decoder_outputs", told)  # 5.24 saves both, the first as true
     for block in model.decoder.block:
         block.layer[0].SelfAttention.is_causal = True

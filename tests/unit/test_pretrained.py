@@ -37,7 +37,7 @@ def store(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("stacks", [("decoder",), ("encoder",), ("encoder", "decoder")])
 def test_an_embedding_under_another_name_is_the_embedding(tmp_path: Path, kind: str, stacks: tuple[str, ...]) -> None:
-    """transformers 5 takes the head for it, without a word; so do all that come from it."""
+    """transformers 5.17 takes a T5's head for it, without a word."""
     weights = saved(tmp_path, kind)
     embedding, head = weights.pop("shared.weight"), weights.get("lm_head.weight")
     store(tmp_path, weights | {NAMES[stack]: embedding for stack in stacks})
