@@ -88,10 +88,8 @@ class _Decoder(nn.Module):
         self, mask_BS: torch.Tensor, input_ids_BT: torch.Tensor, hidden_BSD: torch.Tensor, cache: EncoderDecoderCache
     ) -> torch.Tensor:
         """Logits [B, T, V]; the cache becomes longer."""
-        return self.model(
-            attention_mask=mask_BS, decoder_input_ids=input_ids_BT, encoder_outputs=(hidden_BSD,),
-            past_key_values=cache, use_cache=True,
-        ).logits  # fmt: skip
+        # by place: transformers renamed past_key_values to cache, and says so in every call by the older name
+        return self.model(None, mask_BS, input_ids_BT, None, (hidden_BSD,), cache, use_cache=True).logits
 
 
 class _First(_Decoder):
