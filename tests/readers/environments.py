@@ -18,7 +18,7 @@ PACKAGES = {  # version of transformers -> what its folder holds; "": the one th
         "transformers==4.57.6", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23", "requests", "urllib3", "idna",
         "certifi", "charset-normalizer",
     ),
-    "5.24.0": ("transformers==5.24.0",),
+    "5.17.0": ("transformers==5.17.0", "huggingface-hub>=1.5,<2", "httpx>=0.28,<1", "httpcore>=1,<2", "certifi"),
     "": (),
 }  # fmt: skip
 
