@@ -345,7 +345,7 @@ def new_t5(vocab_size: int, sizes: dict[str, Any], seed: int) -> T5ForConditiona
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(t5_config(vocab_size, sizes))
     for stack in (model.encoder, model.decoder):
-        attention = stack.block[0].layer[0].SelfAttention
+        attention = cast(Any, stack).block[0].layer[0].SelfAttention
         _structure_position_bias(attention)
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
