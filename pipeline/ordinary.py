@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.beside import CONFIG, check_beside, read, write_generation
-from pipeline.families import Family, correct_umt5, family_of, stored_weights
+from pipeline.families import FAMILIES, Family, family_of, stored_weights
 from pipeline.spans import STACKS
 from pipeline.weights import dtypes_of, same_bytes, shapes_of, weight_files
 
@@ -91,8 +91,8 @@ def read_model(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     model, found = AutoModelForSeq2SeqLM.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, **options
     )
-    if model.config.model_type == "umt5":
-        correct_umt5(model, read(folder / CONFIG))
+    if family := FAMILIES.get(model.config.model_type):
+        family.correct(model, read(folder / CONFIG))
     return model, found
 
 

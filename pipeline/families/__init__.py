@@ -24,7 +24,7 @@ from pipeline.families.mbart import MBartFamily
 from pipeline.families.pegasus import PegasusFamily
 from pipeline.families.t5 import T5Family, new_t5, t5_config
 from pipeline.families.t5gemma2 import T5Gemma2Family
-from pipeline.families.umt5 import UMT5Family, correct_umt5
+from pipeline.families.umt5 import UMT5Family
 
 FAMILIES: dict[str, Family] = {
     "t5": T5Family(),
@@ -72,7 +72,6 @@ __all__ = [
     "QueriesKeys",
     "StackInputs",
     "captured",
-    "correct_umt5",
     "decoder_inputs",
     "family_of",
     "new_t5",

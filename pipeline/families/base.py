@@ -210,6 +210,10 @@ class Family(Protocol):
     def max_positions(self, config: Any) -> int | None:
         """Tokens of the longest text that a model with this Hugging Face config takes; None where any length goes."""
 
+    def correct(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
+        """Have a model that the installed transformers has read from a config.json compute what other versions make of
+        it."""
+
     def prepare_for_training(self, model: nn.Module) -> None:
         """Make training use every layer in every step: random depth is the draws' business, and ranks must agree. What
         the model computes in several operations where torch has one is computed in one."""

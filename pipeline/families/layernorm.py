@@ -165,6 +165,9 @@ class LayerNormFamily:
     def max_positions(self, config: Any) -> int | None:
         return config.max_position_embeddings
 
+    def correct(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
+        """All versions make the same of it."""
+
     def prepare_for_training(self, model: nn.Module) -> None:
         config: Any = model.config
         config.encoder_layerdrop = config.decoder_layerdrop = 0.0

@@ -201,6 +201,9 @@ class T5Family:
     def max_positions(self, config: Any) -> int | None:
         return None  # relative positions: far ones share a bucket
 
+    def correct(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
+        """All versions make the same of it."""
+
     def prepare_for_training(self, model: nn.Module) -> None:
         """T5 has no layer drop. Its norm is eight operations in transformers, and torch's own is one on a GPU."""
         for owner in list(model.modules()):

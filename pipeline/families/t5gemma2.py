@@ -249,6 +249,9 @@ class T5Gemma2Family:
     def max_positions(self, config: Any) -> int | None:
         return min(each.max_position_embeddings for each in (config.encoder.text_config, config.decoder))
 
+    def correct(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
+        """All versions make the same of it."""
+
     def prepare_for_training(self, model: nn.Module) -> None:
         """The vision tower has no part in texts, and would only decay."""
         for stack in ("encoder", "decoder"):

@@ -43,6 +43,16 @@ class UMT5Family(T5Family):
     def is_shared_weight(self, name_in_layer: str) -> bool:
         return False
 
+    def correct(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
+        """5.17 scales the outputs of every umT5, whatever config.json says. And it leaves it to masks that no target
+        sees those behind it, but with SDPA makes none where no target is padded: only a `generate` that keeps a cache,
+        and so gives one token at a time, is right by itself."""
+        whole: Any = model
+        told = settings.get("tie_word_embeddings") is not False  # beside which 5.24 saves the key that says it
+        whole.config.tie_word_embeddings = settings.get("scale_decoder_outputs", told)
+        for block in whole.decoder.block:
+            block.layer[0].SelfAttention.is_causal = True
+
     def take_shared(self, model: nn.Module) -> UMT5Shared:
         config: Any = model.config
         scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
@@ -61,19 +71,3 @@ class UMT5Family(T5Family):
         found = super().attentions(layer)
         table = cast(Any, layer).layer[0].SelfAttention.relative_attention_bias
         return {**found, "self": found["self"]._replace(bias=table)}
-
-
-def correct_umt5(model: Any, settings: Mapping[str, Any]) -> None:
-    """Have a umT5 as transformers 5.17 reads it compute what 4.57 and 5.24 make of it.
-
-    5.17 scales the outputs of every umT5, whatever config.json says. And it leaves it to masks that no target sees
-    those behind it, but with SDPA makes none where no target is padded: only a `generate` that keeps a cache, and so
-    gives one token at a time, is right by itself.
-
-    Args:
-        settings: its config.json.
-    """
-    told = settings.get("tie_word_embeddings") is not False
-    model.config.tie_word_embeddings = settings.get("scale_decoder_outputs", told)  # 5.24 saves both, the first as true
-    for block in model.decoder.block:
-        block.layer[0].SelfAttention.is_causal = True
