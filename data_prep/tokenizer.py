@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
@@ -246,7 +247,10 @@ def _content(token: str | dict[str, Any]) -> str:
 
 
 def _pipeline(text: str) -> dict[str, Any]:
-    return {name: part for name, part in json.loads(text).items() if name not in ("truncation", "padding")}
+    """What a tokenizer.json does. Scores are of float32: `tokenizers` is off by the last digit of a double that it
+    reads, transformers' own classes are not."""
+    parts = json.loads(text, parse_float=np.float32)
+    return {name: part for name, part in parts.items() if name not in ("truncation", "padding")}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

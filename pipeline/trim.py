@@ -235,7 +235,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def trim_command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline trim", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a T5 or mT5 with its tokenizer")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a T5, mT5 or umT5 with its tokenizer")
     parser.add_argument("--texts", type=Path, required=True, nargs="+", help="JSONL or plain files, .gz or not")
     parser.add_argument("--fields", nargs="+", default=["source", "target"], help="fields of JSONL records")
     parser.add_argument("--prefix", default="", help="what is put before every source, such as 'summarize: '")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -66,6 +67,21 @@ def test_a_plain_model_is_written_as_transformers_reads_it(tmp_path: Path) -> No
     read = [json.loads(load_tokenizer(folder).backend_tokenizer.to_str()) for folder in (given, ours, theirs)]
     assert read[0] == read[1] == read[2] == json.loads((ours / "tokenizer.json").read_text(encoding="utf-8"))
     assert (ours / SPIECE).read_bytes() == (given / SPIECE).read_bytes() == (theirs / SPIECE).read_bytes()
+
+
+def test_pieces_are_written_beside_the_settings_of_any_model(tmp_path: Path) -> None:
+    """Those of a umT5 have transformers read tokenizer.json by `tokenizers` alone, which rounds scores."""
+    given, out = tmp_path / "given", tmp_path / "out"
+    for folder in (given, out):
+        folder.mkdir()
+        model_settings(folder, "umt5", piece_model(given))
+    write_tokenizer(given, out)
+    scores = [
+        [score for _, score in json.loads(load_tokenizer(folder).backend_tokenizer.to_str())["model"]["vocab"]]
+        for folder in (given, out)
+    ]
+    assert scores[0] != scores[1]
+    assert np.array_equal(*np.array(scores, dtype=np.float32))
 
 
 @pytest.mark.parametrize("make", [as_json_only, with_added], ids=["tokenizer.json", "added tokens"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokeniz
 
 from data_prep.demo import make_corpus
 from data_prep.encode import Encoder, train_sentencepiece
+from data_prep.tokenizer import load_tokenizer
 from pipeline import trim as trimming
 from pipeline.__main__ import main as pipeline_main
 from pipeline.trim import read_texts, trim
@@ -235,6 +236,23 @@ def test_languages_and_the_bias_of_the_logits_go_along(german, tmp_path):
         assert [kept[number] for number in trimmed("ein Garten").input_ids] == original("ein Garten").input_ids
     ends = AutoModelForSeq2SeqLM.from_pretrained(out).generation_config.eos_token_id
     assert [kept[number] for number in ends] == [2, unused]
+
+
+@pytest.mark.parametrize("layout", ["spiece.model", "tokenizer.json"])
+def test_a_umt5_is_trimmed_in_either_layout(german, tmp_path, layout):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    train_sentencepiece([*german[0], *german[1]], 512, False, folder / "spiece.model")
+    if layout == "tokenizer.json":
+        T5Tokenizer.from_pretrained(folder, extra_ids=0).save_pretrained(folder)
+        (folder / "spiece.model").unlink()
+    tiny_t5("umt5", 2, 2, vocab_size=512).save_pretrained(folder)
+    original = load_tokenizer(folder)
+    assert trim(folder, german[0], out)["vocabulary_size"] <= 512 - 30
+    kept = json.loads((out / "kept_ids.json").read_text())["original_id_of"]
+    rows = AutoTokenizer.from_pretrained(out)(german[0]).input_ids
+    assert [[kept[number] for number in row] for row in rows] == original(german[0]).input_ids
+    assert (out / layout).is_file()
 
 
 def test_what_is_there_already_is_never_replaced(tmp_path):
