@@ -1,5 +1,5 @@
-"""Small tokenizers of translation models, made and not downloaded: with tokens of languages, as NLLB, M2M100 and
-mBART-50 have them, and with pieces of its own for each side, as OPUS-MT has it."""
+"""Small tokenizers, made and not downloaded: with tokens of languages, as NLLB, M2M100 and mBART-50 have them, with
+pieces of its own for each side, as OPUS-MT has it, and those of Pegasus and T5Gemma 2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -16,16 +17,9 @@ FRAMES = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3 in all three
 
 
 def nllb(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=num_pieces, special_tokens=FRAMES, show_progress=False)
-    trained.train_from_iterator(texts, trainer)
-    model = json.loads(trained.to_str())["model"]
     languages = ["eng_Latn", "deu_Latn", "fra_Latn", "zho_Hans"]
-    merges = [tuple(each) for each in model["merges"]]
-    transformers.NllbTokenizer(vocab=model["vocab"], merges=merges, extra_special_tokens=languages).save_pretrained(
-        folder
-    )
+    merged = _merged(texts, num_pieces, FRAMES, prepend="always")
+    transformers.NllbTokenizer(**merged, extra_special_tokens=languages).save_pretrained(folder)
 
 
 def m2m_100(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
@@ -61,6 +55,22 @@ def pegasus(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
     frames = ["<pad>", "</s>", "<mask_1>", "<mask_2>", "<unk>"]
     vocab = [*((name, 0.0) for name in frames), *pieces]
     transformers.PegasusTokenizer(vocab=vocab, offset=len(frames)).save_pretrained(folder)
+
+
+def t5gemma2(folder: Path, texts: Iterable[str], num_pieces: int) -> None:
+    """As recipes/t5gemma2_270m.yaml has the public one saved: a token ends each text, and none begins it."""
+    merged = _merged(texts, num_pieces, ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], prepend="never")
+    transformers.GemmaTokenizer(**merged, add_bos_token=False, add_eos_token=True).save_pretrained(folder)
+
+
+def _merged(texts: Iterable[str], num_pieces: int, special: list[str], prepend: str) -> dict[str, Any]:
+    """Byte pairs of words that each begin with a sign for the space before them, and how they are merged."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=num_pieces, special_tokens=special, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    model = json.loads(trained.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(each) for each in model["merges"]]}
 
 
 def _pieces(texts: Iterable[str], num_pieces: int) -> tuple[bytes, list[tuple[str, float]]]:
