@@ -96,6 +96,8 @@ def draft_command(arguments: Sequence[str]) -> None:
     write_draft(parts, way, found, folder)
     speed = found[alone(found)].ms_per_token / found[way].ms_per_token
     print(f"{folder}: {way.assembly}, with which the teacher writes {speed:.2f} times as fast as alone")
+    if speed <= 1:
+        print("no draft makes the teacher faster here: serve it alone")
 
 
 def examples_of(run: RunDir, num_examples: int) -> list[dict[str, Any]]:
