@@ -100,7 +100,7 @@ def modular_task(model: ModularModel, family: Any, hf_config: Any, settings: Dis
         forward_args=forward_args,
         loss_terms=loss_terms,
         validations={name: ((each,), cross_entropy) for name, each in followed(model.stacks, settings).items()},
-        layers=[leaf.layer for leaf in model.modules() if isinstance(leaf, (TeacherLeaf, ModularLeaf))],
+        layers=[leaf for leaf in model.modules() if isinstance(leaf, (TeacherLeaf, ModularLeaf))],
         restarts=(settings.local_steps,) if 0 < settings.local_steps < settings.optim.num_steps else (),
         means=[*map(granularity_label, granularities), "replaced_share"],
     )

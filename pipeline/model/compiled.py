@@ -48,7 +48,7 @@ def _obstacle(model: ModularModel) -> str:
     """Why there is no need to try; empty where there is."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "not under ZeRO-3, where weights come and go"
-    if any("forward" in vars(leaf.layer) for leaf in model.modules() if isinstance(leaf, ModularLeaf)):
+    if any(leaf.recompute for leaf in model.modules() if isinstance(leaf, ModularLeaf)):
         return "not with recompute_activations, which makes a function of its own of each"
     return ""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.families import Family, QueriesKeys, StackInputs, captured
 from pipeline.spans import Span
@@ -27,12 +28,14 @@ class _Leaf(nn.Module):
         self.layer = layer
         self.family = family
         self.compiled: CallLayer | None = None
+        self.recompute = False
+        """Whether the layer is computed again in backward, in which its leaf is gathered anyway."""
 
     def call_layer(self, *args: Any, capture: bool = False) -> torch.Tensor:
         """States after the layer, from those before it, the encoder's output and the inputs of the stack. What is to be
         captured is only met where the layer runs as it is."""
         call = self.family.call_layer if capture or self.compiled is None else self.compiled
-        return call(self.layer, *args)
+        return checkpoint(call, self.layer, *args, use_reentrant=False) if self.recompute else call(self.layer, *args)
 
 
 class TeacherLeaf(_Leaf):

@@ -22,7 +22,7 @@ from pipeline.config import BatchConfig, LoopConfig, OptimConfig
 from pipeline.data import Batches, Cursor, StepBatch, evaluation_batches, on_device
 from pipeline.exits import EXIT_MISTAKE, EXIT_REQUEUE
 from pipeline.footprint import Machine, plan, sizes_of
-from pipeline.model import Draws, GlobalCounts, LossTerms, text_of
+from pipeline.model import Draws, GlobalCounts, LossTerms, ModularLeaf, TeacherLeaf, text_of
 from pipeline.rundir import Stage, StageConflict, write_atomic
 from pipeline.schedule import learning_rate
 from pipeline.training.cadence import Cadence
@@ -298,6 +298,9 @@ class Trainer:
 
 
 def recompute_in_backward(layers: Sequence[nn.Module]) -> None:
-    """Activation checkpointing: a layer computes again inside its leaf, which is gathered for its backward anyway."""
+    """Activation checkpointing of a whole model's layers, or of a modular model's leaves."""
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if isinstance(layer, (TeacherLeaf, ModularLeaf)):
+            layer.recompute = True
+        else:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -110,8 +110,9 @@ def called_with(modular: ModularModel, draws: list[Assembly] | None) -> tuple[li
         if isinstance(module, (TeacherLeaf, ModularLeaf)):
             stack = name.split(".")[1]
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
+            feed_forward = module.layer.get_submodule("layer")[-1]  # which each pass through a layer calls
             handles.append(
-                module.layer.register_forward_pre_hook(lambda _, args, stack=stack: rows.update({stack: len(args[0])}))
+                feed_forward.register_forward_pre_hook(lambda _, args, stack=stack: rows.update({stack: len(args[0])}))
             )
     objectives = Objectives(LossConfig())
     modular(random_batch(1), draws, objectives.wanted(0, COUNTS))
