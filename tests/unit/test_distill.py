@@ -11,7 +11,7 @@ from pipeline.families import family_of
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel
 from pipeline.training.loop import recompute_in_backward
-from tests.tiny import random_batch, tiny_t5
+from tests.tiny import random_batch, tiny_model, tiny_t5
 
 NUM_STEPS = 6
 
@@ -82,13 +82,15 @@ def test_what_no_sampler_knows_is_refused(field, value):
         DistillConfig(**{field: value})
 
 
-def test_recomputed_activations_change_no_bit_and_keep_less():
+@pytest.mark.parametrize("kind", ["v1.1", "umt5", "bart", "t5gemma2"])
+def test_recomputed_activations_change_no_bit_and_keep_less(kind):
     kept, grads = [], []
     for recompute in (False, True):
-        teacher = tiny_t5(num_layers=4, num_decoder_layers=3)
-        model = ModularModel(teacher, family_of("t5"), ((2, 3), (2, 3)), "last")
+        teacher = tiny_model(kind, num_layers=4, num_decoder_layers=3)
+        family = family_of(teacher.config.model_type)
+        model = ModularModel(teacher, family, ((2, 3), (2, 3)), "last")
         settings = DistillConfig(granularities=(2, 3), local_steps=0, optim=OptimConfig(num_steps=NUM_STEPS))
-        task = modular_task(model, family_of("t5"), teacher.config, settings, seed=0)
+        task = modular_task(model, family, teacher.config, settings, seed=0)
         if recompute:
             recompute_in_backward(task.layers)
         sizes: list[int] = []
