@@ -74,6 +74,8 @@ class Study:
             unknown = set(getattr(self.config, name)) - set(recipe.assemble.ratios)
             if unknown:
                 raise ValueError(f"{name} has {min(unknown):g}, which is none of the recipes' assemble.ratios")
+        for variant in self.config.variants:  # a mistake in the last one is told before the first training
+            self.cells.recipe(BASE, {}, variant.arguments)
         preflight(replace(recipe, launch=ranks_here(recipe)), run)
         run.root.mkdir(parents=True, exist_ok=True)
         if run.output_hash("data") is None or Stage.of(recipe, run, "teacher").stamp() is None:

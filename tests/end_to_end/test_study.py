@@ -119,13 +119,14 @@ def test_what_another_process_trains_is_left_to_it(studied, tmp_path, monkeypatc
         (["--bugdets", "[1]"], "unknown field 'bugdets': did you mean budgets?"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, tmp_path, capsys):
+def test_mistakes_are_one_line_before_anything_is_made(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["study", *SMALL, "--out", str(tmp_path), *arguments])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 def line_of(modular: float) -> Line:
