@@ -45,7 +45,7 @@ def test_a_variant_costs_what_the_run_as_it_is_costs(change):
 
 
 def test_local_steps_are_those_of_the_recipes_own_number_of_steps(monkeypatch):
-    """minute has 20 steps: a variant with 5 local ones has a quarter of any budget."""
+    """A variant with a quarter of the steps of `minute` local has a quarter of any budget so."""
     monkeypatch.setattr(study_cells, "MANY_DRAWS", 10)
     cells = Cells(["minute"], Path("somewhere"))
     recipe = cells.recipe("base", {}).distill
