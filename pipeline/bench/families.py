@@ -1,7 +1,8 @@
 """Families at the full size of public models, random weights: modular model, folders and decoding against transformers.
 
 Of each model the all-teacher assembly and a pure one for each of three granularities, whose modular layers are not the
-teacher's: written as folders and read by plain transformers, in fp32.
+teacher's: written as folders and read by plain transformers. A model that fills the memory is held in bf16, or in its
+coarsest assembly alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,8 +56,8 @@ NUM_BEAMS = 4
 STRENGTH = 2.0
 """Of the matrices in layers, over what their models start training with: what is written depends on what is read."""
 HEADER = """\
-| model | parameters | assemblies | logits apart (largest) | greedy | beam 4 | distinct | s | peak GiB | weights GiB |
-| :-- | --: | :-- | --: | --: | --: | --: | --: | --: | --: |"""
+| model | dtype | parameters | assemblies | logits apart (largest) | greedy | beam 4 | distinct | s | peak, floor GiB |
+| :-- | :-- | --: | :-- | --: | --: | --: | --: | --: | --: |"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Agreement:
     """What was found of one model, over all its assemblies."""
 
     model: str
+    dtype: str
     parameters: int
     assemblies: list[str]
     logits_apart: float
@@ -84,6 +87,8 @@ class Agreement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"a public model known offline ({', '.join(MODELS)})")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all weights")
+    parser.add_argument("--coarsest", action="store_true", help="the coarsest assembly alone")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -92,55 +97,63 @@ def main(arguments: argparse.Namespace) -> None:
     found = []
     # a process each: what one model leaves behind is in no other's memory
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for each in processes.map(measured, configs, configs.values()):
+        for each in processes.map(partial(measured, arguments.dtype, arguments.coarsest), configs, configs.values()):
             print(row_of(each), flush=True)
             found.append(each)
     for each in found:
         print(json.dumps({"bench": "families", **asdict(each)}))
 
 
-def measured(name: str, settings: Mapping[str, Any]) -> Agreement:
+def measured(dtype: str, coarsest: bool, name: str, settings: Mapping[str, Any]) -> Agreement:
     """`agreement` in a folder that is removed at the end."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        return agreement(name, settings, RunDir(Path(folder)))
+        return agreement(name, settings, RunDir(Path(folder)), getattr(torch, dtype), coarsest=coarsest)
 
 
 def row_of(found: Agreement) -> str:
     cells = [
-        found.model, f"{found.parameters / 1e6:.1f} M", ", ".join(found.assemblies),
+        found.model, found.dtype, f"{found.parameters / 1e6:.1f} M", ", ".join(found.assemblies),
         f"{found.logits_apart:.1e} ({found.largest_logit:.1f})", f"{found.greedy_equal} of {found.outputs}",
         f"{found.beam_equal} of {found.outputs}", str(found.distinct), f"{found.seconds:.0f}",
-        f"{found.peak_gib:.2f}", f"{found.weights_gib:.2f}",
+        f"{found.peak_gib:.2f}, {found.weights_gib:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 @torch.no_grad()
-def agreement(name: str, settings: Mapping[str, Any], run: RunDir) -> Agreement:
+def agreement(
+    name: str, settings: Mapping[str, Any], run: RunDir, dtype: torch.dtype = torch.float32, *, coarsest: bool = False
+) -> Agreement:
     """Hold the assemblies of one model against transformers.
 
     Args:
         settings: its config.json.
         run: an empty run directory, which gets the teacher, the module library and one folder at a time.
+        dtype: of weights, states and logits.
+        coarsest: of the assemblies only the coarsest one is made.
     """
     started_at = time.monotonic()
-    teacher = random_model(settings)
+    teacher = random_model(settings, dtype)
     num_parameters, pad_id = sum(each.numel() for each in teacher.parameters()), teacher.config.pad_token_id
     save_ordinary(teacher, run.teacher_model)
-    modular = modular_model(teacher)
+    family = family_of(teacher.config.model_type)
+    granularities = granularities_of([len(family.layers(teacher, stack)) for stack in STACKS])
+    if coarsest:
+        granularities = [max(granularities)]
+    modular = modular_model(teacher, granularities)
     save_library(modular, run)
     stacks = modular.stacks
-    pure = (stacks.pure((each, each)) for each in granularities_of(stacks.num_layers))
-    assemblies = {str(each): each for each in (stacks.teacher(), *pure)}
+    pure = [stacks.pure((each, each)) for each in granularities]
+    assemblies = {str(each): each for each in (pure if coarsest else [stacks.teacher(), *pure])}
     sources, targets = random_texts(0), random_texts(1)
     batch = MicroBatch(0, np.arange(NUM_INPUTS), *padded_rows(sources, pad_id), padded_rows(targets, IGNORED_LABEL)[0])
     logits_NV = {text: modular(batch, (each,)).student_logits_NV for text, each in assemblies.items()}
     del teacher, modular
     outputs = {num_beams: decoded(run, assemblies, sources, num_beams) for num_beams in (1, NUM_BEAMS)}
 
-    parts = Parts.of(run)
+    parts = Parts.of(run, dtype=dtype)
     apart, equal = 0.0, {1: 0, NUM_BEAMS: 0}
     for text, assembly in assemblies.items():
         folder = run.root / text
@@ -155,6 +168,7 @@ def agreement(name: str, settings: Mapping[str, Any], run: RunDir) -> Agreement:
     greedy = [tuple(output) for each in outputs[1].values() for output in each]
     return Agreement(
         model=name,
+        dtype=str(dtype).removeprefix("torch."),
         parameters=num_parameters,
         assemblies=[*assemblies],
         logits_apart=apart,
@@ -169,12 +183,12 @@ def agreement(name: str, settings: Mapping[str, Any], run: RunDir) -> Agreement:
     )
 
 
-def random_model(settings: Mapping[str, Any]) -> Any:
-    """A model of transformers as a config.json has it, fp32, always the same random weights."""
+def random_model(settings: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A model of transformers as a config.json has it, always the same random weights."""
     told = dict(settings)
     config: Any = CONFIG_MAPPING[told.pop("model_type")](**told)
     torch.manual_seed(0)
-    model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+    model: Any = AutoModelForSeq2SeqLM.from_config(config, dtype=dtype).eval()
     if told.get("tie_word_embeddings") is False:  # which UMT5Config overrules
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * config.d_model**-0.5)
@@ -193,10 +207,9 @@ def granularities_of(num_layers: Sequence[int]) -> list[int]:
     return [each for each in GRANULARITIES if not any(depth % each for depth in num_layers)][:3]
 
 
-def modular_model(teacher: Any) -> ModularModel:
+def modular_model(teacher: Any, granularities: Sequence[int]) -> ModularModel:
     """A teacher, taken apart, with modular layers that differ from its own in every weight."""
     family = family_of(teacher.config.model_type)
-    granularities = granularities_of([len(family.layers(teacher, stack)) for stack in STACKS])
     modular = ModularModel(teacher, family, (granularities, granularities), "last")
     torch.manual_seed(1)
     for parameter in modular.modular.parameters():
