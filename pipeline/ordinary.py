@@ -25,8 +25,6 @@ from pipeline.weights import dtypes_of, same_bytes, shapes_of, weight_files
 WEIGHTS = "model.safetensors"
 HEAD, TIED, SCALED = "lm_head.weight", "tie_word_embeddings", "scale_decoder_outputs"
 DERIVED = ("is_gated_act", "dense_act_fn")  # of feed_forward_proj; saved beside it, and then believed
-MUST_SCALE = {"t5": True, "umt5": True, "mt5": False}
-"""Whether transformers 5 scales the outputs of a head that is the embedding."""
 TYPES = ("dtype", "torch_dtype")
 QUANTIZED, ADAPTER = "quantization_config", "adapter_config.json"
 ADAPTED = (".lora_", ".base_layer.", ".adapter")
@@ -52,8 +50,8 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     written = without_types_of_parts(settings)
     shapes, family = _shapes(folder), family_of(written["model_type"])
-    if written["model_type"] in MUST_SCALE:
-        scaled = written.get(SCALED, written.get(TIED) is not False) and MUST_SCALE[written["model_type"]]
+    if family.scales_tied_head is not None:
+        scaled = written.get(SCALED, written.get(TIED) is not False) and family.scales_tied_head
         if not scaled and HEAD not in shapes:
             weights = load_file(folder / WEIGHTS)
             head = weights[family.vocabulary_weights[0]].clone()
@@ -109,7 +107,7 @@ def check_ordinary(folder: Path) -> str:
     settings, shapes = _settings_of(folder), _shapes(folder)
     model = check_weights(folder)
     family = family_of(settings["model_type"])
-    _check_head(folder, settings, shapes, family.vocabulary_weights[0])
+    _check_head(folder, settings, shapes, family)
     _check_readings(folder, settings, model)
     check_beside(folder, settings)
     depths = "+".join(str(len(family.layers(model, stack))) for stack in STACKS)
@@ -205,18 +203,18 @@ def check_shapes(model: torch.nn.Module, family: Family, found: Mapping[str, lis
         raise ValueError(f"{named}: {CONFIG} says nothing of layer {left_over[0]} among its weights")
 
 
-def _check_head(folder: Path, settings: Mapping[str, Any], shapes: Mapping[str, list[int]], embedding: str) -> None:
-    kind = settings["model_type"]
-    tied = bool(settings.get(TIED, kind != "mt5"))
+def _check_head(folder: Path, settings: Mapping[str, Any], shapes: Mapping[str, list[int]], family: Family) -> None:
+    kind, embedding = settings["model_type"], family.vocabulary_weights[0]
+    tied = bool(settings.get(TIED, family.ties_by_default))
     if not tied and HEAD not in shapes:
         raise ValueError(f"{folder}: {CONFIG} has {TIED} false, but the weights have no {HEAD}: readers draw it anew")
     if tied and HEAD in shapes and not same_bytes(weight_files(folder), HEAD, embedding):
         raise ValueError(
             f"{folder}: {CONFIG} has {TIED} true, but {HEAD} is another matrix than {embedding}: set it to false"
         )
-    if kind in MUST_SCALE and tied and not MUST_SCALE[kind]:
+    if tied and family.scales_tied_head is False:
         raise ValueError(f"{folder}: {CONFIG} has {TIED} true, which transformers 4 scales in {kind} and 5 does not")
-    if bool(settings.get(SCALED, tied)) != tied and kind in MUST_SCALE:
+    if bool(settings.get(SCALED, tied)) != tied and family.scales_tied_head is not None:
         raise ValueError(
             f"{folder}: {CONFIG} has {SCALED} {not tied} and {TIED} {tied}: readers go by one or the other"
         )

@@ -122,8 +122,8 @@ def check_embedding(folder: Path, settings: Mapping[str, Any], names: Mapping[st
     Raises:
         ValueError: names the weight that lacks.
     """
-    family, kind = FAMILIES.get(settings["model_type"]), settings["model_type"]
-    if not family or EMBEDDING not in family.vocabulary_weights or settings.get(TIED, kind != "mt5"):
+    family = FAMILIES.get(settings["model_type"])
+    if not family or EMBEDDING not in family.vocabulary_weights or settings.get(TIED, family.ties_by_default):
         return
     if HEAD in names and not any(name in names for name in family.vocabulary_weights if name != HEAD):
         raise ValueError(

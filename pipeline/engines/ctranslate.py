@@ -69,12 +69,12 @@ def _converter(checkpoint: Path) -> Any:
     class Converter(TransformersConverter):
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
             model, _ = read_model(Path(model_name_or_path), **options)
-            config = model.config
+            config, family = model.config, family_of(model.config.model_type)
             if hasattr(config, "scale_decoder_outputs"):  # by which version 5 of transformers scales
                 config.tie_word_embeddings = config.scale_decoder_outputs
-            elif config.model_type == "mt5":
+            elif family.scales_tied_head is False:
                 config.tie_word_embeddings = False  # never scales
-            for key, values in family_of(config.model_type).keys.only.items():
+            for key, values in family.keys.only.items():
                 if values and not hasattr(config, key):  # what transformers takes for granted of the family
                     setattr(config, key, values[0])
             # one that names none is taken for an mBART-25's, whose texts begin with a language

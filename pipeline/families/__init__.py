@@ -22,13 +22,13 @@ from pipeline.families.m2m_100 import M2M100Family
 from pipeline.families.marian import MarianFamily
 from pipeline.families.mbart import MBartFamily
 from pipeline.families.pegasus import PegasusFamily
-from pipeline.families.t5 import T5Family, new_t5, t5_config
+from pipeline.families.t5 import MT5Family, T5Family, new_t5, t5_config
 from pipeline.families.t5gemma2 import T5Gemma2Family
 from pipeline.families.umt5 import UMT5Family
 
 FAMILIES: dict[str, Family] = {
     "t5": T5Family(),
-    "mt5": T5Family(),
+    "mt5": MT5Family(),
     "umt5": UMT5Family(),
     "bart": BartFamily(),
     "mbart": MBartFamily(),

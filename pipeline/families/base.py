@@ -184,6 +184,11 @@ class Family(Protocol):
     """Names of the weights with one row for each position."""
     computed_weights: ClassVar[tuple[str, ...]]
     """Names of the weights that transformers computes where a file does not have them."""
+    ties_by_default: ClassVar[bool]
+    """Whether the head is the embedding where config.json does not say."""
+    scales_tied_head: ClassVar[bool | None]
+    """Whether transformers 5 scales what goes into a head that is the embedding, as transformers 4 does; None where
+    neither scales."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""

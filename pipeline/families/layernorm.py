@@ -140,6 +140,8 @@ class LayerNormFamily:
         "model.decoder.embed_positions.weight",
     )
     computed_weights: ClassVar[tuple[str, ...]] = ()
+    ties_by_default: ClassVar[bool] = True
+    scales_tied_head: ClassVar[bool | None] = None
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return cast(nn.ModuleList, model.get_submodule(f"model.{stack}.layers"))

@@ -170,6 +170,8 @@ class T5Family:
 
     position_weights: ClassVar[tuple[str, ...]] = ()
     computed_weights: ClassVar[tuple[str, ...]] = ()
+    ties_by_default: ClassVar[bool] = True
+    scales_tied_head: ClassVar[bool | None] = True
     norm: ClassVar[type[nn.Module]] = T5LayerNorm
     """Class of the norms."""
 
@@ -312,6 +314,13 @@ class T5Family:
         if "layer_norm" in name:
             return 2.0
         return 1.0
+
+
+class MT5Family(T5Family):
+    """mT5: T5 v1.1 in everything but what a head means whose settings are silent, or that is the embedding."""
+
+    ties_by_default: ClassVar[bool] = False
+    scales_tied_head: ClassVar[bool | None] = False
 
 
 def _fused(norm: Any) -> nn.RMSNorm:

@@ -215,6 +215,8 @@ class T5Gemma2Family:
     )
     position_weights: ClassVar[tuple[str, ...]] = ()
     computed_weights: ClassVar[tuple[str, ...]] = ()
+    ties_by_default: ClassVar[bool] = True
+    scales_tied_head: ClassVar[bool | None] = None
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return self._stack(model, stack).layers
