@@ -19,13 +19,18 @@ def heads(projected_BLX: torch.Tensor, width: int) -> torch.Tensor:
     return projected_BLX.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
-def attend(queries_BHQK: torch.Tensor, seen: KeysValues, bias: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(
+    queries_BHQK: torch.Tensor, seen: KeysValues, bias: torch.Tensor, scale: float, *, fused: bool = False
+) -> torch.Tensor:
     """Attention over keys and values [B, H, L, K] with an additive bias; heads side by side, [B, Q, H * K].
 
     A few queries on a CPU, which is what cached decoding is made of, take plain matrix products in float32: the fused
     kernel needs 1.3 to 2 times as long for them (torch 2.13).
+
+    Args:
+        fused: any number of queries takes the fused kernel, as in transformers, and so gives its bits.
     """
-    few = queries_BHQK.device.type == "cpu" and queries_BHQK.shape[2] <= FEW_QUERIES
+    few = not fused and queries_BHQK.device.type == "cpu" and queries_BHQK.shape[2] <= FEW_QUERIES
     if few and queries_BHQK.dtype == torch.float32:
         queries_BHQK = queries_BHQK.contiguous() if scale == 1.0 else (queries_BHQK * scale).contiguous()
         scores_BHQL = torch.matmul(queries_BHQK, seen.keys.transpose(2, 3)).add_(bias)
@@ -37,12 +42,14 @@ def attend(queries_BHQK: torch.Tensor, seen: KeysValues, bias: torch.Tensor, sca
     return attended_BHQK.transpose(1, 2).flatten(2)
 
 
-def attend_across(queries_RHQK: torch.Tensor, cross: KeysValues, bias: torch.Tensor, scale: float) -> torch.Tensor:
+def attend_across(
+    queries_RHQK: torch.Tensor, cross: KeysValues, bias: torch.Tensor, scale: float, *, fused: bool = False
+) -> torch.Tensor:
     """Cross-attention of R rows over B encoder outputs, whose rows follow each other, [R, Q, H * K]: all rows of one
     output ask as one, so that its keys and values are neither copied nor read more than once."""
     num_rows, num_queries = len(queries_RHQK), queries_RHQK.shape[2]
     queries_BHQK = queries_RHQK.unflatten(0, (len(cross.keys), -1)).transpose(1, 2).flatten(2, 3)
-    return attend(queries_BHQK, cross, bias, scale).reshape(num_rows, num_queries, -1)
+    return attend(queries_BHQK, cross, bias, scale, fused=fused).reshape(num_rows, num_queries, -1)
 
 
 def attend_to_both(

@@ -233,9 +233,9 @@ class T5Family:
         gaps between rows), or make biases of zeros (umT5's)."""
         if encoded_BSD is not None:
             cross = self.cross_keys_values(layer, encoded_BSD)
-            return self.call_cached(layer, hidden_BLD, _Pass(), cross, inputs)
+            return self._decode(layer, hidden_BLD, _Pass(), cross, inputs, fused=True)
         self_block, feed_forward = cast(Any, layer).layer
-        return within_fp16(feed_forward(self.attend_to_itself(self_block, hidden_BLD, _Pass(), inputs)))
+        return within_fp16(feed_forward(self._attend_to_itself(self_block, hidden_BLD, _Pass(), inputs, fused=True)))
 
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         attention: Any = layer.get_submodule("layer.1.EncDecAttention")
@@ -246,23 +246,29 @@ class T5Family:
     def call_cached(
         self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
     ) -> torch.Tensor:
+        return self._decode(layer, hidden_RQD, cache, cross, inputs, fused=False)
+
+    def _decode(
+        self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs,
+        *, fused: bool,
+    ) -> torch.Tensor:  # fmt: skip
         self_block, cross_block, feed_forward = cast(Any, layer).layer
-        hidden_RQD = self.attend_to_itself(self_block, hidden_RQD, cache, inputs)
+        hidden_RQD = self._attend_to_itself(self_block, hidden_RQD, cache, inputs, fused=fused)
 
         attention = cross_block.EncDecAttention
         queries_RHQK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), attention.key_value_proj_dim)
-        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale=1.0)
+        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale=1.0, fused=fused)
         hidden_RQD = within_fp16(hidden_RQD + attention.o(attended_RQX))
         return within_fp16(feed_forward(hidden_RQD))
 
-    def attend_to_itself(
-        self, block: Any, hidden_RQD: torch.Tensor, cache: SelfCache, inputs: StackInputs
+    def _attend_to_itself(
+        self, block: Any, hidden_RQD: torch.Tensor, cache: SelfCache, inputs: StackInputs, *, fused: bool
     ) -> torch.Tensor:
         """States after the self-attention of a layer."""
         attention, normed_RQD = block.SelfAttention, block.layer_norm(hidden_RQD)
         width, bias = attention.key_value_proj_dim, self.self_bias(attention, inputs)
         seen = cache.extend(KeysValues(heads(attention.k(normed_RQD), width), heads(attention.v(normed_RQD), width)))
-        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, bias, scale=1.0)
+        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, bias, scale=1.0, fused=fused)
         return within_fp16(hidden_RQD + attention.o(attended_RQX))
 
     def self_bias(self, attention: Any, inputs: StackInputs) -> torch.Tensor:
