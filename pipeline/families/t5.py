@@ -146,13 +146,6 @@ CARRIED = (
 )  # fmt: skip
 
 
-class _Pass:
-    """In place of a cache: all tokens are there, and look at each other."""
-
-    def extend(self, new: KeysValues) -> KeysValues:
-        return new
-
-
 class T5Family:
     """See pipeline.families.base.Family."""
 
@@ -233,9 +226,9 @@ class T5Family:
         gaps between rows), or make biases of zeros (umT5's)."""
         if encoded_BSD is not None:
             cross = self.cross_keys_values(layer, encoded_BSD)
-            return self._decode(layer, hidden_BLD, _Pass(), cross, inputs, fused=True)
+            return self._decode(layer, hidden_BLD, None, cross, inputs)
         self_block, feed_forward = cast(Any, layer).layer
-        return within_fp16(feed_forward(self._attend_to_itself(self_block, hidden_BLD, _Pass(), inputs, fused=True)))
+        return within_fp16(feed_forward(self._attend_to_itself(self_block, hidden_BLD, None, inputs)))
 
     def cross_keys_values(self, layer: nn.Module, encoded_BSD: torch.Tensor) -> KeysValues:
         attention: Any = layer.get_submodule("layer.1.EncDecAttention")
@@ -246,29 +239,34 @@ class T5Family:
     def call_cached(
         self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs
     ) -> torch.Tensor:
-        return self._decode(layer, hidden_RQD, cache, cross, inputs, fused=False)
+        return self._decode(layer, hidden_RQD, cache, cross, inputs)
 
     def _decode(
-        self, layer: nn.Module, hidden_RQD: torch.Tensor, cache: SelfCache, cross: KeysValues, inputs: StackInputs,
-        *, fused: bool,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        layer: nn.Module,
+        hidden_RQD: torch.Tensor,
+        cache: SelfCache | None,
+        cross: KeysValues,
+        inputs: StackInputs,
+    ) -> torch.Tensor:
         self_block, cross_block, feed_forward = cast(Any, layer).layer
-        hidden_RQD = self._attend_to_itself(self_block, hidden_RQD, cache, inputs, fused=fused)
+        hidden_RQD = self._attend_to_itself(self_block, hidden_RQD, cache, inputs)
 
         attention = cross_block.EncDecAttention
         queries_RHQK = heads(attention.q(cross_block.layer_norm(hidden_RQD)), attention.key_value_proj_dim)
-        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale=1.0, fused=fused)
+        attended_RQX = attend_across(queries_RHQK, cross, inputs.bias("cross"), scale=1.0, fused=cache is None)
         hidden_RQD = within_fp16(hidden_RQD + attention.o(attended_RQX))
         return within_fp16(feed_forward(hidden_RQD))
 
     def _attend_to_itself(
-        self, block: Any, hidden_RQD: torch.Tensor, cache: SelfCache, inputs: StackInputs, *, fused: bool
+        self, block: Any, hidden_RQD: torch.Tensor, cache: SelfCache | None, inputs: StackInputs
     ) -> torch.Tensor:
-        """States after the self-attention of a layer."""
+        """States after the self-attention of a layer; without a cache all tokens are there, and look at each other."""
         attention, normed_RQD = block.SelfAttention, block.layer_norm(hidden_RQD)
         width, bias = attention.key_value_proj_dim, self.self_bias(attention, inputs)
-        seen = cache.extend(KeysValues(heads(attention.k(normed_RQD), width), heads(attention.v(normed_RQD), width)))
-        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, bias, scale=1.0, fused=fused)
+        new = KeysValues(heads(attention.k(normed_RQD), width), heads(attention.v(normed_RQD), width))
+        seen = new if cache is None else cache.extend(new)
+        attended_RQX = attend(heads(attention.q(normed_RQD), width), seen, bias, scale=1.0, fused=cache is None)
         return within_fp16(hidden_RQD + attention.o(attended_RQX))
 
     def self_bias(self, attention: Any, inputs: StackInputs) -> torch.Tensor:
