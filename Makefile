@@ -14,7 +14,7 @@ help:  ## show this list
 demo: .venv/installed  ## run the whole pipeline on the built-in corpus, from data to report
 	$(BIN)/python -m pipeline run --config demo
 
-test: .venv/installed slurm-here chromium-here onnx-here  ## run all tests, on WORKERS (3: many wait) processes (40 minutes on 2 quiet cores)
+test: .venv/installed slurm-here chromium-here onnx-here  ## run all tests, on WORKERS (3: many wait) processes (20 minutes on 2 quiet cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed  ## check format, style and types

@@ -13,6 +13,7 @@ from pipeline.config import Recipe, parse_recipe, recipe_parser
 from pipeline.planning import baseline_flops, distill_flops
 from pipeline.report import read_jsonl
 from pipeline.rundir import RunDir, Stage
+from pipeline.study.lines import EQUAL
 from pipeline.study.settings import VariantConfig
 
 BASE = "base"
@@ -164,6 +165,12 @@ class Cells:
             "baseline.optim.warmup_steps": min(optim.warmup_steps, num_steps // 4),
         }
         return Cell("baseline", self.recipe(name, settings), RunDir(self.out / name), num_steps * step, rate, method)
+
+    def equal_rival(self, method: str, ratio: float, rate: float, budget: int, seed: int) -> Cell:
+        """A model of one size, for its part of the modular run's cost: all ratios have the same."""
+        modular = self.modular(budget, 1.0, seed)
+        part = modular.flops / len(modular.recipe.assemble.ratios)
+        return self.rival(method, ratio, part, rate, seed, f"{EQUAL}-{budget}")
 
     def recovered(self, modular: Cell, ratio: float, assembly: str) -> Cell:
         """An assembly of the modular run, trained further as the recipe's recover says."""

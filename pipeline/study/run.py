@@ -16,6 +16,7 @@ from pipeline.planning import preflight, ranks_here
 from pipeline.run import lock, run_stage, write_recipe
 from pipeline.rundir import RunDir, Stage
 from pipeline.study.cells import AS_IT_IS, BASE, Cell, Cells
+from pipeline.study.forecast import forecast
 from pipeline.study.lines import EQUAL, FULL, RECOVERED
 from pipeline.study.settings import StudyConfig, VariantConfig
 from pipeline.study.table import Entry, write_results
@@ -28,22 +29,28 @@ def study_command(arguments: Sequence[str]) -> None:
         ValueError: a mistake in the study or in its recipes.
         SystemExit: a training failed, or was asked to stop (85).
     """
-    config = study_config(arguments)
+    config, is_dry_run = study_config(arguments)
     out = Path(config.out or f"runs/{config.name}")
-    Study(config, Cells(config.recipes, out), out).run()
+    study = Study(config, Cells(config.recipes, out), out)
+    study.check()
+    if is_dry_run:
+        print(forecast(config, study.cells, out))
+    else:
+        study.run()
 
 
-def study_config(arguments: Sequence[str]) -> StudyConfig:
-    """What a command line says.
+def study_config(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
+    """What a command line says, and whether it asks for a dry run.
 
     Raises:
         ValueError: a mistake in it.
     """
     parser = settings_parser("python -m pipeline study", __doc__ or "", StudyConfig, arguments)
+    parser.add_argument("--dry-run", action="store_true", help="Check everything and say what would be trained.")
     values = parser.instantiate(parser.parse_args(with_recipe_paths(arguments)))
     config = StudyConfig(**{each.name: values[each.name] for each in fields(StudyConfig)})
     config.check()
-    return config
+    return config, values["dry_run"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,21 @@ class Study:
     config: StudyConfig
     cells: Cells
     out: Path
+
+    def check(self) -> None:
+        """Refuse what the recipes or this machine cannot do.
+
+        Raises:
+            ValueError: names the field.
+        """
+        run, recipe = self._base()
+        for name in ("full_ratios", "recover_ratios"):
+            unknown = set(getattr(self.config, name)) - set(recipe.assemble.ratios)
+            if unknown:
+                raise ValueError(f"{name} has {min(unknown):g}, which is none of the recipes' assemble.ratios")
+        for variant in self.config.variants:  # a mistake in the last one is told before the first training
+            self.cells.recipe(BASE, {}, variant.arguments)
+        preflight(replace(recipe, launch=ranks_here(recipe)), run)
 
     def run(self) -> None:
         """Train, score and write the tables."""
@@ -68,15 +90,12 @@ class Study:
                 f"{missing} modular runs are not all done by other processes yet, with what they need: run this again"
             )
 
+    def _base(self) -> tuple[RunDir, Recipe]:
+        """Of data and teacher."""
+        return RunDir(self.out / BASE), self.cells.recipe(BASE, {"seed": self.config.seeds[0]})
+
     def _make_base(self) -> None:
-        run, recipe = RunDir(self.out / BASE), self.cells.recipe(BASE, {"seed": self.config.seeds[0]})
-        for name in ("full_ratios", "recover_ratios"):
-            unknown = set(getattr(self.config, name)) - set(recipe.assemble.ratios)
-            if unknown:
-                raise ValueError(f"{name} has {min(unknown):g}, which is none of the recipes' assemble.ratios")
-        for variant in self.config.variants:  # a mistake in the last one is told before the first training
-            self.cells.recipe(BASE, {}, variant.arguments)
-        preflight(replace(recipe, launch=ranks_here(recipe)), run)
+        run, recipe = self._base()
         run.root.mkdir(parents=True, exist_ok=True)
         if run.output_hash("data") is None or Stage.of(recipe, run, "teacher").stamp() is None:
             with lock(run):
@@ -129,14 +148,11 @@ class Study:
         found = []
         for method in self.config.rivals:
             first = self.config.budgets[0], self.config.seeds[0]
-            best = _best([self._train(self._equal(method, ratio, rate, *first)) for rate in self.config.rates])
-            found.append(best and self._train(self._equal(method, ratio, best.rate, budget, seed)))
+            best = _best(
+                [self._train(self.cells.equal_rival(method, ratio, rate, *first)) for rate in self.config.rates]
+            )
+            found.append(best and self._train(self.cells.equal_rival(method, ratio, best.rate, budget, seed)))
         return _best(found)
-
-    def _equal(self, method: str, ratio: float, rate: float, budget: int, seed: int) -> Cell:
-        modular = self.cells.modular(budget, 1.0, seed)
-        part = modular.flops / len(modular.recipe.assemble.ratios)
-        return self.cells.rival(method, ratio, part, rate, seed, f"{EQUAL}-{budget}")
 
     def _train(self, cell: Cell) -> Cell | None:
         cell.run.root.mkdir(exist_ok=True)

@@ -95,6 +95,28 @@ def test_equal_cost_is_equal_up_to_one_step(studied):
         assert cells.rival(method, 6.0, modular.flops, 1.0, 0, FULL).flops == pytest.approx(modular.flops, abs=one / 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "trainings"),
+    [
+        ([], [1, 1, 3, 1, 1]),
+        (["--rates", "[1, 2]", "--seeds", "[0, 1]"], [2 + 1, 2, 3 * 2 + 3, 1, 2]),  # the first seed tries both rates
+    ],
+)
+def test_a_dry_run_counts_what_is_done_and_makes_nothing(studied, options, trainings, tmp_path, capsys):
+    done = [1, 1, 3, 1, 1]  # at the recipe's rate, with seed 0
+    for out, num_done in ((studied[0], done), (tmp_path / "new", [0] * 5)):
+        main(["study", *SMALL, *options, "--out", str(out), "--dry-run"])
+        _, _, _, *rows = capsys.readouterr().out.splitlines()
+        kinds = "modular run", "variants", "finetune at equal cost", "better rival at full cost", "trained further"
+        assert [row[: row.index(",")] for row in rows[:-1]] == list(kinds)
+        figures = [row.split()[-4:] for row in rows]
+        assert [[int(each) for each in of[:2]] for of in figures] == [
+            *map(list, zip(trainings, num_done, strict=True)), [sum(trainings), sum(num_done)],
+        ]  # fmt: skip
+        assert [float(of[3]) == 0 for of in figures] == [int(of[0]) == int(of[1]) for of in figures]
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_another_process_trains_is_left_to_it(studied, tmp_path, monkeypatch, capsys):
     out, _ = studied
     (tmp_path / "base").symlink_to(out / "base")

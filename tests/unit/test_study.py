@@ -17,7 +17,7 @@ from pipeline.study.settings import VariantConfig
 from pipeline.study.table import write_results
 from pipeline.study.variants import Spread
 
-READY = {name: study_config(["--config", f"studies/{name}"]) for name in ("ablation", "draws")}
+READY = {name: study_config(["--config", f"studies/{name}"])[0] for name in ("ablation", "draws")}
 
 
 @pytest.mark.parametrize(
