@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.planning.planned import Planned
+from pipeline.planning import Planned
 from pipeline.study.cells import Cell, Cells
 from pipeline.study.lines import FULL
 from pipeline.study.settings import StudyConfig
