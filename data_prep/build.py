@@ -9,7 +9,6 @@ running it again, with any number of ranks.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 import traceback
@@ -30,7 +29,6 @@ from data_prep.plan import (
     SPLITS,
     TOKENIZER,
     Plan,
-    RecordReader,
     make_plan,
     read_plan,
     refuse_difference,
@@ -48,9 +46,9 @@ from data_prep.shards import (
     publish_index,
     read_manifest,
 )
+from data_prep.test_texts import TEST_TEXT, test_text
 from data_prep.units import UnitMaker, published, sample_of_unit, sidecar_path
 
-TEST_TEXT = "test.jsonl"
 _FAILURE = "failure.tmp-"  # begins the names of notes of failed ranks
 _POLL_S = 0.02
 _COMPARED_UNITS = 8
@@ -243,7 +241,7 @@ def _finish(out: Path, plan: Plan) -> Manifest:
             f"{out}: every training record was dropped ({splits['train'].ledger.dropped}); check the inputs"
         )
     if "test" in splits:
-        _publish_test_text(out, plan, sidecars["test"])
+        publish_bytes(out / TEST_TEXT, test_text(out, plan, sidecars["test"]))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         plan_hash=plan.hash,
@@ -285,22 +283,6 @@ def _warn_of_truncation(name: str, split: Split) -> None:
                 f"data_prep: warning: {share:.1%} of the {side}s of {name} were cut; raise data.max_{side}_tokens",
                 file=sys.stderr,
             )
-
-
-def _publish_test_text(out: Path, plan: Plan, sidecars: list[dict[str, Any]]) -> None:
-    """test.jsonl: line k is the text of example k of the test shards, the source exactly as it was encoded."""
-    reader = RecordReader(out, plan)
-    rows = []
-    for unit, sidecar in zip((unit for unit in plan.units if unit.split == "test"), sidecars, strict=True):
-        dropped = {number for numbers in sidecar["dropped"].values() for number in numbers}
-        for number, record in enumerate(reader.records(unit)):
-            if number not in dropped and record is not None:
-                row: dict[str, Any] = {"id": record.id, "source": record.source, "target": record.target}
-                languages = zip(("source_language", "language"), record.languages, strict=True)
-                row |= {name: language for name, language in languages if language}
-                rows.append(row | ({"references": [record.target, *record.others]} if record.others else {}))
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    publish_bytes(out / TEST_TEXT, text.encode())
 
 
 def _summary(manifest: Manifest) -> str:

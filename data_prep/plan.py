@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,7 +167,7 @@ def make_plan(out: Path, config: DataConfig, served: Served) -> Plan:
         made_anew = make_tokenizer_folder(out, published, served)
         refuse_difference(out, published.tokenizer, made_anew, "tokenizer")
         return published
-    plan = _scan(out, config, settings)
+    plan = plan_of_inputs(out, config, settings)
     if config.drop_duplicates:
         plan = Plan(settings, plan.inputs, {}, plan.units, _find_duplicates(out, plan))
     plan = Plan(settings, plan.inputs, make_tokenizer_folder(out, plan, served), plan.units, plan.duplicates)
@@ -192,11 +192,11 @@ def _fields(config: SetConfig) -> Fields:
     return Fields(config.source_field, target, config.prefix, config.source_language, config.target_language)
 
 
-def _scan(out: Path, config: DataConfig, settings: dict[str, Any]) -> Plan:
+def plan_of_inputs(out: Path, config: DataConfig, settings: dict[str, Any], splits: Sequence[str] = SPLITS) -> Plan:
     """Inputs and units. The first record of every file is parsed, so that a wrong field is told before any work."""
     inputs: list[Input] = []
     units: list[Unit] = []
-    for split in SPLITS:
+    for split in splits:
         index = 0
         for each in config.all_sets:
             first = 0

@@ -289,8 +289,7 @@ class BaselineConfig(Settings):
     """finetune (keep some of the teacher's layers, train with the task loss), logit (the same with the logit loss, too,
     weights as in distill.losses), theseus (BERT-of-Theseus: one granularity, task loss only)."""
     ratios: tuple[float, ...] = identity((), above=1)
-    """Ratios of layers at which each method makes a model, with the layers of the preset size-first. Empty: the ratio
-    of the coarsest assembly."""
+    """Ratios of layers at which each method makes a model, by the preset size-first. Empty: that of the coarsest."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Training of each small model; num_steps = 0 leaves the baselines out."""
 
@@ -330,6 +329,8 @@ class AssembleConfig(Settings):
 class EvaluateConfig(Settings):
     """Scoring of all systems in one batch."""
 
+    test: tuple[str, ...] = identity((), before=())
+    """Files to score on in place of data.test, read as they are. A run that is done is not trained again for them."""
     max_examples: int = identity(1000, low=1)
     """How many examples to score, from the start of the test part."""
     max_new_tokens: int = identity(128, low=1)
@@ -337,15 +338,14 @@ class EvaluateConfig(Settings):
     num_beams: int = identity(1, low=1)
     """Beams of beam search; 1 is greedy decoding."""
     dtype: str = identity("checkpoint", choices=("checkpoint", "tf32", "bfloat16"), before="checkpoint")
-    """What systems are decoded and timed in: checkpoint (the type that they are saved in: fp32 of assemblies), tf32
-    (the same weights, products rounded as NVIDIA GPUs of 2020 and later do it fast; elsewhere as checkpoint) or
-    bfloat16. Every score's key names it, where it is not checkpoint."""
+    """What systems are decoded and timed in: checkpoint (the type they are saved in: fp32 of assemblies), tf32 (the
+    same, products rounded as NVIDIA GPUs of 2020 and later do it fast; elsewhere as checkpoint) or bfloat16."""
     folders: tuple[str, ...] = identity(())
     """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
     bleu_tokenizer: str = identity("auto", before="13a", choices=BLEU_TOKENIZERS)
-    """What BLEU takes for words, by sacreBLEU's name: 13a (cut at spaces and signs), zh, ja-mecab, ko-mecab, char,
-    flores200 and others; ja-mecab and ko-mecab need packages. auto goes by the language of the records, or by the
-    script of the references; without the packages it takes char for Japanese and 13a for Korean."""
+    """What BLEU takes for words, by sacreBLEU's name: 13a (cut at spaces and signs), zh, ja-mecab, ko-mecab, char and
+    others. auto goes by the records' language, or by the script of the references; where the packages of ja-mecab and
+    ko-mecab are missing, it takes char for Japanese and 13a for Korean."""
     metricx: str = identity("", before="")
     """Folder of a MetricX-24 model with the tokenizer of mT5, which judges every output; empty: none."""
     same_source: str = identity("examples", before="examples", choices=("examples", "references"))

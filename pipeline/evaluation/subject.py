@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import json
 from collections import Counter
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import files_in, sha256_of
+from data_prep.test_texts import other_test_text
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
@@ -56,16 +59,19 @@ class Subject:
         if recipe.evaluate.metricx:
             check_metricx(Path(recipe.evaluate.metricx))
         peers, refused = read_peers(recipe.evaluate.folders)
-        with open(test, encoding="utf-8") as file:
-            found: Iterator[dict[str, Any]] = (
-                _example(line, f"line {place} of {test}") for place, line in enumerate(file, start=1)
-            )
-            if recipe.evaluate.same_source == "references":
-                found = iter(_by_source(found))
-            examples = list(itertools.islice(found, recipe.evaluate.max_examples))
+        others = recipe.evaluate.test
+        content = other_test_text(run.data, recipe.data, others) if others else test.read_bytes()
+        name = ", ".join(others) or test
+        found: Iterator[dict[str, Any]] = (
+            _example(line, f"line {place} of {name}") for place, line in enumerate(io.BytesIO(content), start=1)
+        )
+        if recipe.evaluate.same_source == "references":
+            found = iter(_by_source(found))
+        examples = list(itertools.islice(found, recipe.evaluate.max_examples))
         if not examples:
-            raise ValueError(f"no test examples in {test}: give a test part (data.test) and evaluate.max_examples >= 1")
-        return Subject(recipe, run, [*systems, *peers], examples, sha256_of(test), tuple(refused))
+            raise ValueError(f"no test examples in {name}: give a test part (data.test) and evaluate.max_examples >= 1")
+        sha256 = hashlib.sha256(content).hexdigest()
+        return Subject(recipe, run, [*systems, *peers], examples, sha256, tuple(refused))
 
     @property
     def folder(self) -> Path:
@@ -170,7 +176,7 @@ def _check_systems(systems: list[System], run: RunDir) -> None:
             Assembly.parse(system.assembly)
 
 
-def _example(line: str, where: str) -> dict[str, Any]:
+def _example(line: bytes, where: str) -> dict[str, Any]:
     """The test example of a line of JSON."""
     try:
         example = json.loads(line)

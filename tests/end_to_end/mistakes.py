@@ -99,6 +99,15 @@ BEFORE_ANY_WORK = {
     "MetricX without a tokenizer": Mistake(
         "peer has no tokenizer: copy that of google/mt5-xl", "--evaluate.metricx peer", metricx_alone
     ),
+    "another test part that is missing": Mistake("new.jsonl: no such file", "--evaluate.test [new.jsonl]"),
+    "another test part without targets": Mistake(
+        "new.jsonl:1: no field 'target'", "--evaluate.test [new.jsonl]", text("new.jsonl", '{"source": "a"}\n')
+    ),
+    "another test part for a mixture": Mistake(
+        "evaluate.test cannot go with data.sets",
+        '--data.train [] --data.validation [] --data.test [] --evaluate.test [test.jsonl] --data.sets '
+        '[{"name":"a","train":["train.jsonl"],"validation":["validation.jsonl"],"test":["test.jsonl"]}]',
+    ),
     "other model": Mistake("nowhere is not a Hugging Face folder", "--evaluate.folders [nowhere]"),
     "ds_config not json": Mistake(
         "ds.json is not valid JSON", "--distill.loop.ds_config ds.json", text("ds.json", "{")
