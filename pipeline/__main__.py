@@ -35,7 +35,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from data_prep.processes import die_with_parent
+from data_prep.processes import collect_garbage, die_with_parent, run_as_process
 from pipeline.config import Recipe, parse_recipe, recipe_parser, run_program
 from pipeline.exits import EXIT_MISTAKE
 from pipeline.rundir import RunDir, Stage
@@ -130,6 +130,7 @@ def _run_stage(name: str, arguments: Sequence[str]) -> None:
         from pipeline.label import Rule, label
         from pipeline.world import World
 
+        collect_garbage()
         label(recipe, run, Rule(options["num_beams"], options["min_chrf"]), World.from_environment())
     elif name in TRAINING:
         _train(name, recipe, run, extend=options["extend"])
@@ -177,10 +178,12 @@ def _train(name: str, recipe: Recipe, run: RunDir, *, extend: bool) -> None:
 
 
 def _imported(place: str) -> Callable[..., None]:
-    """The function at module:function."""
+    """The function at module:function, behind which no large import comes any more."""
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    found: Callable[..., None] = getattr(import_module(module), name)
+    collect_garbage()
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_as_process(lambda: main(sys.argv[1:]))

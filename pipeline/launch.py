@@ -11,9 +11,12 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from data_prep.processes import collect_garbage, run_as_process
+
 
 def launch(arguments: list[str]) -> int:
     """Run torchrun; the exit code of the worker that failed first, 0 when none did."""
+    collect_garbage()
     logging.disable(logging.ERROR)  # torchrun's own account of what the worker has said and we say below
     try:
         main(arguments)
@@ -26,4 +29,4 @@ def launch(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+    run_as_process(lambda: sys.exit(launch(sys.argv[1:])))
