@@ -46,7 +46,7 @@ from data_prep.shards import (
     publish_index,
     read_manifest,
 )
-from data_prep.test_texts import TEST_TEXT, test_text
+from data_prep.testpart import TEST_TEXT, lines_of_test_part
 from data_prep.units import UnitMaker, published, sample_of_unit, sidecar_path
 
 _FAILURE = "failure.tmp-"  # begins the names of notes of failed ranks
@@ -241,7 +241,7 @@ def _finish(out: Path, plan: Plan) -> Manifest:
             f"{out}: every training record was dropped ({splits['train'].ledger.dropped}); check the inputs"
         )
     if "test" in splits:
-        publish_bytes(out / TEST_TEXT, test_text(out, plan, sidecars["test"]))
+        publish_bytes(out / TEST_TEXT, lines_of_test_part(out, plan, sidecars["test"]))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         plan_hash=plan.hash,

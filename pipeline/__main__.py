@@ -71,9 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     name, *rest = arguments
     if name == "bench":
-        from pipeline.bench.__main__ import main as bench_main
-
-        bench_main(rest)
+        _imported("pipeline.bench.__main__:main")(rest)
         return
     if name in TOOLS:
         tool = _imported(TOOLS[name])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import files_in, sha256_of
-from data_prep.test_texts import other_test_text
+from data_prep.testpart import lines_of_other_test_part
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
@@ -60,7 +60,7 @@ class Subject:
             check_metricx(Path(recipe.evaluate.metricx))
         peers, refused = read_peers(recipe.evaluate.folders)
         others = recipe.evaluate.test
-        content = other_test_text(run.data, recipe.data, others) if others else test.read_bytes()
+        content = lines_of_other_test_part(run.data, recipe.data, others) if others else test.read_bytes()
         name = ", ".join(others) or test
         found: Iterator[dict[str, Any]] = (
             _example(line, f"line {place} of {name}") for place, line in enumerate(io.BytesIO(content), start=1)

@@ -27,7 +27,7 @@ ORDER = (  # a room imports only rooms that stand before it
     "data_prep.publish", "data_prep.shards", "data_prep.reader", "data_prep.corruption", "data_prep.words",
     "data_prep.languages", "data_prep.tokenizer", "data_prep.served", "data_prep.encode", "data_prep.quotes",
     "data_prep.textfile", "data_prep.saved", "data_prep.sources", "data_prep.demo", "data_prep.plan", "data_prep.units",
-    "data_prep.test_texts", "data_prep.build", "data_prep.verify", "data_prep.stats", "data_prep.__main__",
+    "data_prep.testpart", "data_prep.build", "data_prep.verify", "data_prep.stats", "data_prep.__main__",
     # what is told, counted and kept, without a model
     "pipeline.exits", "pipeline.weights", "pipeline.schedule", "pipeline.spans", "pipeline.config", "pipeline.rundir",
     "pipeline.world", "pipeline.data", "pipeline.tokenizer", "pipeline.scripts", "pipeline.scoring", "pipeline.curves",
@@ -66,7 +66,7 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
 
 PIPELINE_MAY_IMPORT = {  # of data_prep: its formats and arithmetic, the tokenizer of record, and another test part
     "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.languages", "data_prep.partition",
-    "data_prep.processes", "data_prep.publish", "data_prep.reader", "data_prep.shards", "data_prep.test_texts",
+    "data_prep.processes", "data_prep.publish", "data_prep.reader", "data_prep.shards", "data_prep.testpart",
     "data_prep.tokenizer",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours

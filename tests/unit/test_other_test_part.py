@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data_prep.config import DataConfig
-from data_prep.test_texts import TEST_TEXT, other_test_text
+from data_prep.testpart import TEST_TEXT, lines_of_other_test_part
 from pipeline.assemble.systems import System
 from pipeline.config.recipe import EvaluateConfig, Recipe
 from pipeline.evaluation.subject import Subject
@@ -44,7 +44,7 @@ def built(tmp_path_factory):
 
 def test_the_same_files_give_the_texts_of_the_build(built):
     run, config = built
-    assert other_test_text(run.data, config, config.test) == (run.data / TEST_TEXT).read_bytes()
+    assert lines_of_other_test_part(run.data, config, config.test) == (run.data / TEST_TEXT).read_bytes()
 
 
 def test_other_files_are_read_as_the_runs_own(built, tmp_path):
@@ -66,6 +66,6 @@ def test_a_record_that_cannot_be_used_is_named(built, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "answers": None})))
     with pytest.raises(ValueError, match=r"other.jsonl: record 2 .*null target"):
-        other_test_text(run.data, config, [str(other)])
-    kept = other_test_text(run.data, dataclasses.replace(config, drop_empty=True), [str(other)])
+        lines_of_other_test_part(run.data, config, [str(other)])
+    kept = lines_of_other_test_part(run.data, dataclasses.replace(config, drop_empty=True), [str(other)])
     assert kept.count(b"\n") == 1

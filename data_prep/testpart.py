@@ -1,4 +1,4 @@
-"""The texts of a test part as evaluation reads them: those of a build, or of other files for the same models."""
+"""test.jsonl, the test part as evaluation reads it: that of a build, or of other files for the same models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data_prep.units import UnitMaker
 TEST_TEXT = "test.jsonl"
 
 
-def test_text(out: Path, plan: Plan, sidecars: Sequence[dict[str, Any]]) -> bytes:
-    """Line k is the text of example k of the test shards, the source exactly as it was encoded."""
+def lines_of_test_part(out: Path, plan: Plan, sidecars: Sequence[dict[str, Any]]) -> bytes:
+    """test.jsonl: line k is the text of example k of the test shards, the source exactly as it was encoded."""
     reader = RecordReader(out, plan)
     rows = []
     for unit, sidecar in zip((unit for unit in plan.units if unit.split == "test"), sidecars, strict=True):
@@ -30,7 +30,7 @@ def test_text(out: Path, plan: Plan, sidecars: Sequence[dict[str, Any]]) -> byte
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def plan_of_other_test(config: DataConfig, files: Sequence[str]) -> Plan:
+def plan_of_other_test_part(config: DataConfig, files: Sequence[str]) -> Plan:
     """What is read of files that a build with these settings knows nothing of.
 
     Args:
@@ -46,8 +46,8 @@ def plan_of_other_test(config: DataConfig, files: Sequence[str]) -> Plan:
     return plan_of_inputs(Path(), test, identity_settings(test), ["test"])
 
 
-def other_test_text(data: Path, config: DataConfig, files: Sequence[str]) -> bytes:
-    """The texts of such files.
+def lines_of_other_test_part(data: Path, config: DataConfig, files: Sequence[str]) -> bytes:
+    """The same of such files.
 
     Args:
         data: the folder of the build, whose tokenizer says what is too long.
@@ -55,6 +55,6 @@ def other_test_text(data: Path, config: DataConfig, files: Sequence[str]) -> byt
     Raises:
         ValueError: any record that cannot be used, and as above.
     """
-    plan = plan_of_other_test(config, files)
+    plan = plan_of_other_test_part(config, files)
     maker = UnitMaker(data, plan)
-    return test_text(data, plan, [maker.make(unit)[1] for unit in plan.units])
+    return lines_of_test_part(data, plan, [maker.make(unit)[1] for unit in plan.units])
