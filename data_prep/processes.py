@@ -25,7 +25,7 @@ def run_as_process(program: Callable[[], None]) -> NoReturn:
     atexit have run and all output is written. Threads are not waited for.
 
     Raises:
-        Exception: the program's own, apart from SystemExit.
+        Exception: the program's own. SystemExit and Ctrl-C are none.
     """
     gc.disable()
     code: object = 0
@@ -33,6 +33,9 @@ def run_as_process(program: Callable[[], None]) -> NoReturn:
         program()
     except SystemExit as ended:
         code = ended.code or 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except BaseException:
         gc.unfreeze()  # as this process is taken apart
         raise

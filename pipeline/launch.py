@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -15,7 +16,7 @@ from data_prep.processes import collect_garbage, run_as_process
 
 
 def launch(arguments: list[str]) -> int:
-    """Run torchrun; the exit code of the worker that failed first, 0 when none did."""
+    """Run torchrun; the exit code of the worker that failed first, 128 and the signal that ended all, or 0."""
     collect_garbage()
     logging.disable(logging.ERROR)  # torchrun's own account of what the worker has said and we say below
     try:
@@ -25,6 +26,9 @@ def launch(arguments: list[str]) -> int:
         how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
         print(f"rank {rank} (process {failure.pid}) ended first, with {how}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:
+        print(f"ended by {error.sigval.name}, and the ranks with it", file=sys.stderr)
+        return 128 + error.sigval
     return 0
 
 

@@ -14,7 +14,7 @@ from pipeline.__main__ import main
 from pipeline.config import run_program
 from pipeline.training import join_world
 from tests.forks import run_forked
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,3 +64,29 @@ def test_a_worker_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
     said, launcher = result.stderr.splitlines()
     assert said == "error: a line"
     assert re.fullmatch(r"rank 1 \(process \d+\) ended first, with exit code 1", launcher)
+
+
+def test_a_launcher_that_is_ended_says_so_in_one_line(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).touch()\n"
+        "time.sleep(1000)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.launch",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(worker),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"))
+    launcher.terminate()
+    _, said = launcher.communicate(timeout=PATIENCE_S)
+    assert (launcher.returncode, said) == (128 + 15, "ended by SIGTERM, and the ranks with it\n")

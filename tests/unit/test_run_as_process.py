@@ -45,6 +45,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
         ("sys.exit()", 0, ""),
         ("sys.exit(85)", 85, ""),
         ("sys.exit('in words')", 1, "in words\n"),
+        ("raise KeyboardInterrupt", 130, "stopped; the same command goes on from what is saved\n"),
         ("assert not gc.isenabled()", 0, ""),
         ("collect_garbage(); assert gc.isenabled(); gc.collect()", 0, ""),
     ],
