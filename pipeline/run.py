@@ -111,7 +111,8 @@ def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> Non
     (run.root / "STOP").unlink(missing_ok=True)
     threads = str(recipe.launch.threads_per_rank)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run(command, env=environment, preexec_fn=die_with_parent)
+    # in a session of its own it does not hear Ctrl-C, which this process answers; it dies with this process
+    result = subprocess.run(command, env=environment, preexec_fn=die_with_parent, start_new_session=True)
     if requeue.exists():
         print(f"{name} was asked to stop and saved its state: run the same command again to continue")
         raise SystemExit(EXIT_REQUEUE)

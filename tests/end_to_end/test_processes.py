@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -89,4 +90,19 @@ def test_a_launcher_that_is_ended_says_so_in_one_line(tmp_path: Path) -> None:
     wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"))
     launcher.terminate()
     _, said = launcher.communicate(timeout=PATIENCE_S)
-    assert (launcher.returncode, said) == (128 + 15, "ended by SIGTERM, and the ranks with it\n")
+    assert (launcher.returncode, said) == (128 + signal.SIGTERM, "ended by SIGTERM, and the ranks with it\n")
+
+
+def test_ctrl_c_in_a_run_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "run", "--config", "minute", "--run_dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    wait_until((tmp_path / "run/teacher/inputs.json").exists)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    _, said = run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == 130
+    assert [line for line in said.splitlines() if not line.startswith("[0/2] teacher: ")] == [
+        "stopped; the same command goes on from what is saved"
+    ]
