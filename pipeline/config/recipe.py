@@ -330,7 +330,7 @@ class EvaluateConfig(Settings):
     """Scoring of all systems in one batch."""
 
     test: tuple[str, ...] = identity((), before=())
-    """Files to score on in place of data.test, read as they are. A run that is done is not trained again for them."""
+    """Files to score on in place of data.test, read in the same way. A run that is done is not trained again."""
     max_examples: int = identity(1000, low=1)
     """How many examples to score, from the start of the test part."""
     max_new_tokens: int = identity(128, low=1)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import files_in, sha256_of
-from data_prep.testpart import lines_of_other_test_part
 from pipeline.assemble import System
 from pipeline.config import Recipe
 from pipeline.decoding import Member
@@ -59,9 +58,12 @@ class Subject:
         if recipe.evaluate.metricx:
             check_metricx(Path(recipe.evaluate.metricx))
         peers, refused = read_peers(recipe.evaluate.folders)
-        others = recipe.evaluate.test
-        content = lines_of_other_test_part(run.data, recipe.data, others) if others else test.read_bytes()
-        name = ", ".join(others) or test
+        if others := recipe.evaluate.test:
+            from data_prep.testpart import lines_of_other_test_part  # late: what reads and encodes texts takes a while
+
+            name, content = ", ".join(others), lines_of_other_test_part(run.data, recipe.data, others)
+        else:
+            name, content = str(test), test.read_bytes()
         found: Iterator[dict[str, Any]] = (
             _example(line, f"line {place} of {name}") for place, line in enumerate(io.BytesIO(content), start=1)
         )

@@ -18,7 +18,6 @@ from data_prep.hub import local_folder, refuse_pointer
 from data_prep.publish import sha256_of
 from data_prep.reader import SplitReader
 from data_prep.shards import read_manifest
-from data_prep.testpart import plan_of_other_test_part
 from pipeline.assemble import assembly_to_recover, baselines_of, requested_assemblies
 from pipeline.beside import GENERATION, check_ids, read
 from pipeline.config import Recipe
@@ -141,6 +140,8 @@ def check_named_files(recipe: Recipe) -> None:
     if recipe.evaluate.metricx:
         check_metricx(Path(recipe.evaluate.metricx))
     if recipe.evaluate.test:
+        from data_prep.testpart import plan_of_other_test_part  # late: what reads texts takes a while
+
         plan_of_other_test_part(recipe.data, recipe.evaluate.test)
     for refusal in read_peers(recipe.evaluate.folders)[1]:
         raise ValueError(refusal)

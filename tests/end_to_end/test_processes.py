@@ -18,6 +18,7 @@ from tests.forks import run_forked
 from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
+TWO_RANKS = [sys.executable, "-m", "pipeline.launch", "--standalone", "--nproc-per-node", "2"]
 
 
 def test_a_training_stage_before_its_data_is_named(tmp_path: Path) -> None:
@@ -52,9 +53,8 @@ def test_a_worker_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
     worker.write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('error: a line')\ntime.sleep(1000)\n"
     )
-    command = [sys.executable, "-m", "pipeline.launch", "--standalone", "--nproc-per-node", "2", str(worker)]
     result = subprocess.run(
-        command,
+        [*TWO_RANKS, str(worker)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -75,18 +75,10 @@ def test_a_launcher_that_is_ended_says_so_in_one_line(tmp_path: Path) -> None:
         "pathlib.Path(sys.argv[1], os.environ['RANK']).touch()\n"
         "time.sleep(1000)\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.launch",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(worker),
-        str(tmp_path),
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        [*TWO_RANKS, str(worker), str(tmp_path)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"))
     launcher.terminate()
     _, said = launcher.communicate(timeout=PATIENCE_S)
