@@ -57,17 +57,18 @@ class Cell:
 
     @property
     def measures(self) -> Mapping[str, float]:
-        """What the last validation, or with keep_best the best, found: validation/<assembly> in nats per token, and
-        bleu/<assembly> where the recipe has it measured."""
+        """What the last validation found: validation/<assembly> in nats per token, and bleu/<assembly> where the recipe
+        has it measured."""
         folder = self.run.stage(self.stage)
         (metrics,) = [*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")]
         found = [measures for record in read_jsonl(metrics) if _losses(measures := _measures(record))]
-        return min(found, key=_mean_loss) if self.recipe.distill.loop.keep_best else found[-1]
+        return found[-1]
 
     @property
     def validation_loss(self) -> float:
-        """Of the weights that were kept: nats per token, for a modular run the mean over the assemblies followed."""
-        return _mean_loss(self.measures)
+        """At the end, of the weights that are scored: nats per token, for a modular run the mean over the assemblies
+        followed."""
+        return statistics.mean(_losses(self.measures))
 
 
 def _measures(record: Mapping[str, Any]) -> dict[str, float]:
@@ -80,10 +81,6 @@ def _measures(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _losses(measures: Mapping[str, float]) -> list[float]:
     return [value for name, value in measures.items() if name.startswith("validation/")]
-
-
-def _mean_loss(measures: Mapping[str, float]) -> float:
-    return statistics.mean(_losses(measures))
 
 
 @dataclass(frozen=True)

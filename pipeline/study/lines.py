@@ -32,6 +32,15 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class AtBothCosts:
+    """BLEU of the seeds with which a rival was trained for its part of the cost and for all of it."""
+
+    modular: float
+    equal: float
+    full: float
+
+
+@dataclass(frozen=True)
 class Line:
     """One ratio at one budget, seeds pooled."""
 
@@ -45,21 +54,21 @@ class Line:
     """By side: its method, its BLEU, and how much BLEU the modular checkpoint has more."""
     flops: Mapping[str, float]
     """By side, and of the modular run: what one seed costs."""
+    both: AtBothCosts | None = None
 
     @property
     def break_even(self) -> str:
         """From how many sizes on one modular run is cheaper than a rival as good for each: by a line through the
         rival's BLEU over the logarithm of its cost, where both its costs are there."""
-        if EQUAL not in self.rivals or FULL not in self.rivals:
+        if self.both is None:
             return ""
-        whole, part = self.flops["modular"], self.flops[EQUAL]
-        (_, low, _), (_, high, _) = self.rivals[EQUAL], self.rivals[FULL]
-        if self.modular <= low:
-            return f"> {whole / part:.0f}"
-        if self.modular >= high:
+        most = self.flops["modular"] / self.flops[EQUAL]
+        if self.both.modular <= self.both.equal:
+            return f"> {most:.0f}"
+        if self.both.modular >= self.both.full:
             return "1"
-        return f"{(whole / part) ** ((high - self.modular) / (high - low)):.1f}"
+        return f"{most ** ((self.both.full - self.both.modular) / (self.both.full - self.both.equal)):.1f}"
 
-    def share(self, side: str) -> float:
-        """Of the teacher's BLEU, in %, that a side's rival has."""
-        return 100 * self.rivals[side][1] / max(self.teacher, LEAST_BLEU)
+    def share(self, bleu: float) -> float:
+        """A BLEU as a share of the teacher's, in %."""
+        return 100 * bleu / max(self.teacher, LEAST_BLEU)

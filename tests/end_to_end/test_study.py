@@ -15,8 +15,9 @@ from pipeline.report import read_jsonl, scored
 from pipeline.run import lock, stage_command
 from pipeline.rundir import RunDir
 from pipeline.study import run as study_run
+from pipeline.study import table
 from pipeline.study.cells import Cells
-from pipeline.study.lines import EQUAL, FULL, LEAST_BLEU, RECOVERED, Estimate, Line
+from pipeline.study.lines import EQUAL, FULL, LEAST_BLEU, RECOVERED, AtBothCosts, Estimate, Line
 from tests.forks import run_forked
 
 MAINS = {"data_prep": data_main, "pipeline": main}
@@ -84,6 +85,21 @@ def test_figures_are_those_of_the_scores(studied):
         last = read_jsonl(out / name / "distill" / "metrics.jsonl")[-1]
         assert each["measures"]["validation/e6-d6"]["mean"] == last["validation/e6-d6"]
         assert each["num_steps"] == last["step"] == 12
+
+
+def test_full_cost_is_held_against_the_seeds_that_have_it(studied):
+    """With a second seed, here a stand-in with other scores, that has no rival at full cost."""
+    out, _ = studied
+    study = study_run.Study(study_run.study_config(SMALL)[0], Cells(["minute"], out), out)
+    first = study._entry(12, 0)
+    second = dataclasses.replace(
+        first, assemblies={6.0: first.teacher}, rivals={EQUAL: first.rivals[EQUAL], FULL: {}, RECOVERED: {}}
+    )
+    (alone,) = table._lines([dataclasses.replace(first, assemblies={6.0: first.assemblies[6.0]})])
+    (pooled,) = table._lines([dataclasses.replace(first, assemblies={6.0: first.assemblies[6.0]}), second])
+    assert pooled.modular != alone.modular
+    assert pooled.both == alone.both == AtBothCosts(alone.modular, alone.rivals[EQUAL][1], alone.rivals[FULL][1])
+    assert pooled.break_even == alone.break_even
 
 
 def test_equal_cost_is_equal_up_to_one_step(studied):
@@ -155,7 +171,8 @@ def line_of(modular: float) -> Line:
     """A rival that has 10 BLEU for an eighth of the cost and 30 for all of it."""
     none = Estimate(0.0, 0.0, 0.0)
     rivals = {EQUAL: ("finetune", 10.0, none), FULL: ("finetune", 30.0, none)}
-    return Line(2.0, 40.0, modular, none, rivals, {"modular": 8.0, EQUAL: 1.0, FULL: 8.0})
+    both = AtBothCosts(modular, 10.0, 30.0)
+    return Line(2.0, 40.0, modular, none, rivals, {"modular": 8.0, EQUAL: 1.0, FULL: 8.0}, both)
 
 
 @pytest.mark.parametrize(("modular", "sizes"), [(9.0, "> 8"), (20.0, f"{8**0.5:.1f}"), (30.0, "1"), (31.0, "1")])
