@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from data_prep.config import DataConfig
-from data_prep.processes import die_with_mpiexec
+from data_prep.processes import die_with_mpiexec, may_pass
 
 COMMANDS = {
     "plan": "Fix inputs, tokenizer and units, and make nothing else.",
@@ -129,7 +129,8 @@ def _is_first_rank() -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; users' mistakes become one line on stderr and exit code 2."""
+    """Run one command; users' mistakes become one line on stderr and exit code 2, what may pass by itself one line and
+    exit code 1."""
     arguments = arguments or ["--help"]
     verbose = "--verbose" in arguments
     try:
@@ -138,13 +139,14 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, argparse.ArgumentError) as err:
         if verbose:
             raise
+        told, code = ("failed", 1) if may_pass(err) else ("data_prep", 2)
         if arguments[0] not in ("plan", "build") or _is_first_rank() or isinstance(err, OSError):
             text = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
             if isinstance(err, argparse.ArgumentError):  # which names an option as it is parsed, not as it is typed
                 for parsed, typed in (("config", "--config"), ("out", "--out"), ("folder", "FOLDER")):
                     text = text.replace(f"{arguments[0]}.{parsed}", typed)
-            print(f"data_prep: {' '.join(text.split())}", file=sys.stderr)
-        return 2
+            print(f"{told}: {' '.join(text.split())}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

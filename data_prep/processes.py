@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import gc
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "EBUSY", "ECOMM", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EDQUOT", "EHOSTDOWN", "EHOSTUNREACH",
+        "EINTR", "EIO", "EMFILE", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENFILE", "ENOLCK", "ENOMEM", "ENOSPC",
+        "ENOTCONN", "EREMOTEIO", "ESHUTDOWN", "ESTALE", "ETIMEDOUT",
+    )
+}  # fmt: skip
 
 
 def run_as_process(program: Callable[[], None]) -> NoReturn:
@@ -77,6 +86,18 @@ def process_start(pid: int) -> str | None:
     except OSError:
         return None
     return None if stat[0] in "ZX" else stat[19]
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error is of a disk or a network, and another start may meet it no more; others a user must mend."""
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def on_this_machine(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for an mpiexec whose ranks all belong to this machine. Within a job of SLURM MPICH's and Intel's
+    would start them through srun, which waits for ever where the job's resources are in use, as in `srun --pty bash`.
+    """
+    return {"HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", "I_MPI_HYDRA_BOOTSTRAP": "fork", **environment}
 
 
 def mpiexec() -> str:

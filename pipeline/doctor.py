@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,11 +141,11 @@ def _kernels(run_dir: Path) -> str:
 
 
 def _mpi(run_dir: Path) -> str:
-    from data_prep.processes import mpiexec
+    from data_prep.processes import mpiexec, on_this_machine
 
     # one rank prints: lines of several may come out mixed
     count = "from mpi4py import MPI; world = MPI.COMM_WORLD; n = world.allreduce(1); world.rank or print(n)"
-    output = _output_of([mpiexec(), "-n", "2", sys.executable, "-c", count])
+    output = _output_of([mpiexec(), "-n", "2", sys.executable, "-c", count], on_this_machine(os.environ))
     if output.strip() != "2":
         raise ValueError(f"two MPI ranks do not see each other: {output!r}; mpiexec and mpi4py must be of one MPI")
     return f"2 ranks by {mpiexec()}"
@@ -165,9 +165,9 @@ def _slurm(run_dir: Path) -> str:
     return f"{version}, partitions {', '.join(partitions)}" + (f", inside job {job}" if job else "")
 
 
-def _output_of(command: Sequence[str]) -> str:
+def _output_of(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
     except subprocess.TimeoutExpired:
         raise ValueError(f"no answer within {TIMEOUT_S} s from: {' '.join(command)}") from None
     if done.returncode:

@@ -6,6 +6,7 @@ What went wrong is said by the worker itself; the launcher only adds which one i
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -14,13 +15,17 @@ from torch.distributed.run import main
 
 from data_prep.processes import collect_garbage, run_as_process
 
+SECONDS_TO_SAVE = 120
+"""That ranks have from a signal on before they are killed."""
+
 
 def launch(arguments: list[str]) -> int:
     """Run torchrun; the exit code of the worker that failed first, 128 and the signal that ended all, or 0."""
     collect_garbage()
     logging.disable(logging.ERROR)  # torchrun's own account of what the worker has said and we say below
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     try:
-        main(arguments)
+        main(["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"

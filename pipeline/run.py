@@ -6,12 +6,16 @@ import dataclasses
 import fcntl
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import IO
 
-from data_prep.processes import die_with_parent, mpiexec
+from data_prep.processes import die_with_parent, mpiexec, on_this_machine
 from pipeline.config import Recipe, recipe_yaml
 from pipeline.exits import EXIT_REQUEUE
 from pipeline.rundir import RunDir, Stage, left_out, write_atomic
@@ -43,6 +47,7 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
     run.root.mkdir(parents=True, exist_ok=True)
     started_at = time.monotonic()
     with lock(run):
+        stop_file(run).unlink(missing_ok=True)
         write_recipe(recipe, run)
         for name in order:
             _bring_up_to_date(name, recipe, run, extend=extend, verbose=verbose)
@@ -103,28 +108,78 @@ def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> Non
     """Run one stage in processes of its own, on the recipe that `write_recipe` has put there.
 
     Raises:
-        SystemExit: the stage failed, with its exit code, or was asked to stop (85).
+        SystemExit: the stage failed, with its exit code, or was asked to stop (85), or this process was told to end and
+            the stage had nothing to save (128 and the signal).
     """
+    if stop_file(run).exists():
+        print(f"stopped before {name}, because {stop_file(run)} exists: run the same command again to continue")
+        raise SystemExit(EXIT_REQUEUE)
     command = stage_command(name, recipe, run) + options
     requeue = run.root / name / "REQUEUE"
     requeue.unlink(missing_ok=True)
-    (run.root / "STOP").unlink(missing_ok=True)
     threads = str(recipe.launch.threads_per_rank)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    # in a session of its own it does not hear Ctrl-C, which this process answers; it dies with this process
-    result = subprocess.run(command, env=environment, preexec_fn=die_with_parent, start_new_session=True)
+    environment = {
+        **on_this_machine(os.environ), "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    code, told = _ended(command, environment)
     if requeue.exists():
         print(f"{name} was asked to stop and saved its state: run the same command again to continue")
         raise SystemExit(EXIT_REQUEUE)
-    if result.returncode:
-        raise SystemExit(result.returncode if result.returncode > 0 else 1)
+    if told is not None:
+        print(f"{name} was ended by {told.name}: run the same command again to continue", file=sys.stderr)
+        raise SystemExit(128 + told)
+    if code < 0:
+        memory = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+        print(f"{name} was ended by {signal.Signals(-code).name}{memory}", file=sys.stderr)
+        raise SystemExit(1)
+    if code:
+        raise SystemExit(code)
 
 
-def lock(run: RunDir) -> IO[str]:
-    """Hold the run directory against a second `run`; the lock goes with this process, and its children do too."""
+def _ended(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, signal.Signals | None]:
+    """(exit code of a command that has ended, the signal that this process was told to end by meanwhile).
+
+    The command hears of that signal too, as SIGTERM. It is in a session of its own, so that it does not hear Ctrl-C,
+    which this process answers, and it dies with this process.
+    """
+    told: list[signal.Signals] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        told.append(signal.Signals(number))
+        if process is not None:
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True
+        )
+        if told:
+            process.terminate()
+        return process.wait(), told[0] if told else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_file(run: RunDir) -> Path:
+    """What asks a run to stop in good order, while it is there."""
+    return run.root / "STOP"
+
+
+def lock(run: RunDir, *, wait: bool = False) -> IO[str]:
+    """Hold the run directory against a second `run`; the lock goes with this process, and its children do too.
+
+    Args:
+        wait: until another process has left it, in place of an error.
+
+    Raises:
+        ValueError: another process holds it.
+    """
     file = open(run.root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 held while the run lasts
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError(f"another process works in {run.root}: wait for it or choose another run_dir") from None
     return file

@@ -26,6 +26,7 @@ _EXIT_CODE = re.compile(r"exit code (\d+)")
 _MISTAKE = re.compile(r"^(?:error|data_prep): .+", re.MULTILINE)  # in recipe or data
 _MESSAGE = re.compile(
     rf"{_MISTAKE.pattern}"
+    r"|^failed: .+"  # what may pass, such as a full disk
     r"|^\[\d+/\d+\] (?:rank|no progress) .+"  # pipeline/training/watchdog.py
     r"|^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Timeout)\b"
 )

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.publish import discard, fsync_folder
+from data_prep.publish import discard, fsync_folder, publish_bytes
 from pipeline.checkpoints.format import (
     FORMAT_VERSION,
     Slice,
@@ -29,7 +29,7 @@ from pipeline.checkpoints.format import (
     step_of,
 )
 from pipeline.data import Cursor
-from pipeline.rundir import difference, write_atomic
+from pipeline.rundir import difference
 from pipeline.schedule import phase_start
 from pipeline.world import World, logger_of
 
@@ -189,11 +189,13 @@ class Checkpointer:
     def _publish(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         if not self.world.is_main:
             return
-        write_atomic(temporary / "manifest.json", seal(manifest))
+        publish_bytes(temporary / "manifest.json", seal(manifest))  # where the folder is gone it stays so
         if final.exists():  # one that did not verify
             remove_checkpoint(final)
         temporary.rename(final)
         fsync_folder(self.folder)
+        if lost := [name for name in manifest["files"] if not (final / name).is_file()]:
+            raise FileNotFoundError(f"{final / lost[0]} is gone: does another process train in this run?")
         # those of later steps were passed over as damaged: they are replaced when their step is saved again
         published = {step_of(path): path for path in checkpoints(self.folder) if step_of(path) <= manifest["step"]}
         kept = self.keep.chosen({step: _mean_loss(path) for step, path in published.items()})

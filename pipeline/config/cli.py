@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data_prep.config import check_limits
+from data_prep.processes import may_pass
 from pipeline.config.recipe import Recipe
 from pipeline.exits import EXIT_MISTAKE
 
@@ -80,14 +81,16 @@ def parse_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Reci
 
 
 def run_program(program: Callable[[], None], *, verbose: bool) -> None:
-    """Run a program; a user's mistake becomes one line on standard error and exit code 2."""
+    """Run a program; a user's mistake becomes one line on standard error and exit code 2, what may pass by itself one
+    line and exit code 1."""
     try:
         program()
     except (ValueError, OSError) as error:
         if verbose:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_MISTAKE) from None
+        told, code = ("failed", 1) if may_pass(error) else ("error", EXIT_MISTAKE)
+        print(f"{told}: {error}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def recipe_path(name: str) -> Path:

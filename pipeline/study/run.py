@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.assemble import stacks_of
 from pipeline.config import Recipe, settings_parser, with_recipe_paths
 from pipeline.planning import preflight, ranks_here
-from pipeline.run import lock, run_stage, write_recipe
+from pipeline.run import lock, run_stage, stop_file, write_recipe
 from pipeline.rundir import RunDir, Stage
 from pipeline.study.cells import AS_IT_IS, BASE, Cell, Cells
 from pipeline.study.forecast import forecast
@@ -97,9 +97,10 @@ class Study:
     def _make_base(self) -> None:
         run, recipe = self._base()
         run.root.mkdir(parents=True, exist_ok=True)
-        if run.output_hash("data") is None or Stage.of(recipe, run, "teacher").stamp() is None:
-            with lock(run):
-                _run(recipe, run, ("data", "teacher"))
+        if not _has_base(recipe, run):
+            with lock(run, wait=True):
+                if not _has_base(recipe, run):
+                    _run(recipe, run, ("data", "teacher"))
 
     def _entries(self) -> Iterator[Entry | None]:
         """Seed by seed and budget by budget what is trained and scored."""
@@ -191,8 +192,13 @@ class Study:
         return True
 
 
+def _has_base(recipe: Recipe, run: RunDir) -> bool:
+    return run.output_hash("data") is not None and Stage.of(recipe, run, "teacher").stamp() is not None
+
+
 def _run(recipe: Recipe, run: RunDir, stages: Sequence[str]) -> None:
     recipe = replace(recipe, launch=ranks_here(recipe))
+    stop_file(run).unlink(missing_ok=True)
     write_recipe(recipe, run)
     for name in stages:
         run_stage(name, recipe, run, [])

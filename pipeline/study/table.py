@@ -145,6 +145,6 @@ def _text(budget: int, seeds: Sequence[int], lines: Sequence[Line]) -> str:
     return (
         f"\n## {budget:,} steps, seeds {', '.join(map(str, seeds))}\n\nThe modular run costs {modular:.3g} FLOPs for "
         f"all ratios, the rivals of equal cost {equal:.3g} together. BLEU with paired 95 % intervals, seeds pooled. "
-        f"Rivals at full cost have the first seed alone, and so has what is held against them. Break-even: from how many "
-        f"sizes on the modular run is cheaper than as good a rival for each.\n\n{table}\n"
+        f"Rivals at full cost have the first seed alone, and so has what is held against them. Break-even: from how "
+        f"many sizes on the modular run is cheaper than as good a rival for each.\n\n{table}\n"
     )

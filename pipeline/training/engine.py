@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from pipeline.training.partitions import Partition, Stage2Partition, Stage3Parti
 from pipeline.world import World, free_port, return_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LONGEST_WAIT = timedelta(hours=6)
+"""For other ranks: rank 0 may load, hash and write a large model meanwhile. Ranks that hang are the watchdog's work."""
 
 
 @dataclass
@@ -78,7 +81,9 @@ def join_world() -> World:
         return_freed_memory()
         _skip_shared_memory_op()
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False, timeout=LONGEST_WAIT
+        )
     except torch.distributed.DistNetworkError as error:
         if not world.is_main:  # which listens there; the others lack it
             raise

@@ -33,6 +33,8 @@ class StopSignal:
         self._received = ""
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         left_s = float(end) - time.time() if end.isdigit() else float("inf")
+        if left_s <= 0:  # of an allocation that this shell has outlived
+            left_s = float("inf")
         self._deadline = time.monotonic() + max(left_s - lead_s, left_s / 2)
 
     def asked(self) -> bool:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,7 +137,8 @@ class Watchdog:
     def _watch(self) -> None:
         place, still_s = self._place(), 0.0
         while not self._ended.wait(self._beat_s):
-            self._beat()
+            with suppress(OSError):  # the file system may be back at the next beat; until then the others hear nothing
+                self._beat()
             # counted in beats, not by the clock: when all processes were suspended together nobody is late
             still_s = still_s + self._beat_s if place == self._place() else 0.0
             place = self._place()

@@ -13,12 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from data_prep.publish import discard
 from pipeline.checkpoints.checkpointer import Checkpointer, Keep
 from pipeline.checkpoints.format import (
     StoredSlice,
     checkpoints,
     damage,
     full_weights,
+    rank_file,
     read_manifest,
     seal,
     step_of,
@@ -129,11 +131,29 @@ def test_a_save_that_dies_at_any_operation_leaves_a_whole_newest_checkpoint(tmp_
     assert found == {2, 3}
 
 
-@pytest.mark.parametrize("die_at", [0, 2, 9, 10])
+@pytest.mark.parametrize("die_at", [0, 2, 8, 9])
 def test_a_rank_that_dies_in_a_save_fails_the_save_of_the_other(tmp_path, die_at):
     saving.save(ALONE, tmp_path, 1, 2)
     assert ranks(2, saving.save_on_failing_disk, tmp_path, die_at, False, False, tmp_path / "count") == [-9, 7]
-    saving.restore(ALONE, tmp_path, 3 if die_at > 9 else 2)  # it is published from its rename on
+    saving.restore(ALONE, tmp_path, 3 if die_at > 8 else 2)  # it is published from its rename on
+
+
+@pytest.mark.parametrize("lost", ["folder", "file"])
+def test_a_second_process_that_clears_up_fails_the_save_and_costs_no_checkpoint(tmp_path, monkeypatch, lost):
+    """It takes what the first one is writing for abandoned."""
+    saving.save(ALONE, tmp_path, 1, 2)
+    write = Checkpointer._write_rank
+
+    def then_lose(self, snapshot, temporary):
+        entry = write(self, snapshot, temporary)
+        discard(temporary) if lost == "folder" else (temporary / rank_file(0)).unlink()
+        return entry
+
+    monkeypatch.setattr(Checkpointer, "_write_rank", then_lose)
+    with pytest.raises(RuntimeError, match=r"saving to .* failed: rank 0: FileNotFoundError"):
+        saving.save(ALONE, tmp_path, 3)
+    assert {1, 2} <= set(steps_in(tmp_path))
+    saving.restore(ALONE, tmp_path, 2)
 
 
 @pytest.mark.parametrize("on_rank", [0, 1])

@@ -11,6 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from pipeline.__main__ import main
 from pipeline.config import run_program
 from pipeline.training import join_world
@@ -67,11 +69,12 @@ def test_a_worker_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(r"rank 1 \(process \d+\) ended first, with exit code 1", launcher)
 
 
-def test_a_launcher_that_is_ended_says_so_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launcher_that_is_ended_says_so_in_one_line(tmp_path: Path, number: signal.Signals) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import os, pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))\n"
+        f"signal.signal({number}, lambda *_: sys.exit(85))\n"
         "pathlib.Path(sys.argv[1], os.environ['RANK']).touch()\n"
         "time.sleep(1000)\n"
     )
@@ -80,9 +83,9 @@ def test_a_launcher_that_is_ended_says_so_in_one_line(tmp_path: Path) -> None:
         [*TWO_RANKS, str(worker), str(tmp_path)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
     wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"))
-    launcher.terminate()
+    launcher.send_signal(number)
     _, said = launcher.communicate(timeout=PATIENCE_S)
-    assert (launcher.returncode, said) == (128 + signal.SIGTERM, "ended by SIGTERM, and the ranks with it\n")
+    assert (launcher.returncode, said) == (128 + number, f"ended by {number.name}, and the ranks with it\n")
 
 
 def test_ctrl_c_in_a_run_is_one_line(tmp_path: Path) -> None:

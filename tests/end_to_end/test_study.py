@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -141,6 +142,24 @@ def test_what_another_process_trains_is_left_to_it(studied, tmp_path, monkeypatc
     with lock(RunDir(tmp_path / "modular-12-seed0")):
         main(["study", *SMALL, "--out", str(tmp_path)])
     assert "not all done by other processes yet" in capsys.readouterr().out
+
+
+def test_data_and_teacher_that_another_process_makes_are_waited_for(studied, tmp_path, monkeypatch):
+    out, _ = studied
+    base = RunDir(tmp_path / "base")
+    base.root.mkdir()
+    held = lock(base)
+
+    def make_and_leave():
+        for name in ("data", "teacher"):
+            (base.root / name).symlink_to(out / "base" / name)
+        held.close()
+
+    monkeypatch.setattr(study_run, "run_stage", lambda name, *_: pytest.fail(f"{name} again"))
+    other = threading.Timer(0.5, make_and_leave)
+    other.start()
+    study_run.Study(study_run.study_config(SMALL)[0], Cells(["minute"], tmp_path), tmp_path)._make_base()
+    other.join()
 
 
 @pytest.mark.parametrize(

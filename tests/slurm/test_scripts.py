@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from slurm.render import Nodes, Script, render
 from slurm.starts import read_starts
 from tests.slurm.cluster import SlurmCluster, require_slurm, slurm_version
 from tests.slurm.standin import StandIn
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +248,13 @@ def test_missing_recipe_is_said(slurm: SlurmCluster, tmp_path: Path) -> None:
     ended = slurm.wait_job(job := stand_in.sbatch("report"))
     assert ended["ExitCode"] == "2:0"
     assert "put the resolved recipe there" in stand_in.told(job, "report")
+
+
+def test_ranks_for_one_machine_start_inside_of_a_step(slurm: SlurmCluster) -> None:
+    """As in `srun --pty bash`, whose step holds what a second srun would wait for."""
+    code = (
+        "import os, subprocess; from data_prep.processes import mpiexec, on_this_machine; "
+        "environment = on_this_machine(os.environ); "
+        "subprocess.run([mpiexec(), '-n', '2', 'true'], env=environment, check=True, timeout=60)"
+    )
+    slurm.run("srun", "--ntasks=1", "--cpus-per-task=128", sys.executable, "-c", code, cwd=ROOT)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
 import yaml
 
 import pipeline.__main__
+from data_prep import verify
 from data_prep.__main__ import main as data_prep_main
 from pipeline.__main__ import STAGES, TOOLS, main
 from pipeline.bench.__main__ import BENCHES
-from pipeline.config.cli import RECIPES, field_names, parse_recipe, recipe_parser
+from pipeline.config.cli import RECIPES, field_names, parse_recipe, recipe_parser, run_program
 from pipeline.config.kinds import fields_of_kind
 from pipeline.config.recipe import Recipe
 from slurm.__main__ import main as slurm_main
@@ -129,6 +131,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "code"), [(errno.ESTALE, "failed", 1), (errno.ENOSPC, "failed", 1), (errno.EROFS, "error", 2)]
+)
+def test_what_may_pass_by_itself_is_no_mistake(number, told, code, capsys):
+    """A job in a queue begins again after the one, and never after the other."""
+
+    def program():
+        raise OSError(number, "it says")
+
+    with pytest.raises(SystemExit) as raised:
+        run_program(program, verbose=False)
+    assert raised.value.code == code
+    assert capsys.readouterr().err == f"{told}: [Errno {number}] it says\n"
+
+
+def test_the_same_holds_for_data_preparation(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.EIO, "it says")
+
+    monkeypatch.setattr(verify, "find_damage", fail)
+    assert data_prep_main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "failed: it says\n"
 
 
 def test_an_unknown_key_in_a_recipe_names_the_nearest(tmp_path, capsys):

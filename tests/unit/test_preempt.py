@@ -53,3 +53,9 @@ def test_without_a_deadline_time_does_not_ask(tmp_path, monkeypatch):
     stop = StopSignal(tmp_path / "STOP", ALONE, lead_s=60)
     monkeypatch.setattr(time, "monotonic", lambda: 1e12)
     assert not stop.asked()
+
+
+def test_a_time_that_has_passed_is_of_a_job_before(tmp_path, monkeypatch):
+    """As in a shell that has outlived its allocation."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 100))
+    assert not StopSignal(tmp_path / "STOP", ALONE, lead_s=60).asked()

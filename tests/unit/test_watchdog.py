@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from pipeline.training.watchdog import NUM_READ, Watchdog
 from pipeline.world import World
+from tests.patience import wait_until
 
 SIZE = 64
 
@@ -47,3 +49,17 @@ def test_a_rank_that_has_left_is_found_by_all_within_one_round(tmp_path):
     for rank in ranks[:3]:
         said = [rank._look_around() for _ in range(math.ceil((SIZE - 1) / NUM_READ))]
         assert [each for each in said if each] == ["rank 40 has left (ValueError: a shard is missing)"]
+
+
+def test_a_file_system_that_is_away_for_a_beat_does_not_end_the_watch(tmp_path, monkeypatch):
+    beats, beat = [], Watchdog._beat
+
+    def fail_at_the_second(self, left=None):
+        beats.append(left)
+        if len(beats) == 2:
+            raise OSError(errno.ESTALE, "stale")
+        beat(self, left)
+
+    monkeypatch.setattr(Watchdog, "_beat", fail_at_the_second)
+    with Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), hang_timeout_s=60.0, beat_s=0.01):
+        wait_until(lambda: len(beats) > 3)
