@@ -6,6 +6,7 @@ reads by row numbers. A row is counted even if it is blank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,11 @@ class Template:
         if self._fixed:
             return self._parts[0][0]
         return "".join(text + (self._field(name, row, place) if name else "") for text, name in self._parts)
+
+    def cut(self, text: str) -> str:
+        """A text without what `fill` has put before it."""
+        pattern = "".join(re.escape(fixed) + (".*?" if name else "") for fixed, name in self._parts)
+        return text[found.end() :] if (found := re.match(pattern, text)) else text
 
     def _field(self, name: str, row: Row, place: str) -> str:
         text = _text(name, self._setting, row, place)

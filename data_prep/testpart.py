@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.config import DataConfig, identity_settings
 from data_prep.plan import Plan, RecordReader, plan_of_inputs
+from data_prep.sources import Template
 from data_prep.units import UnitMaker
 
 TEST_TEXT = "test.jsonl"
@@ -28,6 +29,12 @@ def lines_of_test_part(out: Path, plan: Plan, sidecars: Sequence[dict[str, Any]]
                 row |= {name: language for name, language in languages if language}
                 rows.append(row | ({"references": [record.target, *record.others]} if record.others else {}))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def without_prefixes(config: DataConfig, sources: Sequence[str]) -> list[str]:
+    """Sources of a test part without what data.prefix has put before them, for who was not trained with it."""
+    prefixes = [Template("prefix", each.prefix) for each in config.all_sets]
+    return [min((each.cut(source) for each in prefixes), key=len) for source in sources]
 
 
 def plan_of_other_test_part(config: DataConfig, files: Sequence[str]) -> Plan:

@@ -118,7 +118,7 @@ def export(run: RunDir, assemblies: Sequence[Assembly], form: Form, out: Path) -
     for assembly, folder in tqdm([*zip(assemblies, folders, strict=True)], desc="export", unit="model", disable=None):
         made = {"assembly": str(assembly), "form": form.name, "versions": form.versions, "of": parts.hashes}
         if read_json(folder / MADE) != made:
-            _write(parts, assembly, form, folder, made, scores_of(run, str(assembly)))
+            _write(parts, assembly, form, folder, made, scores_of(run, str(assembly), parts.hashes))
     return [(folder, bytes_of(folder)) for folder in folders]
 
 

@@ -16,7 +16,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
-from pipeline.scripts import WITHOUT_SPACES, tokenizer_of, words_of
+from pipeline.scripts import WITHOUT_SPACES, apart, tokenizer_of, words_of
 
 METRICS = {  # name: what it is called
     "bleu": "BLEU",
@@ -38,6 +38,7 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 ROUGE_WORDS = ("a-z, 0-9", "letters and digits of every script, alone where a script has no spaces")
 ACCENTED = 0.005  # share of letters beyond a-z from which on rouge-score's own tokenizer would cut words to pieces
 LONG_PAIR = 50 * 50  # words of output x reference; TER's search for shifts may take a second for more
+LETTERS_APART = "letters of scripts without spaces by themselves"
 _FALLBACKS = {"ja-mecab": "char", "ko-mecab": "13a"}  # where the packages are not installed
 _AT_SPACES = ("13a", "intl", "none")
 
@@ -106,7 +107,13 @@ class References:
     @property
     def how(self) -> dict[str, str]:
         """What scores depend on beside outputs and references."""
-        return {"bleu": self.bleu_tokenizer, "rouge": self.rouge_words, "ter": f"no shifts beyond {LONG_PAIR}"}
+        letters = f", {LETTERS_APART}" if self.has_letters_apart else ""
+        return {"bleu": self.bleu_tokenizer, "rouge": self.rouge_words, "ter": f"no shifts beyond {LONG_PAIR}{letters}"}
+
+    @property
+    def has_letters_apart(self) -> bool:
+        """Whether TER takes single letters for words, as BLEU then does."""
+        return self.bleu_tokenizer == "char"
 
     @cached_property
     def streams(self) -> list[list[Any]]:
@@ -121,7 +128,9 @@ class References:
         return {
             "bleu": _Bleu(references=self.streams, tokenize=self.bleu_tokenizer),
             "chrf": _Chrf(references=self.streams),
-            "ter": _Ter(references=self.streams, normalized=not spaced, asian_support=not spaced),
+            "ter": _Ter(
+                apart=self.has_letters_apart, references=self.streams, normalized=not spaced, asian_support=not spaced
+            ),
         }
 
     @cached_property
@@ -159,7 +168,18 @@ class _Chrf(_Float, CHRF):
 
 
 class _Ter(_Float, TER):
-    """TER in bounded time: in a long pair, words that moved count as deleted and inserted, which is never better."""
+    """TER in bounded time: in a long pair, words that moved count as deleted and inserted, which is never better.
+
+    Args:
+        apart: letters of scripts without spaces are words by themselves, of which sacreBLEU knows Chinese and Japanese.
+    """
+
+    def __init__(self, *, apart: bool, **options: Any) -> None:
+        self._apart = apart  # before the references among the options are cut
+        super().__init__(**options)
+
+    def _preprocess_segment(self, sent: str) -> str:
+        return super()._preprocess_segment(apart(sent) if self._apart else sent)
 
     num_long = 0
     beat: Callable[[], None] = staticmethod(lambda: None)
@@ -223,6 +243,8 @@ def quality_of(
     if errors:
         quality |= _mean_with_interval("metricx", np.array(errors))
     signatures = {name: str(metric.get_signature()) for name, metric in references.corpus_metrics.items()}
+    if references.has_letters_apart:
+        signatures["ter"] += f"|{LETTERS_APART}"
     if num_long := references.corpus_metrics["ter"].num_long:
         signatures["ter"] += f"|no shifts in {num_long} long pairs"
     signatures["rouge"] = (
@@ -286,8 +308,8 @@ def p_values(references: References, baseline: Sequence[str], systems: Mapping[s
 
     sacreBLEU's paired bootstrap test with NUM_PAIRED resamples (Koehn 2004).
     """
-    if not systems:
-        return {}
+    if len(set(zip(map(tuple, references.texts), baseline, *systems.values(), strict=True))) <= 1:
+        return dict.fromkeys(systems, 1.0)  # every resample is the same
     logging.getLogger("sacrebleu").setLevel(logging.ERROR)
     test = PairedTest(
         [("baseline", baseline), *systems.items()],

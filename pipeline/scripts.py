@@ -22,6 +22,7 @@ _BY_SYLLABLE = "".join(
     )
 )  # fmt: skip
 WITHOUT_SPACES = regex.compile(f"[{_KANA}{_HAN}{_BY_SYLLABLE}]", regex.VERSION1)
+_LETTER = regex.compile(rf"{WITHOUT_SPACES.pattern}\p{{M}}*", regex.VERSION1)
 _SCRIPTS = {  # tokenizer: the characters that ask for it
     "ja-mecab": regex.compile(_KANA, regex.VERSION1),
     "zh": regex.compile(f"[{_HAN}--{_KANA}]", regex.VERSION1),
@@ -44,6 +45,11 @@ def tokenizer_of(texts: Sequence[str], language: str) -> str:
             # Japanese is mostly written with some kana, Chinese never
             name = "ja-mecab" if 10 * counts["ja-mecab"] > counts["zh"] else max(counts, key=lambda each: counts[each])
     return name
+
+
+def apart(text: str) -> str:
+    """A text with spaces around each letter of a script that has none, and its marks."""
+    return _LETTER.sub(r" \g<0> ", text)
 
 
 def words_of(text: str) -> list[str]:

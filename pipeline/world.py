@@ -7,9 +7,11 @@ import ctypes
 import gc
 import logging
 import os
+import platform
 import random
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,4 +151,9 @@ def release_memory(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What a GPU is called, or a CPU, with the threads that are used of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"CPU {next(names, platform.machine())}, {torch.get_num_threads()} threads"

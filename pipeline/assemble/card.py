@@ -79,10 +79,18 @@ def write_trimmed_card(original: Path, folder: Path, num_kept: int, num_tokens: 
     )
 
 
-def scores_of(run: RunDir, name: str) -> list[str]:
-    """What stage evaluate found for a system of a run, with signatures; empty where it has not been there."""
+def scores_of(run: RunDir, name: str, hashes: Mapping[str, str]) -> list[str]:
+    """What stage evaluate found for a system of a run, with signatures; empty where it has not been there, could not
+    score it, or scored other weights.
+
+    Args:
+        hashes: of the weights that teacher and library have now, as library.json has them.
+    """
     found = read_json(run.stage("evaluate") / "scores" / f"{name}.json")
-    if found is None or not (run.stage("evaluate") / "stage.json").is_file():
+    if found is None or "failed" in found or not (run.stage("evaluate") / "stage.json").is_file():
+        return []
+    scored = found["key"]["weights"]
+    if any(scored.get(each, hashes[f"{each}_sha256"]) != hashes[f"{each}_sha256"] for each in ("teacher", "modular")):
         return []
     quality, decoding = found["quality"], found["key"]["decoding"]
     signatures = quality.get("signatures", {})

@@ -332,7 +332,7 @@ class EvaluateConfig(Settings):
     test: tuple[str, ...] = identity((), before=())
     """Files to score on in place of data.test, read in the same way. A run that is done is not trained again."""
     max_examples: int = identity(1000, low=1)
-    """How many examples to score, from the start of the test part."""
+    """How many examples to score, taken evenly from the test part."""
     max_new_tokens: int = identity(128, low=1)
     """Longest output, in tokens."""
     num_beams: int = identity(1, low=1)

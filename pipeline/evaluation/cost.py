@@ -1,10 +1,10 @@
 """What systems cost to run, measured on their plain checkpoint folders: latency, throughput, memory, layer FLOPs.
 
 Latency is that of one example at batch 1, decoded for exactly as many tokens as its reference has, so that a system
-that rambles or stops early is neither slower nor faster than its layers make it. Throughput is that of one full batch
-for a fixed number of tokens. Tokenising is not counted, and every model has a warm-up. All systems take turns, a few
-examples at a time and every other round backwards, so that a drift of the machine meets all of them alike; systems that
-do not fit in memory together are measured one after the other.
+that rambles or stops early is neither slower nor faster than its layers make it. Throughput is that of one full batch,
+for as many tokens as the middle one of all references has. Tokenising is not counted, and every model has a warm-up.
+All systems take turns, a few examples at a time and every other round backwards, so that a drift of the machine meets
+all of them alike; systems that do not fit in memory together are measured one after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pipeline.world import is_out_of_memory, release_memory
 
 NUM_WARMUP = 2
 EXAMPLES_PER_ROUND = 4
-THROUGHPUT_TOKENS = 8
 THROUGHPUT_REPEATS = 3
 WEIGHTS = (".safetensors", ".bin")
 MEMORY_SHARE = 0.25  # of the free memory, for all systems loaded at once; a job's limit may lie below the machine's
@@ -46,6 +45,8 @@ class Sample:
     """(source, number of output tokens) of the examples for latency."""
     batch: Sequence[list[int]]
     """Sources of one full batch."""
+    batch_tokens: int
+    """Output tokens of each of them."""
     typical: tuple[list[int], list[int]]
     """(source, reference) that FLOPs are counted on."""
     num_beams: int
@@ -104,9 +105,9 @@ def _latencies(models: Mapping[str, Any], sample: Sample) -> dict[str, Costs]:
         for name in list(models)[:: -1 if turn % 2 else 1]:
             for source, num_tokens in sample.pairs[first : first + EXAMPLES_PER_ROUND]:
                 taken[name].append(_seconds(models[name], [source], num_tokens, sample.num_beams))
-    num_tokens = sum(count for _, count in sample.pairs)
     found = {}
     for name, seconds in taken.items():
+        num_tokens = sum(_possible(models[name], count) for _, count in sample.pairs)
         low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
         found[name] = {
             "latency_ms": 1000 * middle,
@@ -122,16 +123,22 @@ def _throughputs(models: Mapping[str, Any], sample: Sample) -> dict[str, Costs]:
     taken: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(THROUGHPUT_REPEATS):
         for name in list(models)[:: -1 if turn % 2 else 1]:
-            taken[name].append(_seconds(models[name], sample.batch, THROUGHPUT_TOKENS, sample.num_beams))
-    num_tokens = THROUGHPUT_TOKENS * len(sample.batch)
-    return {
-        name: {
+            taken[name].append(_seconds(models[name], sample.batch, sample.batch_tokens, sample.num_beams))
+    found = {}
+    for name, seconds in taken.items():
+        num_tokens = _possible(models[name], sample.batch_tokens) * len(sample.batch)
+        found[name] = {
             "tokens_per_s": num_tokens / statistics.median(seconds),
             "tokens_per_s_low": num_tokens / max(seconds),
             "tokens_per_s_high": num_tokens / min(seconds),
         }
-        for name, seconds in taken.items()
-    }
+    return found
+
+
+def _possible(model: Any, num_tokens: int) -> int:
+    """So many output tokens, or as many as a model has positions for."""
+    longest = None if isinstance(model, Translator) else most_positions(model.config)[1]
+    return min(num_tokens, longest or num_tokens)
 
 
 def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beams: int) -> float:
@@ -140,9 +147,8 @@ def _seconds(model: Any, sources: Sequence[list[int]], num_tokens: int, num_beam
         begin = time.perf_counter()
         model.generate(sources, num_tokens, num_beams, min_new_tokens=num_tokens)
         return time.perf_counter() - begin
-    longest_source, longest_target = most_positions(model.config)
+    longest_source, num_tokens = most_positions(model.config)[0], _possible(model, num_tokens)
     vocab_size = model.get_input_embeddings().num_embeddings  # of a peer, for which the ids were not made
-    num_tokens = min(num_tokens, longest_target or num_tokens)
     sources = [[min(each, vocab_size - 1) for each in ids[:longest_source]] for ids in sources]
     source_BS, mask_BS = padded_sources(model, sources)
     begin = time.perf_counter()
@@ -162,7 +168,7 @@ def _memory_and_flops(model: Any, sample: Sample, device: torch.device) -> Costs
     is_engine = isinstance(model, Translator)
     weights = model.num_bytes if is_engine else sum(each.numel() * each.element_size() for each in model.parameters())
     before = _start_of_peak(device)
-    _seconds(model, sample.batch, THROUGHPUT_TOKENS, sample.num_beams)
+    _seconds(model, sample.batch, sample.batch_tokens, sample.num_beams)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
     memory = {"peak_memory_bytes": float(weights + max(0, peak - before))}
     if is_engine:

@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -71,17 +72,20 @@ def evaluate(recipe: Recipe, run: RunDir, world: World | None = None) -> None:
         return
     _warn(scores, subject.references.warning)
     measured = measure_costs(subject, scores, world)
-    rows = table_of(subject, scores, measured)
-    write_atomic(run.scores, csv_text(rows))
     for leftover in ("claims", "units"):
         shutil.rmtree(subject.folder / leftover, ignore_errors=True)
+    for system in subject.systems:
+        if "failed" in scores[system.name]:  # tried again when evaluation is started again
+            subject.result_paths(system)[1].unlink(missing_ok=True)
+    rows = table_of(subject, scores, measured)
+    write_atomic(run.scores, csv_text(rows))
     if subject.refused:
         raise ValueError(f"{'; '.join(subject.refused)} (the scores of all others are in {run.scores})")
     results = [path for system in subject.systems for path in subject.result_paths(system) if path.is_file()]
     stage.publish([run.scores, subject.folder / "costs.json", *results], started_at=started_at)
     teacher = next(row for row in rows if row["kind"] == "teacher")
     print(
-        f"evaluate: {len(subject.systems)} systems x {len(subject.examples)} examples, "
+        f"evaluate: {len(subject.systems)} systems x {_of(len(subject.examples), subject.num_of_part)} examples, "
         f"teacher {float(teacher['bleu']):.1f} BLEU, {time.time() - started_at:.1f} s -> {run.scores}"
     )
 
@@ -178,7 +182,9 @@ def _errors_of(subject: Subject, outputs: list[str], device: torch.device, beat:
     if not settings.metricx:
         return []
     model = MetricX.of(Path(settings.metricx), device, settings.dtype)
-    sources = [example["source"] for example in subject.examples]
+    from data_prep.testpart import without_prefixes  # late: what reads and encodes texts takes a while
+
+    sources = without_prefixes(subject.recipe.data, [example["source"] for example in subject.examples])
     return model.errors(sources, outputs, subject.references.texts, settings.tokens_per_batch, beat)
 
 
@@ -217,6 +223,7 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
     sample = Sample(
         pairs=[(sources[i], min(len(targets[i]), settings.max_new_tokens)) for i in picks],
         batch=full_batch(sources, settings.tokens_per_batch),
+        batch_tokens=max(1, min(statistics.median_low(map(len, targets)), settings.max_new_tokens)),
         typical=(sources[middle], targets[middle]),
         num_beams=settings.num_beams,
     )
@@ -290,6 +297,10 @@ def _significance(subject: Subject, scores: dict[str, dict[str, Any]]) -> dict[s
 def read_outputs(subject: Subject, system: System) -> list[str]:
     content = subject.result_paths(system)[0].read_text(encoding="utf-8")
     return [json.loads(line)["output"] for line in content.split("\n") if line]
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,}" if count < total else f"{count:,}"
 
 
 def csv_text(rows: list[dict[str, str]]) -> str:

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -40,6 +40,8 @@ class Subject:
     test_sha256: str
     refused: tuple[str, ...] = ()
     """Why folders of evaluate.folders are not among the systems."""
+    num_of_part: int = 0
+    """Examples of the test part, from which those that are scored are taken evenly."""
 
     @staticmethod
     def load(recipe: Recipe, run: RunDir) -> Subject:
@@ -64,16 +66,15 @@ class Subject:
             name, content = ", ".join(others), lines_of_other_test_part(run.data, recipe.data, others)
         else:
             name, content = str(test), test.read_bytes()
-        found: Iterator[dict[str, Any]] = (
-            _example(line, f"line {place} of {name}") for place, line in enumerate(io.BytesIO(content), start=1)
-        )
+        found = [_example(line, f"line {place} of {name}") for place, line in enumerate(io.BytesIO(content), start=1)]
         if recipe.evaluate.same_source == "references":
-            found = iter(_by_source(found))
-        examples = list(itertools.islice(found, recipe.evaluate.max_examples))
-        if not examples:
-            raise ValueError(f"no test examples in {name}: give a test part (data.test) and evaluate.max_examples >= 1")
+            found = _by_source(found)
+        if not found:
+            raise ValueError(f"no test examples in {name}: give a test part (data.test)")
+        count = min(len(found), recipe.evaluate.max_examples)
+        examples = [found[i * len(found) // count] for i in range(count)]
         sha256 = hashlib.sha256(content).hexdigest()
-        return Subject(recipe, run, [*systems, *peers], examples, sha256, tuple(refused))
+        return Subject(recipe, run, [*systems, *peers], examples, sha256, tuple(refused), len(found))
 
     @property
     def folder(self) -> Path:
@@ -137,6 +138,12 @@ class Subject:
     def _weights(self) -> dict[str, str]:
         return check_library(self.run.teacher_model, self.run.library, self._hashes)
 
+    @cached_property
+    def _other_files(self) -> str:
+        """Of the teacher, which its assemblies have, too: how outputs are generated, and the tokenizer."""
+        hashes = folder_hashes(self.run.teacher_model, self.folder / "hashes")
+        return digest_of({name: each for name, each in hashes.items() if not name.endswith(".safetensors")})
+
     def _hashes(self, files: Sequence[Path]) -> dict[Path, str]:
         return shared_hashes(files, self.folder / "hashes")
 
@@ -152,12 +159,15 @@ class Subject:
             "same_source": settings.same_source,
             "special_tokens": "kept where references hold them",
         }
+        if len(self.examples) < self.num_of_part:
+            decoding["examples"] = f"taken evenly from {self.num_of_part}"
         if settings.dtype != "checkpoint":  # what it was before it could be chosen
             decoding["dtype"] = settings.dtype
         if system.kind in VIEWS:
             member = self.member(system)
             has_modular = any(span.num_layers > 1 for span in (*member.encoder, *member.decoder))
             weights = {"kind": system.kind, "assembly": system.assembly, "teacher": self._weights["teacher_sha256"]}
+            weights["teacher's other files"] = self._other_files
             weights |= {"modular": self._weights["modular_sha256"]} if has_modular else {}
         else:
             weights = {"folder": digest_of(folder_hashes(self.folder_of(system), self.folder / "hashes"))}
@@ -194,7 +204,7 @@ def _example(line: bytes, where: str) -> dict[str, Any]:
     return example
 
 
-def _by_source(examples: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def _by_source(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One example for each source (and language), with the references of all that have it."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for each in examples:

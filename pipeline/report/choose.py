@@ -147,7 +147,8 @@ def export(run: RunDir, row: Row, folder: Path) -> None:
     )
 
     check_empty(folder, "--export")
-    parts, assembly, scores = Parts.of(run), Assembly.parse(row.assembly), scores_of(run, row.name)
+    parts, assembly = Parts.of(run), Assembly.parse(row.assembly)
+    scores = scores_of(run, row.name, parts.hashes)
     if row.kind != "engine":
         write_checkpoint(parts, assembly, folder, scores=scores)
         return

@@ -338,13 +338,13 @@ def provenance(recipe: Recipe, run: RunDir, teacher_score: Mapping[str, Any]) ->
     quality, key = teacher_score["quality"], teacher_score["key"]
     manifest = run.data / "manifest.json"
     plan_hash = (read_json(manifest) or {}).get("plan_hash")
-    library = run.library / "library.json"
+    library, test = run.library / "library.json", ", ".join(recipe.evaluate.test) or "test.jsonl"
     entries = [
         ("Recipe", recipe.name),
         ("Seed", f"{recipe.seed} (training), {recipe.data.seed} (built-in corpus)"),
         ("Data plan", plan_hash or (f"sha256 {sha256_of(manifest)} of manifest.json" if manifest.is_file() else "")),
         ("Module library", f"sha256 {sha256_of(library)} of library.json" if library.is_file() else ""),
-        ("Test", f"{quality['num_examples']} examples, test.jsonl sha256 {key['test']}"),
+        ("Test", f"{quality['num_examples']} examples, {test}, sha256 {key['test']}"),
         *((METRICS.get(name, "ROUGE"), signature) for name, signature in quality["signatures"].items()),
         ("Decoding", ", ".join(f"{name} {value}" for name, value in key["decoding"].items())),
         ("Computed on", teacher_score["device"]),

@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "distill.granularities",
             "distill.encoder_granularities",
             "distill.decoder_granularities",
+            "evaluate.dtype",
             "evaluate.max_new_tokens",
             "evaluate.num_beams",
         ),

@@ -22,7 +22,7 @@ from pipeline.rundir.files import difference, read_json, write_atomic
 from pipeline.rundir.run_dir import STAGES, RunDir
 
 FORMAT_VERSION = 1
-TEACHER_FILES, FOLDER_FILES = "teacher files", "files of evaluate's folders"
+TEACHER_FILES, FOLDER_FILES, TEST_FILES = "teacher files", "files of evaluate's folders", "files of evaluate's test"
 NUM_PIECES, PIECE_BYTES = 64, 2**14  # of a large file that are read to know it
 
 
@@ -177,7 +177,9 @@ def _files_used(recipe: Recipe, run: RunDir, name: str) -> dict[str, Any]:
     given += [recipe.evaluate.metricx] if recipe.evaluate.metricx else []
     found = {folder: each for folder, each in begun.get(FOLDER_FILES, {}).items() if folder in given}
     found |= {folder: _files_of(Path(folder)) for folder in given if (Path(folder) / "config.json").is_file()}
-    return {FOLDER_FILES: found} if given else {}
+    tests = {name: _fingerprint(Path(name)) for name in recipe.evaluate.test if Path(name).is_file()}
+    tests = {name: each for name, each in begun.get(TEST_FILES, {}).items() if name in recipe.evaluate.test} | tests
+    return ({FOLDER_FILES: found} if given else {}) | ({TEST_FILES: tests} if tests else {})
 
 
 def _files_of(folder: Path, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:

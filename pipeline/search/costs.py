@@ -109,4 +109,4 @@ class ShapeTimer:
         targets = [examples.target_ids[slice(*examples.target_offsets[i : i + 2])].tolist() for i in picked]
         settings = self._recipe.evaluate
         pairs = [(s, min(len(t), settings.max_new_tokens)) for s, t in zip(sources, targets, strict=True)]
-        return Sample(pairs, sources[:1], (sources[0], targets[0]), settings.num_beams)
+        return Sample(pairs, sources[:1], 1, (sources[0], targets[0]), settings.num_beams)

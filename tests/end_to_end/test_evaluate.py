@@ -32,7 +32,7 @@ from pipeline.evaluation.subject import Subject
 from pipeline.report.choose import choose, export
 from pipeline.report.data import read_rows
 from pipeline.report.stage import report
-from pipeline.rundir import hashes
+from pipeline.rundir import hashes, write_atomic
 from pipeline.rundir.run_dir import RunDir
 from pipeline.scoring import quality_of
 from tests.evaluated import (
@@ -167,6 +167,12 @@ def test_other_weights_or_settings_are_scored_anew(finished: Path, tmp_path: Pat
     rows, old = ({row["name"]: row for row in table(each)} for each in (root, finished))
     assert rows["e2-d2"]["chrf"] != old["e2-d2"]["chrf"]
     assert rows["finetuned-e2-d2"] == old["finetuned-e2-d2"]
+    before = when_published(root)
+    generation = run.teacher_model / "generation_config.json"
+    write_atomic(generation, json.dumps({**json.loads(generation.read_text()), "min_length": 3}))
+    evaluate_here(root)
+    changed = {name for name, instant in when_published(root).items() if before[name] != instant}
+    assert changed == {"e1x2-d1x2", "e2-d2", "e1x2-d2", "drop-e2-d2"}, "what is generated as the teacher says"
     evaluate_here(root, max_new_tokens=5)
     assert all(before[name] != instant for name, instant in when_published(root).items())
 
@@ -412,6 +418,10 @@ def test_what_runs_out_of_memory_is_marked_and_the_others_go_on(finished: Path, 
     assert rows["large"]["failed"] == "out of memory"
     assert rows["large"]["bleu"] == rows["large"]["percent_of_teacher"] == ""
     assert [row for name, row in rows.items() if name != "large"] == table(finished)
+    before = when_published(root)
+    evaluate_here(root, folders=(str(large),))  # with memory again
+    assert {row["name"]: row for row in table(root)}["large"]["failed"] == ""
+    assert {name: instant for name, instant in when_published(root).items() if name != "large"} == before
 
 
 def test_rows_of_one_source_are_references_of_one_example(inputs: Path, tmp_path: Path) -> None:
@@ -429,12 +439,13 @@ def test_rows_of_one_source_are_references_of_one_example(inputs: Path, tmp_path
         for each in ("examples", "references")
     ]
     apart, together = loaded
-    assert [each["id"] for each in apart.examples] == ["0.0", "0.1", "0.2", "1.0"]
-    assert [each["id"] for each in together.examples] == ["0.0", "1.0", "2.0", "3.0"]
-    assert together.references.texts == [[f"two {i} 0", f"two {i} 1"] for i in range(4)]
-    assert quality_of(together.references, [f"two {i} 1" for i in range(4)], [])["exact_match"] == 100.0
-    keys = [each.key(each.teacher) for each in loaded]
-    assert keys[0] != keys[1]
+    assert [each["id"] for each in apart.examples] == ["0.0", "1.1", "3.0", "4.1"], "evenly, as parts are in order"
+    assert [each["id"] for each in together.examples] == ["0.0", "1.0", "3.0", "4.0"]
+    assert together.references.texts == [[f"two {i} 0", f"two {i} 1"] for i in (0, 1, 3, 4)]
+    assert quality_of(together.references, [f"two {i} 1" for i in (0, 1, 3, 4)], [])["exact_match"] == 100.0
+    decoding = [each.key(each.teacher)["decoding"] for each in loaded]
+    assert [each["examples"] for each in decoding] == ["taken evenly from 18", "taken evenly from 6"]
+    assert [each["same_source"] for each in decoding] == ["examples", "references"]
 
 
 def test_missing_stages_are_named(inputs: Path, tmp_path: Path) -> None:

@@ -229,11 +229,18 @@ def test_a_folder_says_what_it_is_and_what_it_scored(tmp_path):
         "num_examples": 8,
         "signatures": {"bleu": "nrefs:1|tok:13a"},
     }
-    found = {"quality": quality, "key": {"decoding": {"num_beams": 4}}}
-    write_atomic(run.stage("evaluate") / "scores" / "e2x3-d3x2.json", json.dumps(found))
-    assert scores_of(run, "e2x3-d3x2") == []  # of an evaluation that is not done
+    hashes = Parts.of(run).hashes
+    weights = {"teacher": hashes["teacher_sha256"], "modular": hashes["modular_sha256"]}
+    found = {"quality": quality, "key": {"decoding": {"num_beams": 4}, "weights": weights}}
+    score = run.stage("evaluate") / "scores" / "e2x3-d3x2.json"
+    write_atomic(score, json.dumps(found))
+    assert scores_of(run, "e2x3-d3x2", hashes) == []  # of an evaluation that is not done
     write_atomic(run.stage("evaluate") / "stage.json", "{}")
-    scores = scores_of(run, "e2x3-d3x2")
+    assert scores_of(run, "e2x3-d3x2", {**hashes, "modular_sha256": "of other weights"}) == []
+    write_atomic(score, json.dumps({"failed": "out of memory", "key": found["key"]}))
+    assert scores_of(run, "e2x3-d3x2", hashes) == []
+    write_atomic(score, json.dumps(found))
+    scores = scores_of(run, "e2x3-d3x2", hashes)
     assert scores[0].startswith("On 8 test examples, num_beams 4")
     assert scores[-1] == "| bleu | 31.5 (30 to 33) | nrefs:1 tok:13a |"
     write_checkpoint(Parts.of(run), Assembly.parse("e2x3-d3x2"), tmp_path / "out", scores=scores)

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from data_prep.config import DataConfig
-from data_prep.testpart import TEST_TEXT, lines_of_other_test_part
+from data_prep.config import DataConfig, SetConfig
+from data_prep.testpart import TEST_TEXT, lines_of_other_test_part, without_prefixes
 from pipeline.assemble.systems import System
 from pipeline.config.recipe import EvaluateConfig, Recipe
 from pipeline.evaluation.subject import Subject
@@ -69,3 +69,10 @@ def test_a_record_that_cannot_be_used_is_named(built, tmp_path):
         lines_of_other_test_part(run.data, config, [str(other)])
     kept = lines_of_other_test_part(run.data, dataclasses.replace(config, drop_empty=True), [str(other)])
     assert kept.count(b"\n") == 1
+
+
+def test_a_judge_reads_sources_without_the_prefixes_of_their_sets():
+    sets = tuple(SetConfig(name=name, train=("x",), prefix=f"{name} {{kind}}: ") for name in ("ask", "sum"))
+    assert without_prefixes(DataConfig(sets=sets), ["ask a: sum of", "sum b: ask: me", "plain"]) == [
+        "sum of", "ask: me", "plain",
+    ]  # fmt: skip

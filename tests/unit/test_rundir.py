@@ -182,6 +182,20 @@ def test_a_retrained_baseline_makes_what_comes_after_it_stale(run):
     assert Stage.of(Recipe(), run, "evaluate").stamp() is None
 
 
+def test_other_examples_in_the_files_of_another_test_part_are_scored_anew(run, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("one\n")
+    recipe = Recipe(evaluate=EvaluateConfig(test=(str(other),)))
+    for name in ("teacher", "distill", "baseline", "assemble", "evaluate"):
+        publish(recipe, run, name)
+    assert Stage.of(recipe, run, "evaluate").stamp() is not None
+    other.write_text("two\n")
+    assert Stage.of(recipe, run, "evaluate").stamp() is None
+    publish(recipe, run, "evaluate")
+    other.unlink()
+    assert Stage.of(recipe, run, "evaluate").stamp() is not None, "what it was is known still"
+
+
 def model_folder(path, *, last_byte):
     """A folder with a large file that no size and no name tells from another."""
     path.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline import scoring
 from pipeline.scoring import ROUGE_TYPES, References, bleu, check_bleu_tokenizer, p_values, quality_of
-from pipeline.scripts import words_of
+from pipeline.scripts import apart, words_of
 
 WORDS = (
     "ein", "zwei", "Häuser,", "\u201ealte\u201c", "Straßen\u2028", "&", "schöne", "Gärten;", "3.5", "km", "\u2013",
@@ -99,6 +99,8 @@ def test_significance_tells_better_from_alike():
     assert found["worse"] < 0.01
     assert found["same"] == 1.0
     assert p_values(references, outputs, {}) == {}
+    one = References(texts[:1], [""])
+    assert p_values(one, outputs[:1], {"worse": worse[:1]}) == {"worse": 1.0}, "resamples of one example are all alike"
 
 
 def test_outputs_that_are_all_empty_score_nothing():
@@ -153,6 +155,16 @@ def test_scores_mean_something_in_every_script(script, monkeypatch):
     assert equal["ter"] == 0.0
     assert equal["ter"] < half["ter"] < 100.0
     assert f"tok:{references.bleu_tokenizer}" in equal["signatures"]["bleu"]
+
+
+@pytest.mark.parametrize("script", ["th", *WITHOUT_SPACES])
+def test_a_letter_less_is_not_a_whole_text_less_where_there_are_no_spaces(script):
+    texts = SCRIPTS[script]
+    references = References([[text] for text in texts], [""] * 2)
+    quality = quality_of(references, [text[1:] for text in texts], [])
+    num_words = sum(len(apart(text).split()) for text in texts)
+    assert quality["ter"] == pytest.approx(100 * 2 / num_words)
+    assert quality["signatures"]["ter"].endswith("|letters of scripts without spaces by themselves")
 
 
 def test_words_of_rouge_are_whole_in_every_script():
