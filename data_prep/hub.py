@@ -63,16 +63,15 @@ def fetch(name: str) -> Path:
     Raises:
         ValueError: no such repository or revision, or the hub cannot be reached.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     repository, revision = _parts(name)
     try:
         files = HfApi().list_repo_files(repository, revision=revision)
         kinds = [kind for kind in _WEIGHTS if any(fnmatch(file, kind) for file in files)]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_SMALL, *kinds[:1]]))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(_unreached(name, error)) from error
 
 
 def names_data(name: str) -> bool:
@@ -94,8 +93,7 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
             f"{name}: write {PREFIX}datasets/OWNER/NAME@COMMIT with all 40 digits of a commit, and if not the whole "
             f"set is meant, files such as /data/train-*.parquet, or its part such as #train or #CONFIGURATION/train"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import errors, snapshot_download
 
     repository, commit, pattern = match["name"], match["commit"], match["files"]
     try:
@@ -106,9 +104,9 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
             allow_patterns=[pattern] if pattern else None,
             local_files_only=not download,
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         if download:
-            raise ValueError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
+            raise ValueError(_unreached(name, error)) from error
         snapshot = ""
     folder = Path(snapshot)
     paths = sorted(path for path in folder.glob(pattern) if path.is_file()) if snapshot and pattern else []
@@ -120,6 +118,16 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
         )
     base = f"{PREFIX}datasets/{repository}@{commit}"
     return [(f"{base}/{path.relative_to(folder)}", path) for path in paths]
+
+
+def _unreached(name: str, error: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    told = " ".join(str(error).split())
+    has_answered = isinstance(error, HfHubHTTPError)
+    return f"{name} cannot be fetched: {told}" + (
+        "" if has_answered else "; is there internet, and is HTTPS_PROXY set?"
+    )
 
 
 def _parts(name: str) -> tuple[str, str | None]:

@@ -32,7 +32,7 @@ from pipeline.library import export_library, product_of
 from pipeline.model import ModularModel, load_model
 from pipeline.rundir import RunDir, Stage
 from pipeline.training import Task, Trainer, Watchdog, begin_stage, distilled_task, full_model_task, save_trained
-from pipeline.world import World
+from pipeline.world import World, release_memory
 
 
 def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
@@ -49,6 +49,7 @@ def train_baseline(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdo
             if world.is_main and requeue.exists():  # whoever started the stage looks for it there
                 requeue.rename(stage.folder / requeue.name)
             raise
+        release_memory(world.device)
     if world.is_main:
         stage.publish([each.model(run) for each in wanted], started_at=started_at)
 

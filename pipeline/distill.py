@@ -53,7 +53,9 @@ def train_modular(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog
     task = replace(
         task,
         product=product_of(model, run, settings),
-        translation=translation(model, settings, run.tokenizer, recipe.evaluate.bleu_tokenizer)
+        translation=translation(
+            model, settings, run.tokenizer, recipe.evaluate.bleu_tokenizer, family.max_positions(teacher.config)
+        )
         if settings.loop.validation_bleu_examples
         else None,
     )
@@ -116,7 +118,11 @@ def followed(stacks: Stacks, settings: DistillConfig) -> dict[str, Assembly]:
 
 
 def translation(
-    model: ModularModel, settings: DistillConfig, tokenizer_folder: Path, bleu_tokenizer: str
+    model: ModularModel,
+    settings: DistillConfig,
+    tokenizer_folder: Path,
+    bleu_tokenizer: str,
+    num_positions: int | None = None,
 ) -> Translation:
     """A small BLEU of the teacher, the finest, a 2x and the coarsest of the assemblies that are followed."""
     tokenizer: Any = load_tokenizer(tokenizer_folder)
@@ -130,5 +136,6 @@ def translation(
     teacher, *students = assemblies
     chosen = [teacher, students[0], min(students, key=lambda name: abs(ratios[name] - 2)), students[-1]]
     return Translation(
-        {name: ((assemblies[name],),) for name in chosen}, tokenizer.eos_token_id, score, bool(language_ids(tokenizer))
-    )
+        {name: ((assemblies[name],),) for name in chosen}, tokenizer.eos_token_id, score, bool(language_ids(tokenizer)),
+        num_positions,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from pipeline.rundir import RunDir, Stage
 from pipeline.scoring import bleu
 from pipeline.tokenizer import Wording, forced_bos_ids
 from pipeline.training import Trainer, Watchdog, begin_stage, full_model_task, save_trained
-from pipeline.world import World
+from pipeline.world import World, release_memory
 
 
 def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, extend: bool = False) -> None:
@@ -41,11 +41,11 @@ def recover(recipe: Recipe, stage: Stage, world: World, watchdog: Watchdog, *, e
         discard(run.recovered_model)
         write_checkpoint(Parts.of(run), assembly, start)
     world.barrier()
-    trainer = Trainer(
+    Trainer(
         full_model_task(load_model(start)),
         stage, world, watchdog, optim=settings.optim, batch=recipe.distill.batch, loop=recipe.distill.loop,
-    )  # fmt: skip
-    trainer.train()
+    ).train()  # fmt: skip
+    release_memory(world.device)
     if world.is_main:
         save_trained(load_model(start), stage, tuned, run.teacher_model)
         before, after = (validate(folder, recipe, run, world) for folder in (start, tuned))

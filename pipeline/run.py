@@ -40,6 +40,9 @@ def run_all(recipe: Recipe, run: RunDir, *, extend: bool = False, dry_run: bool 
         recipe = dataclasses.replace(recipe, launch=ranks_here(recipe))
         preflight(recipe, run, extend=extend)
     if dry_run:
+        from pipeline.planning import preview_of
+
+        print("\n".join(preview_of(recipe, run)))
         for name in order:
             command = shlex.join(stage_command(name, recipe, run))
             print(f"{name:<9} {'up to date' if _is_done(recipe, run, name) else command}")

@@ -85,6 +85,8 @@ def run_program(program: Callable[[], None], *, verbose: bool) -> None:
     line and exit code 1."""
     try:
         program()
+    except BrokenPipeError:  # as where `| head` has read enough
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if verbose:
             traceback.print_exc()

@@ -150,7 +150,7 @@ class SharedParts(nn.Module):
 
     def masked(self, visible: torch.Tensor) -> torch.Tensor:
         """The additive bias of a mask [..., L]: 0 where it is true, the dtype's minimum elsewhere."""
-        dtype = self.head.weight.dtype
+        dtype = next(self.head.parameters()).dtype  # a weight that is asked for by name stage 3 gathers, and keeps
         bias = empty_bias(visible.shape, dtype, visible.device).zero_()
         return bias.masked_fill_(~visible, torch.finfo(dtype).min)
 

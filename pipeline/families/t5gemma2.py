@@ -171,7 +171,7 @@ class T5Gemma2Shared(SharedParts):
             visible_RQT = visible_RQT & (keys_T <= queries_RQ1)
         near: Any = sliding_window_mask_function(config.sliding_window, is_causal=is_causal)
         near_RQT = near(0, 0, queries_RQ1, keys_T)
-        dtype, rotary = self.head.weight.dtype, RotaryPositions(config)
+        dtype, rotary = next(self.head.parameters()).dtype, RotaryPositions(config)
         return T5Gemma2Inputs(
             self_bias=self.masked(visible_RQT[:, None]),
             sliding_bias=self.masked((visible_RQT & near_RQT)[:, None]),

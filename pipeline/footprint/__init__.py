@@ -17,4 +17,4 @@ from pipeline.footprint.estimate import (
     training_flops,
     useful_flops,
 )
-from pipeline.footprint.sharding import AUTO, Sharding, read_ds_config
+from pipeline.footprint.sharding import AUTO, DEFAULT_BUCKET, Sharding, read_ds_config

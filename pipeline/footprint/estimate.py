@@ -96,6 +96,12 @@ class Sizes:
     def largest_trained_leaf(self) -> int:
         return max(leaf.num_parameters for leaf in self.leaves if leaf.trained)
 
+    @property
+    def largest_trained(self) -> int:
+        """Of the parameters outside leaves, such as a head, where these are trained; those inside are smaller than any
+        buffer."""
+        return max(self.rest) if self.num_trained_of_rest else 0
+
 
 def sizes_of(module: nn.Module, leaf_classes: Sequence[type[nn.Module]]) -> Sizes:
     """Count a module; its parameters may be on the meta device or spread over ranks already."""
@@ -174,7 +180,8 @@ def memory(
     stepped["gradients"] = 4 * share
     if save_beside:
         (host if sharding.is_gpu else device)["copy for saving"] = BYTES_IN_CHECKPOINT * share
-    device["reduction buffer"] = e * min(sharding.reduce_bucket, max(trained, sizes.largest_trained_leaf))
+    bucket = max(sharding.reduce_bucket, sizes.largest_trained if sharding.stage == 2 else 0)  # see training/engine.py
+    device["reduction buffer"] = e * sharding.num_buckets * min(bucket, max(trained, sizes.largest_trained_leaf))
     # the optimizer steps with a copy of the gradients, when there are no activations; offloaded, the copy stays
     copied = {"gradients to step with": 4 * (min(share, sharding.sub_group) if sharding.stage == 3 else share)}
     passes = _passes(sizes, sharding, tokens_per_micro_batch, recompute=recompute)

@@ -10,6 +10,8 @@ from typing import Any
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 AUTO = "auto"
 HPZ = "zero_hpz_partition_size"
+DEFAULT_BUCKET = 5 * 10**8
+"""DeepSpeed's reduce_bucket_size."""
 OFFLOADS = ("offload_optimizer", "offload_param")
 OURS = (
     "train_batch_size",
@@ -70,7 +72,9 @@ class Sharding:
     offloads_optimizer: bool
     offloads_parameters: bool
     reduce_bucket: int
-    """Elements of the reduction buffer."""
+    """Elements of a reduction buffer."""
+    num_buckets: int
+    """Reduction buffers: stage 2 fills one while another is sent."""
     max_live: int
     """Elements of gathered layers that stage 3 holds. Before each layer it gathers up to as many more ahead, and keeps
     those that it finds for their backward, too: without this bound all that is gathered ahead stays."""
@@ -94,7 +98,8 @@ class Sharding:
             has_hpz=zero.get(HPZ, 1) != 1,
             offloads_optimizer=OFFLOADS[0] in zero,
             offloads_parameters=OFFLOADS[1] in zero,
-            reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+            reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+            num_buckets=1 + (zero["stage"] == 2 and zero.get("overlap_comm", False)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             keeps_weights=zero["stage"] == 3 and not zero.get("memory_efficient_linear", True),
             sub_group=int(zero.get("sub_group_size", 1e9)),

@@ -21,7 +21,9 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read when it is imported
 
 import deepspeed
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups, set_z3_leaf_modules
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
@@ -29,9 +31,9 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import OptimConfig
-from pipeline.footprint import AUTO, read_ds_config
+from pipeline.footprint import AUTO, DEFAULT_BUCKET, read_ds_config
 from pipeline.training.partitions import Partition, Stage2Partition, Stage3Partition
-from pipeline.world import World, free_port, return_freed_memory
+from pipeline.world import World, free_port, release_memory, return_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LONGEST_WAIT = timedelta(hours=6)
@@ -150,6 +152,9 @@ class Engine:
         zero = config["zero_optimization"]
         if zero.get("zero_hpz_partition_size") == "auto":
             zero["zero_hpz_partition_size"] = world.ranks_per_node
+        if zero["stage"] == 2:  # a gradient that does not fit is not copied, and freed while it may still be sent
+            largest = max(map(math.prod, self._shapes.values()))
+            zero["reduce_bucket_size"] = max(largest, int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)))
         leaves = [module for module in model.modules() if isinstance(module, tuple(leaf_classes))]
         if zero["stage"] == 3:
             set_z3_leaf_modules(model, list(leaf_classes))
@@ -171,6 +176,16 @@ class Engine:
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
+
+    def close(self) -> None:
+        """Give back the memory of weights and optimizer, for what this process does next. The engine is then of no use;
+        the model goes when its last reference does."""
+        self._engine.destroy()
+        _forget_modules()
+        self._parameters.clear()
+        self._clip_groups.clear()
+        del self._engine, self._partition, self._adamw
+        release_memory(self.world.device)
 
     def __call__(self, *args: Any) -> Any:
         """Forward through the root, where DeepSpeed's hooks are."""
@@ -247,6 +262,15 @@ class Engine:
             self._adamw.state[flat]["step"].fill_(num_steps)
         self._partition.publish()
         self._let_gathers_wait()
+
+
+def _forget_modules() -> None:
+    """Let go of the modules that DeepSpeed's stage 3 keeps for as long as the process lives."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    measured: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in measured.__closure__:  # of what measures the time of what has a cache
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def place_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -156,6 +156,7 @@ class Trainer:
         with self.watchdog.training(self.clock):
             self._rehearse()
             self._train()
+        self.engine.close()
 
     def _train(self) -> None:
         state = self.checkpointer.restore(self.engine, self.task.restarts) or TrainState(0, Cursor())
@@ -259,6 +260,7 @@ class Trainer:
             self.engine.backward(terms.total)
             losses.append(terms.total.detach())
             sums.add(terms, counted=len(micro_batch.example_ids) > 0)
+            del outputs, terms  # the states in them would stay through the next forward
         self.clock.enter("optimizer")
         try:
             norms_G = self.engine.step(learning_rate)

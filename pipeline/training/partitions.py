@@ -95,7 +95,7 @@ class Stage2Partition:
     def __init__(self, optimizer: Any, leaves: Sequence[nn.Module]) -> None:
         self._optimizer, self.gather_stream = optimizer, None
         self.flats = optimizer.single_partition_of_fp32_groups
-        optimizer.compute_grad_norm = False  # clipping has looked already
+        optimizer.compute_grad_norm = optimizer.check_grad_overflow = False  # clipping has looked already
         self._index = {
             id(parameter): (group, index)
             for group, parameters in enumerate(optimizer.params_in_partition)

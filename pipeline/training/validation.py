@@ -36,6 +36,8 @@ class Translation:
     score: Callable[[Sequence[list[int]], Sequence[list[int]]], float]
     forces_bos: bool = False
     """Whether an output begins with the token that its reference begins with: a language's."""
+    num_positions: int | None = None
+    """Tokens that the model takes at most; None where any length goes."""
 
 
 class Validator:
@@ -106,6 +108,8 @@ class Validator:
         """Greedy outputs [B, T]; there is no cache: each token costs a forward of all tokens before it."""
         end_id, args = translation.end_id, translation.args[name]
         longest = math.ceil(LONGEST_OUTPUT * batch.labels_BT.shape[1])
+        if translation.num_positions:
+            longest = min(longest, translation.num_positions - 1)  # labels get one more
         labels_BT = batch.labels_BT.new_full((len(batch.labels_BT), 1), end_id)
         ended_B = labels_BT.new_zeros(len(labels_BT), dtype=torch.bool)
         while True:

@@ -14,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi, errors
 
+from data_prep import hub
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,3 +110,12 @@ def test_a_repository_that_is_not_there_is_one_line(environment: dict[str, str])
     result = fetch(environment, "hub:owner/nothing")
     assert result.returncode == 2
     assert re.fullmatch(r"error: hub:owner/nothing cannot be fetched: [^\n]+\n", result.stderr), result.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise errors.HTTPError("no route")
+
+    monkeypatch.setattr(HfApi, "list_repo_files", fail)
+    with pytest.raises(ValueError, match=r"^hub:owner/model cannot be fetched: no route; is there internet, and is "):
+        hub.fetch("hub:owner/model")

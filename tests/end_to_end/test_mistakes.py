@@ -108,7 +108,7 @@ def test_the_template_has_no_mistake(place: Path, capfd: pytest.CaptureFixture[s
     main(["run", "--config", "recipe.yaml", "--dry-run"])
     output = capfd.readouterr().out
     assert [line.split()[0] for line in output.splitlines()] == [
-        "data", "teacher", "distill", "baseline", "assemble", "evaluate", "report",
+        "teacher:", "data:", "ranks:", "data", "teacher", "distill", "baseline", "assemble", "evaluate", "report",
     ]  # fmt: skip
     assert "-m pipeline distill --config" in output
     assert not Path("run").exists()

@@ -148,6 +148,16 @@ def test_what_may_pass_by_itself_is_no_mistake(number, told, code, capsys):
     assert capsys.readouterr().err == f"{told}: [Errno {number}] it says\n"
 
 
+def test_a_reader_that_has_read_enough_is_no_error(capsys):
+    def program():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(SystemExit) as raised:
+        run_program(program, verbose=False)
+    assert raised.value.code == 1
+    assert capsys.readouterr().err == ""
+
+
 def test_the_same_holds_for_data_preparation(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(errno.EIO, "it says")

@@ -73,6 +73,6 @@ def test_a_record_that_cannot_be_used_is_named(built, tmp_path):
 
 def test_a_judge_reads_sources_without_the_prefixes_of_their_sets():
     sets = tuple(SetConfig(name=name, train=("x",), prefix=f"{name} {{kind}}: ") for name in ("ask", "sum"))
-    assert without_prefixes(DataConfig(sets=sets), ["ask a: sum of", "sum b: ask: me", "plain"]) == [
+    assert without_prefixes(DataConfig(corpus="files", sets=sets), ["ask a: sum of", "sum b: ask: me", "plain"]) == [
         "sum of", "ask: me", "plain",
     ]  # fmt: skip
