@@ -37,7 +37,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def data_section(recipe: Path) -> dict[str, Any]:
     """The `data:` section of a recipe. Unknown keys are refused with the nearest known name."""
     if not recipe.is_file():
-        raise FileNotFoundError(f"{recipe}: no such recipe; give a YAML file with a data: section")
+        raise FileNotFoundError(f"{recipe}: no such file; give that of a recipe, such as pipeline/recipes/demo.yaml")
     try:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:

@@ -31,8 +31,11 @@ def refuse_pointer(path: Path) -> None:
             raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` in its repository")
 
 
-def local_folder(name: str) -> Path:
+def local_folder(name: str, setting: str = "") -> Path:
     """The folder that `name` stands for; nothing is downloaded.
+
+    Args:
+        setting: the recipe's field that names it, for the error.
 
     Raises:
         FileNotFoundError: a repository that has not been fetched.
@@ -52,8 +55,8 @@ def local_folder(name: str) -> Path:
         )
     except LocalEntryNotFoundError:
         raise FileNotFoundError(
-            f"{name} is not (or not wholly) in the local cache: run `python -m pipeline fetch` with this recipe on a "
-            f"machine with internet"
+            f"{f'{setting} {name}'.strip()} is not (or not wholly) in the local cache: run `python -m pipeline fetch` "
+            f"with this recipe on a machine with internet"
         ) from None
 
 
@@ -124,10 +127,8 @@ def _unreached(name: str, error: Exception) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     told = " ".join(str(error).split())
-    has_answered = isinstance(error, HfHubHTTPError)
-    return f"{name} cannot be fetched: {told}" + (
-        "" if has_answered else "; is there internet, and is HTTPS_PROXY set?"
-    )
+    advice = "" if isinstance(error, HfHubHTTPError) else "; is there internet, or HTTPS_PROXY set?"
+    return f"{name} cannot be fetched: {told}{advice}"
 
 
 def _parts(name: str) -> tuple[str, str | None]:

@@ -289,7 +289,7 @@ def make_tokenizer_folder(out: Path, plan: Plan, served: Served, anew: bool = Fa
 
 def _given_tokenizer(config: DataConfig) -> tuple[dict[str, Any], Callable[[Path], Path]]:
     """What the tokenizer that data.tokenizer names is made from, and its folder."""
-    given = local_folder(config.tokenizer)
+    given = local_folder(config.tokenizer, "data.tokenizer")
     names = [path.name for path in sorted(given.glob("*")) if path.is_file() and path.suffix in _OF_A_TOKENIZER]
     if not set(names) - {"config.json"}:
         raise FileNotFoundError(f"{given}: neither {SPIECE} nor {TOKENIZER_JSON} here; check data.tokenizer")

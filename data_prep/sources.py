@@ -244,7 +244,7 @@ def _checked(value: Any, dotted: str, setting: str, place: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{place}: field {dotted!r} is a {type(value).__name__}, not a text; set data.{setting}")
+        raise ValueError(f"{place}: field {dotted!r} is of type {type(value).__name__}, not a text; set data.{setting}")
     if "\0" in value:
         raise ValueError(f"{place}: field {dotted!r} holds a NUL character; remove it")
     return value

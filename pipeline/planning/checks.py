@@ -54,7 +54,7 @@ def preflight(recipe: Recipe, run: RunDir, *, extend: bool = False) -> None:
     _check_parts(recipe)
     check_named_files(recipe)
     if recipe.teacher.folder:
-        check_teacher(recipe, local_folder(recipe.teacher.folder))
+        check_teacher(recipe, local_folder(recipe.teacher.folder, "teacher.folder"))
     planned = Planned.of(recipe)
     kind = planned.settings["model_type"]
     check_losses(kind, recipe.distill.losses)
@@ -201,7 +201,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_tokenizer(teacher: Path, data: DataConfig, config: Any) -> None:
-    tokenizer = local_folder(data.tokenizer)
+    tokenizer = local_folder(data.tokenizer, "data.tokenizer")
     own = check_tokenizer(tokenizer)
     if len(own) > config.vocab_size:
         raise ValueError(

@@ -1,21 +1,24 @@
 """python -m pipeline choose: name the assembly that fits a budget, and export it.
 
-With a budget of latency or size, the best BLEU within it; with only a share of the teacher's BLEU to keep, the smallest
-assembly that keeps it. Where models of CTranslate2 were scored beside the checkpoints, one of them may fit best.
+With a budget of latency or size, the best BLEU (or --metric) within it; with only a share of the teacher's to keep, the
+smallest assembly that keeps it. Where models of CTranslate2 were scored beside the checkpoints, one of them may fit
+best. Scores have intervals, so what is chosen by the test part does not always come first on other texts.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.publish import publishing_folder
 from pipeline.report.data import CHOICES, Row, count_text, read_rows
 from pipeline.rundir import RunDir, check_empty, read_json
+from pipeline.scoring import METRICS
 from pipeline.spans import Assembly
 
+MORE_IS_BETTER = tuple(name for name in METRICS if name not in ("ter", "metricx", "loss"))
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -31,7 +34,8 @@ def choose_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="evaluated run (default: runs/demo)")
     parser.add_argument("--latency-ms", type=float, help="at most so many milliseconds for one example at batch 1")
     parser.add_argument("--bytes", type=str, help="at most so many bytes of weights: 300M, 1.5G, 200Mi")
-    parser.add_argument("--keep", type=float, help="at least this share of the teacher's BLEU: 0.98")
+    parser.add_argument("--keep", type=float, help="at least this share of the teacher's score: 0.98")
+    parser.add_argument("--metric", choices=MORE_IS_BETTER, default="bleu", help="the score to go by (default: bleu)")
     parser.add_argument("--export", type=Path, help="folder to put the checkpoint into")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
@@ -41,8 +45,10 @@ def choose_command(arguments: Sequence[str]) -> None:
     check_scores(run)
     rows, _ = read_rows(run.scores)
     num_bytes = None if options.bytes is None else bytes_of(options.bytes)
-    row = choose(rows, latency_ms=options.latency_ms, num_bytes=num_bytes, keep=options.keep)
-    print(describe(row))
+    row = choose(
+        rows, latency_ms=options.latency_ms, num_bytes=num_bytes, keep=options.keep, metric=options.metric
+    )  # fmt: skip
+    print(describe(row, options.metric, shares_of(rows, options.metric).get(row.name)))
     if options.export is not None:
         export(run, row, options.export)
         print(f"exported to {options.export}")
@@ -63,9 +69,17 @@ def check_scores(run: RunDir) -> None:
 
 
 def choose(
-    rows: Sequence[Row], *, latency_ms: float | None = None, num_bytes: float | None = None, keep: float | None = None
+    rows: Sequence[Row],
+    *,
+    latency_ms: float | None = None,
+    num_bytes: float | None = None,
+    keep: float | None = None,
+    metric: str = "bleu",
 ) -> Row:
     """The teacher or the assembly that fits, as a checkpoint or as a model of CTranslate2.
+
+    Args:
+        metric: one of MORE_IS_BETTER.
 
     Raises:
         ValueError: no budget is given, or nothing fits; the message names what comes nearest.
@@ -73,25 +87,33 @@ def choose(
     if latency_ms is None and num_bytes is None and keep is None:
         raise ValueError("give a budget: --latency-ms, --bytes or --keep")
     if keep is not None and not 0 < keep <= 1.5:
-        raise ValueError(f"--keep {keep:g} is a share of the teacher's BLEU: write 0.98 for 98 %")
+        raise ValueError(f"--keep {keep:g} is a share of the teacher's {METRICS[metric]}: write 0.98 for 98 %")
     candidates = [row for row in rows if row.kind in ("teacher", "engine", *CHOICES)]
-    fitting = [row for row in candidates if _fits(row, latency_ms, num_bytes, keep)]
+    shares = shares_of(rows, metric)
+    fitting = [
+        row
+        for row in candidates
+        if (latency_ms is None or (row.latency_ms is not None and row.latency_ms <= latency_ms))
+        and (num_bytes is None or row.bytes <= num_bytes)
+        and (keep is None or shares.get(row.name, 0.0) >= 100 * keep)
+    ]
     if not fitting:
-        raise ValueError(f"no assembly of this run fits; {_nearest(candidates, latency_ms, num_bytes, keep)}")
+        near = _nearest(candidates, latency_ms, num_bytes, None if keep is None else shares)
+        raise ValueError(f"no assembly of this run fits; {near}")
     if latency_ms is None and num_bytes is None:
-        return min(fitting, key=lambda row: (row.bytes, -row.bleu))
-    return max(fitting, key=lambda row: (row.bleu, -row.bytes))
+        return min(fitting, key=lambda row: (row.bytes, -row.scores[metric]))
+    return max(fitting, key=lambda row: (row.scores[metric], -row.bytes))
 
 
-def _fits(row: Row, latency_ms: float | None, num_bytes: float | None, keep: float | None) -> bool:
-    if latency_ms is not None and (row.latency_ms is None or row.latency_ms > latency_ms):
-        return False
-    if num_bytes is not None and row.bytes > num_bytes:
-        return False
-    return keep is None or (row.percent is not None and row.percent >= 100 * keep)
+def shares_of(rows: Sequence[Row], metric: str) -> dict[str, float]:
+    """By system, how much of the teacher's score it has, in %; nothing where the teacher has none."""
+    teacher = next((row.scores[metric] for row in rows if row.kind == "teacher"), 0.0)
+    return {row.name: 100 * row.scores[metric] / teacher for row in rows} if teacher else {}
 
 
-def _nearest(rows: Sequence[Row], latency_ms: float | None, num_bytes: float | None, keep: float | None) -> str:
+def _nearest(
+    rows: Sequence[Row], latency_ms: float | None, num_bytes: float | None, shares: Mapping[str, float] | None
+) -> str:
     """What each budget comes up against."""
     parts = []
     if latency_ms is not None:
@@ -106,11 +128,9 @@ def _nearest(rows: Sequence[Row], latency_ms: float | None, num_bytes: float | N
     if num_bytes is not None:
         smallest = min(rows, key=lambda row: row.bytes)
         parts.append(f"the smallest is {smallest.name} with {smallest.bytes} bytes")
-    if keep is not None:
-        kept = [row for row in rows if row.percent is not None]
-        best = max(kept, key=lambda row: row.percent or 0.0, default=None)
-        text = "the teacher has no BLEU to keep" if best is None else f"{best.name} keeps most, {best.percent:.1f} %"
-        parts.append(text)
+    if shares is not None:
+        best = max((row.name for row in rows), key=lambda name: shares.get(name, 0.0))
+        parts.append(f"{best} keeps most, {shares[best]:.1f} %" if shares else "the teacher has no score to keep")
     return ", ".join(parts)
 
 
@@ -122,13 +142,16 @@ def bytes_of(text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
-def describe(row: Row) -> str:
-    share = f" ({row.percent:.1f} % of the teacher)" if row.percent is not None else ""
+def describe(row: Row, metric: str, share: float | None) -> str:
+    """A line for people on a system, its score with the 95 % interval."""
+    score, low, high = (row.scores[metric + end] for end in ("", "_low", "_high"))
+    of_teacher = f", {share:.1f} % of the teacher's" if share is not None else ""
     speed = f", {row.latency_ms:.1f} ms" if row.latency_ms is not None else ""
     faster = f" ({row.speedup:.2f}x faster)" if row.speedup is not None else ""
     return (
-        f"{row.name}: {row.bleu:.1f} BLEU{share}, {row.layers} layers ({row.ratio_layers:.2f}x fewer), "
-        f"{count_text(row.parameters)} parameters, {row.bytes / 1e6:.1f} MB{speed}{faster}"
+        f"{row.name}: {score:.1f} {METRICS[metric]} ({low:.1f} to {high:.1f}{of_teacher}), "
+        f"{row.layers} layers ({row.ratio_layers:.2f}x fewer), {count_text(row.parameters)} parameters, "
+        f"{row.bytes / 1e6:.1f} MB{speed}{faster}"
     )
 
 

@@ -117,5 +117,5 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise errors.HTTPError("no route")
 
     monkeypatch.setattr(HfApi, "list_repo_files", fail)
-    with pytest.raises(ValueError, match=r"^hub:owner/model cannot be fetched: no route; is there internet, and is "):
+    with pytest.raises(ValueError, match=r"^hub:owner/model cannot be fetched: no route; is there internet, or HTTPS"):
         hub.fetch("hub:owner/model")

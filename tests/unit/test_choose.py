@@ -84,12 +84,14 @@ def test_scores_that_are_being_made_again_are_refused(scored: RunDir):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"keep": 0.9}, "fits; the teacher has no BLEU to keep$"),
+        ({"keep": 0.9}, "fits; the teacher has no score to keep$"),
         ({"latency_ms": 5.0}, "fits; no latency was measured$"),
     ],
 )
 def test_what_was_not_measured_is_told(run: RunDir, budget, message):  # noqa: F811
-    rows = [replace(row, percent=None, latency_ms=None) for row in read_rows(run.scores)[0]]
+    rows = [
+        replace(row, scores={**row.scores, "bleu": 0.0}, latency_ms=None) for row in read_rows(run.scores)[0]
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=message):
         choose.choose(rows, **budget)
 
@@ -114,7 +116,19 @@ def test_the_choice_is_exported_as_a_checkpoint(scored: RunDir, tmp_path, capsys
     with pytest.raises(ValueError, match="is not empty"):
         choose.export(made, replace(row, assembly="e1x6-d1x6"), tmp_path / "out")
     choose.choose_command(["--run", str(scored.root), "--keep", "0.9"])
-    assert capsys.readouterr().out.startswith("e6-d6: 90.0 BLEU (91.8 % of the teacher), 1+1 layers (6.00x fewer)")
+    told = "e6-d6: 90.0 BLEU (89.0 to 91.0, 91.8 % of the teacher's), 1+1 layers (6.00x fewer)"
+    assert capsys.readouterr().out.startswith(told)
+
+
+def test_another_score_may_be_gone_by(run: RunDir):  # noqa: F811
+    """As of summaries, where the one that BLEU puts last is the best by ROUGE."""
+    rows = [
+        replace(row, scores={**row.scores, "rougeL": 50.0 if row.name == "e6-d6" else 30.0})
+        for row in read_rows(run.scores)[0]
+    ]
+    assert choose.choose(rows, latency_ms=1000.0, metric="rougeL").name == "e6-d6"
+    assert choose.choose(rows, keep=1.2, metric="rougeL").name == "e6-d6"
+    assert choose.shares_of(rows, "rougeL")["e6-d6"] == pytest.approx(100 * 50 / 30)
 
 
 def give_references(run: RunDir) -> None:  # noqa: F811

@@ -114,7 +114,7 @@ def test_records_have_ids_dotted_fields_prefixes_and_language_tags() -> None:
             r"a.jsonl:1: no field 'target'; present: source, text.de; set data.ta",
         ),
         (b"{}", "present: none"),
-        (b'{"source": "a", "target": 5}', "field 'target' is a int, not a text"),
+        (b'{"source": "a", "target": 5}', "field 'target' is of type int, not a text"),
         (b'{"source": "a"', "a.jsonl:1: not a JSON object"),
         (b"[1]", "a JSON list, not an object"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a.jsonl is a pointer of Git LFS, not the file"),
@@ -278,7 +278,7 @@ def test_a_list_in_the_target_field_is_several_references():
     )
     assert record({"source": "a", "target": ["b"]}) == Record("train/6", "a", "b")
     assert record({"source": "a", "target": []}) == Record("train/6", "a", "", "target")
-    with pytest.raises(ValueError, match="field 'target' is a int, not a text"):
+    with pytest.raises(ValueError, match="field 'target' is of type int, not a text"):
         record({"source": "a", "target": ["b", 3]})
     dotted = Fields("translation.en", "translation.de", "to {tgt}: ")
     assert record({"translation": None, "tgt": "de"}, dotted).null == "source"
