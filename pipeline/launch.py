@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -24,8 +25,9 @@ def launch(arguments: list[str]) -> int:
     collect_garbage()
     logging.disable(logging.ERROR)  # torchrun's own account of what the worker has said and we say below
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))  # by which SLURM tells of an end, too
     try:
-        main(["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *arguments])
+        main(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"

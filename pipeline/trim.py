@@ -235,14 +235,21 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def trim_command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline trim", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a T5, mT5 or umT5 with its tokenizer")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of a T5, mT5, umT5 or mBART-50 with its tokenizer"
+    )
     parser.add_argument("--texts", type=Path, required=True, nargs="+", help="JSONL or plain files, .gz or not")
     parser.add_argument("--fields", nargs="+", default=["source", "target"], help="fields of JSONL records")
     parser.add_argument("--prefix", default="", help="what is put before every source, such as 'summarize: '")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    check_empty(options.out, "--out")  # before all texts are read, which may take long
+    # before all texts are read, which may take long
+    check_empty(options.out, "--out")
+    if not (options.model / "config.json").is_file():
+        raise FileNotFoundError(f"--model {options.model} is not a model folder: it has no config.json")
+    if missing := [path for path in options.texts if not path.is_file()]:
+        raise FileNotFoundError(f"--texts {missing[0]}: no such file")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     texts = list(read_texts(options.texts, options.fields, options.prefix))

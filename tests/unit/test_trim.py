@@ -289,5 +289,14 @@ def test_the_command_says_what_it_saved(original, german, tmp_path, capsys):
     pipeline_main(["trim", "--model", str(original), "--texts", str(texts), "--out", str(tmp_path / "out")])
     assert "tokens kept" in capsys.readouterr().out
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.vocab_size % 64 == 0
-    with pytest.raises(SystemExit, match="2"):
-        pipeline_main(["trim", "--model", str(original), "--texts", str(tmp_path / "no.txt"), "--out", "x"])
+    for model, name, told in (
+        (original, "no.txt", f"error: --texts {tmp_path / 'no.txt'}: no such file\n"),
+        (
+            tmp_path / "no",
+            "texts.jsonl",
+            f"error: --model {tmp_path / 'no'} is not a model folder: it has no config.json\n",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            pipeline_main(["trim", "--model", str(model), "--texts", str(tmp_path / name), "--out", "x"])
+        assert capsys.readouterr().err == told
