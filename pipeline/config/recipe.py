@@ -341,7 +341,7 @@ class EvaluateConfig(Settings):
     """What systems are decoded and timed in: checkpoint (the type they are saved in: fp32 of assemblies), tf32 (the
     same, products rounded as NVIDIA GPUs of 2020 and later do it fast; elsewhere as checkpoint) or bfloat16."""
     folders: tuple[str, ...] = identity(())
-    """Hugging Face folders of other encoder-decoder models for the same table, each as FOLDER or NAME=FOLDER."""
+    """Folders of other encoder-decoder models for the same table and sources, with prefix: FOLDER or NAME=FOLDER."""
     bleu_tokenizer: str = identity("auto", before="13a", choices=BLEU_TOKENIZERS)
     """What BLEU takes for words, by sacreBLEU's name: 13a (cut at spaces and signs), zh, ja-mecab, ko-mecab, char and
     others. auto goes by the records' language, or by the script of the references; where the packages of ja-mecab and
