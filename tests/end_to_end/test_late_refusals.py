@@ -45,7 +45,7 @@ REFUSALS = {  # what a refusal says, its values left out: the mistake by which p
     "such as 2, 3 or 6": "baseline of two granularities",
     "search.budgets: {} is beyond the coarsest assembly, which takes {}": "budget",
     "{} (the scores of all others are in {})": "other model",
-    "no test examples in {}: give a test part (data.test) and evaluate.max_examples >= 1": "no test texts",
+    "no test examples in {}: give a test part (data.test)": "no test texts",
     "{}": MEASURED,
     "{} is missing: run stage {} first": EARLIER,
     "{} is missing: run stage distill first": EARLIER,
@@ -78,7 +78,7 @@ REFUSALS = {  # what a refusal says, its values left out: the mistake by which p
     "{} has no pairs: the rule compares with references (data.task: pairs)": OWN_COMMAND,
     "{} has no system {}: {}": OWN_COMMAND,
     "give a budget: --latency-ms, --bytes or --keep": OWN_COMMAND,
-    "--keep {} is a share of the teacher's BLEU: write 0.98 for 98 %": OWN_COMMAND,
+    "--keep {} is a share of the teacher's {}: write 0.98 for 98 %": OWN_COMMAND,
     "{} is not a size: write 300M, 1.5G or 200Mi": OWN_COMMAND,
 }  # fmt: skip
 TOLD = sorted(set(REFUSALS.values()) & BEFORE_ANY_WORK.keys())
