@@ -92,7 +92,13 @@ def test_ctrl_c_in_a_run_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "run", "--config", "minute", "--run_dir", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal, wherever the tests run
     )
     wait_until((tmp_path / "run/teacher/inputs.json").exists)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     """What a user has: texts, and a small T5 in the place of T5-large, with as many layers."""
     rows = [{"document": f"a long text about {i} and {i + 1}", "summary": f"about {i}"} for i in range(30)]
     (tmp_path / "data").mkdir()
-    for split in ("train", "valid", "test"):
+    for split in ("train", "validation", "test"):
         with gzip.open(tmp_path / "data" / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     model = tmp_path / "models" / "t5-large"

@@ -88,9 +88,13 @@ def test_figures_are_those_of_the_scores(studied):
         assert each["num_steps"] == last["step"] == 12
 
 
-def test_full_cost_is_held_against_the_seeds_that_have_it(studied):
+def test_full_cost_is_held_against_the_seeds_that_have_it(studied, monkeypatch):
     """With a second seed, here a stand-in with other scores, that has no rival at full cost."""
     out, _ = studied
+    scores = {"e6-d6": 20.0, "e1x6-d1x6": 40.0, "equal-6x": 10.0, "full-6x": 30.0}
+    monkeypatch.setattr(
+        table._Pool, "bleu", lambda pool, systems: np.full(3, np.mean([scores.get(each, 0.0) for each in systems]))
+    )
     study = study_run.Study(study_run.study_config(SMALL)[0], Cells(["minute"], out), out)
     first = study._entry(12, 0)
     second = dataclasses.replace(
@@ -98,8 +102,8 @@ def test_full_cost_is_held_against_the_seeds_that_have_it(studied):
     )
     (alone,) = table._lines([dataclasses.replace(first, assemblies={6.0: first.assemblies[6.0]})])
     (pooled,) = table._lines([dataclasses.replace(first, assemblies={6.0: first.assemblies[6.0]}), second])
-    assert pooled.modular != alone.modular
-    assert pooled.both == alone.both == AtBothCosts(alone.modular, alone.rivals[EQUAL][1], alone.rivals[FULL][1])
+    assert (alone.modular, pooled.modular) == (20.0, 30.0)
+    assert pooled.both == alone.both == AtBothCosts(modular=20.0, equal=10.0, full=30.0)
     assert pooled.break_even == alone.break_even
 
 
