@@ -182,7 +182,11 @@ def lock(run: RunDir, *, wait: bool = False) -> IO[str]:
     """
     file = open(run.root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 held while the run lasts
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if wait:
+            print(f"another process works in {run.root}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return file
         raise ValueError(f"another process works in {run.root}: wait for it or choose another run_dir") from None
     return file

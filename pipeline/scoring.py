@@ -308,7 +308,9 @@ def p_values(references: References, baseline: Sequence[str], systems: Mapping[s
 
     sacreBLEU's paired bootstrap test with NUM_PAIRED resamples (Koehn 2004).
     """
-    if len(set(zip(map(tuple, references.texts), baseline, *systems.values(), strict=True))) <= 1:
+    if not systems:
+        return {}
+    if len(set(zip(map(tuple, references.texts), baseline, *systems.values(), strict=True))) == 1:
         return dict.fromkeys(systems, 1.0)  # every resample is the same
     logging.getLogger("sacrebleu").setLevel(logging.ERROR)
     test = PairedTest(

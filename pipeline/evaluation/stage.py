@@ -181,9 +181,9 @@ def _errors_of(subject: Subject, outputs: list[str], device: torch.device, beat:
     settings = subject.recipe.evaluate
     if not settings.metricx:
         return []
-    model = MetricX.of(Path(settings.metricx), device, settings.dtype)
     from data_prep.testpart import without_prefixes  # late: what reads and encodes texts takes a while
 
+    model = MetricX.of(Path(settings.metricx), device, settings.dtype)
     sources = without_prefixes(subject.recipe.data, [example["source"] for example in subject.examples])
     return model.errors(sources, outputs, subject.references.texts, settings.tokens_per_batch, beat)
 
@@ -211,6 +211,7 @@ def measure_costs(subject: Subject, scores: dict[str, dict[str, Any]], world: Wo
         "systems": {system.name: subject.key(system) for system in systems},
         "examples": [subject.examples[i]["id"] for i in picks],
         "device": device_name(world.device),
+        "throughput": "of as many tokens as the middle reference has",
     }
     path = subject.folder / "costs.json"
     published = read_sealed(path)

@@ -25,8 +25,8 @@ def preview_of(recipe: Recipe, run: RunDir) -> list[str]:
     return [
         f"teacher: {planned.source}, {planned.settings['model_type']}, {depth} layers, {num_parameters:,} parameters",
         f"data: {_data(recipe, run)}",
-        f"ranks: {recipe.launch.num_ranks} a training, on this machine's {num_gpus or 'no'} GPUs and "
-        f"{os.cpu_count()} CPU cores",
+        f"ranks: {recipe.launch.num_ranks} a training; this machine has {num_gpus or 'no'} GPUs and {os.cpu_count()} "
+        "CPU cores",
     ]
 
 

@@ -88,6 +88,8 @@ def choose(
         raise ValueError("give a budget: --latency-ms, --bytes or --keep")
     if keep is not None and not 0 < keep <= 1.5:
         raise ValueError(f"--keep {keep:g} is a share of the teacher's {METRICS[metric]}: write 0.98 for 98 %")
+    if not all(metric in row.scores for row in rows):
+        raise ValueError(f"the scores have no {METRICS[metric]}: run stage evaluate again")
     candidates = [row for row in rows if row.kind in ("teacher", "engine", *CHOICES)]
     shares = shares_of(rows, metric)
     fitting = [

@@ -211,16 +211,16 @@ def test_a_rank_gives_freed_tensors_back(tmp_path):
 @pytest.mark.parametrize("ds_config", ["zero3_cpu", "zero2_cpu"])
 def test_a_closed_engine_leaves_nothing_in_memory(ds_config):
     """Else baselines that are trained one after the other in a process would pile up."""
-    assert run_ranks(2, "tests.distributed.engine_ranks:left_after_closing", ds_config=ds_config) == [[], []]
+    assert run_ranks(2, "tests.distributed.memory_ranks:left_after_closing", ds_config=ds_config) == [[], []]
 
 
 def test_no_weight_is_read_outside_of_its_module():
-    assert run_ranks(2, "tests.distributed.engine_ranks:kept_by_name", ds_config="zero3_cpu") == [0, 0]
+    assert run_ranks(2, "tests.distributed.memory_ranks:kept_by_name", ds_config="zero3_cpu") == [0, 0]
 
 
 def test_the_largest_gradient_goes_into_the_buffer(tmp_path):
     """One that does not is freed while it may still be sent."""
     small = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10, "overlap_comm": False}}
     (tmp_path / "small.json").write_text(json.dumps(small))
-    found = run_ranks(2, "tests.distributed.engine_ranks:room_for_a_gradient", ds_config=str(tmp_path / "small.json"))
+    found = run_ranks(2, "tests.distributed.memory_ranks:room_for_a_gradient", ds_config=str(tmp_path / "small.json"))
     assert all(room == largest > 10 for room, largest in found)

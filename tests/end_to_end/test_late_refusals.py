@@ -79,6 +79,7 @@ REFUSALS = {  # what a refusal says, its values left out: the mistake by which p
     "{} has no system {}: {}": OWN_COMMAND,
     "give a budget: --latency-ms, --bytes or --keep": OWN_COMMAND,
     "--keep {} is a share of the teacher's {}: write 0.98 for 98 %": OWN_COMMAND,
+    "the scores have no {}: run stage evaluate again": EARLIER,
     "{} is not a size: write 300M, 1.5G or 200Mi": OWN_COMMAND,
 }  # fmt: skip
 TOLD = sorted(set(REFUSALS.values()) & BEFORE_ANY_WORK.keys())

@@ -148,7 +148,7 @@ def test_what_another_process_trains_is_left_to_it(studied, tmp_path, monkeypatc
     assert "not all done by other processes yet" in capsys.readouterr().out
 
 
-def test_data_and_teacher_that_another_process_makes_are_waited_for(studied, tmp_path, monkeypatch):
+def test_data_and_teacher_that_another_process_makes_are_waited_for(studied, tmp_path, monkeypatch, capsys):
     out, _ = studied
     base = RunDir(tmp_path / "base")
     base.root.mkdir()
@@ -163,6 +163,9 @@ def test_data_and_teacher_that_another_process_makes_are_waited_for(studied, tmp
     other = threading.Timer(0.5, make_and_leave)
     other.start()
     study_run.Study(study_run.study_config(SMALL)[0], Cells(["minute"], tmp_path), tmp_path)._make_base()
+    assert held.closed
+    assert (base.root / "teacher" / "stage.json").is_file()
+    assert capsys.readouterr().out == f"another process works in {base.root}: waiting for it\n"
     other.join()
 
 

@@ -129,6 +129,9 @@ def test_another_score_may_be_gone_by(run: RunDir):  # noqa: F811
     assert choose.choose(rows, latency_ms=1000.0, metric="rougeL").name == "e6-d6"
     assert choose.choose(rows, keep=1.2, metric="rougeL").name == "e6-d6"
     assert choose.shares_of(rows, "rougeL")["e6-d6"] == pytest.approx(100 * 50 / 30)
+    older = [replace(row, scores={"bleu": row.bleu}) for row in rows]
+    with pytest.raises(ValueError, match="the scores have no ROUGE-L: run stage evaluate again"):
+        choose.choose(older, keep=0.9, metric="rougeL")
 
 
 def give_references(run: RunDir) -> None:  # noqa: F811

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from data_prep.config import DataConfig, SetConfig
+from data_prep.sources import Template
 from data_prep.testpart import TEST_TEXT, lines_of_other_test_part, without_prefixes
 from pipeline.assemble.systems import System
 from pipeline.config.recipe import EvaluateConfig, Recipe
@@ -76,3 +77,13 @@ def test_a_judge_reads_sources_without_the_prefixes_of_their_sets():
     assert without_prefixes(DataConfig(corpus="files", sets=sets), ["ask a: sum of", "sum b: ask: me", "plain"]) == [
         "sum of", "ask: me", "plain",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prefix", "row"),
+    [("", {}), ("sum (all): ", {}), ("from {src} to {tgt}: ", {"src": "German (de)", "tgt": "Czech"})],
+)
+def test_a_prefix_is_cut_as_it_was_filled_in(prefix, row):
+    template = Template("prefix", prefix)
+    assert template.cut(template.fill(row, "here") + "a: b to c: d") == "a: b to c: d"
+    assert template.cut("another text") == "another text"

@@ -13,7 +13,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import Fields, Piece, Record, Template, open_input
+from data_prep.sources import Fields, Piece, Record, open_input
 
 ROWS = [{"id": str(n), "source": f'line {n},\twith "quotes"\u00fc', "target": f"Zeile\r\n{n}"} for n in range(50)]
 
@@ -392,13 +392,3 @@ def test_damaged_parquet_and_a_changed_text_are_named(tmp_path: Path) -> None:
     text.write_bytes(text.read_bytes().replace(b"line 3", b"line 8"))
     with pytest.raises(ValueError, match=r"a.jsonl: changed since the plan was made"):
         list(source.rows(Piece(piece.start, piece.stop, piece.offset, piece.bytes, piece.sha256)))
-
-
-@pytest.mark.parametrize(
-    ("prefix", "row"),
-    [("", {}), ("sum (all): ", {}), ("from {src} to {tgt}: ", {"src": "German (de)", "tgt": "Czech"})],
-)
-def test_a_prefix_is_cut_as_it_was_filled_in(prefix, row):
-    template = Template("prefix", prefix)
-    assert template.cut(template.fill(row, "here") + "a: b to c: d") == "a: b to c: d"
-    assert template.cut("another text") == "another text"

@@ -61,5 +61,6 @@ def test_a_file_system_that_is_away_for_a_beat_does_not_end_the_watch(tmp_path, 
         beat(self, left)
 
     monkeypatch.setattr(Watchdog, "_beat", fail_at_the_second)
-    with Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), hang_timeout_s=60.0, beat_s=0.01):
+    with Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), hang_timeout_s=60.0, beat_s=0.01) as watchdog:
         wait_until(lambda: len(beats) > 3)
+        assert watchdog._thread.is_alive()
