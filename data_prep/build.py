@@ -8,7 +8,9 @@ running it again, with any number of ranks.
 
 from __future__ import annotations
 
+import errno
 import gc
+import json
 import sys
 import time
 import traceback
@@ -66,10 +68,10 @@ def is_first_rank() -> bool:
     return _RANK == 0
 
 
-def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
+def build(out: Path, config: DataConfig, plan_only: bool = False) -> None:
     """Make the data directory `out`, or its plan only; every rank calls it once. A finished one is left as it is.
 
-    Raises ValueError, FileNotFoundError and OSError for users' mistakes on rank 0; the other ranks then return False.
+    Raises ValueError and OSError on rank 0, for a failure of any rank; the others then return as if all were well.
     """
     begin = time.monotonic()
     try:
@@ -82,7 +84,7 @@ def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
             if plan is None or plan_only:
                 if is_first_rank():
                     print(f"data: {_plan_summary(out) if plan_only else _nothing_to_do(out)}")
-                return True
+                return
             _make_share(out, plan, missing)
             if is_first_rank():
                 _wait_for_others(out, plan, missing, config.patience_s)
@@ -91,8 +93,7 @@ def build(out: Path, config: DataConfig, plan_only: bool = False) -> bool:
                 seconds = time.monotonic() - begin
                 print(f"data: {_summary(manifest)}; {seconds:.1f} s on {_WORLD} rank(s), in {out}")
     except _OtherRankFailedError:
-        return False
-    return True
+        return
 
 
 def _on_first_rank(work: Callable[[], T]) -> T:
@@ -175,9 +176,14 @@ def _make_share(out: Path, plan: Plan, missing: Sequence[Unit]) -> None:
     except Exception as err:
         if is_first_rank():
             raise
-        known = isinstance(err, (ValueError, OSError))
-        publish_bytes(_failure_note(out), (str(err) if known else traceback.format_exc()).encode())
+        publish_bytes(_failure_note(out), json.dumps(_number_and_text(err)).encode())
         raise _OtherRankFailedError from err
+
+
+def _number_and_text(error: Exception) -> tuple[int | None, str]:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno, str(error.strerror)
+    return None, str(error) if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
 
 
 def _failure_note(out: Path) -> Path:
@@ -190,7 +196,8 @@ def _is_being_written(note: Path) -> bool:
 
 
 def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s: float) -> None:
-    """Until every missing unit stands; ValueError where a rank failed, or where nothing new came for `patience_s`."""
+    """Until every missing unit stands. Raises what another rank failed with, TimeoutError where nothing new came for
+    `patience_s`."""
     pending = list(missing)
     last_news = time.monotonic()
     while True:
@@ -199,14 +206,16 @@ def _wait_for_others(out: Path, plan: Plan, missing: Sequence[Unit], patience_s:
             return
         for note in out.glob(_FAILURE + "*"):
             if not _is_being_written(note):
-                raise ValueError(note.read_text(encoding="utf-8"))
+                number, text = json.loads(note.read_text(encoding="utf-8"))
+                raise OSError(number, text) if number else ValueError(text)
         if len(still) < len(pending):
             last_news = time.monotonic()
         pending = still
         if time.monotonic() - last_news > patience_s:
-            raise ValueError(
+            raise TimeoutError(
+                errno.ETIMEDOUT,
                 f"{out}: {len(pending)} of {len(plan.units)} shards are missing (first {unit_name(pending[0])}) and "
-                f"none was added for {patience_s} s: a rank has died; run the same command again"
+                f"none was added for {patience_s} s: a rank has died; run the same command again",
             )
         time.sleep(_POLL_S)
 

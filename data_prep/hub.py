@@ -65,6 +65,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         ValueError: no such repository or revision, or the hub cannot be reached.
+        OSError: the cache cannot be written.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -74,6 +75,7 @@ def fetch(name: str) -> Path:
         kinds = [kind for kind in _WEIGHTS if any(fnmatch(file, kind) for file in files)]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_SMALL, *kinds[:1]]))
     except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        _raise_own(error)
         raise ValueError(_unreached(name, error)) from error
 
 
@@ -109,6 +111,7 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
         )
     except (errors.LocalEntryNotFoundError, errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         if download:
+            _raise_own(error)
             raise ValueError(_unreached(name, error)) from error
         snapshot = ""
     folder = Path(snapshot)
@@ -121,6 +124,12 @@ def data_files(name: str, download: bool = False) -> list[tuple[str, Path]]:
         )
     base = f"{PREFIX}datasets/{repository}@{commit}"
     return [(f"{base}/{path.relative_to(folder)}", path) for path in paths]
+
+
+def _raise_own(error: Exception) -> None:
+    """Raise an error of this machine, such as a full disk, as it is: those of the network have no number."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
 
 
 def _unreached(name: str, error: Exception) -> str:

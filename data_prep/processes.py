@@ -96,8 +96,9 @@ def may_pass(error: BaseException) -> bool:
 def on_this_machine(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for an mpiexec whose ranks all belong to this machine. Within a job of SLURM MPICH's and Intel's
     would start them through srun, which waits for ever where the job's resources are in use, as in `srun --pty bash`.
+    SLURM puts a variable of Intel's there itself.
     """
-    return {"HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", "I_MPI_HYDRA_BOOTSTRAP": "fork", **environment}
+    return {**environment, "HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", "I_MPI_HYDRA_BOOTSTRAP": "fork"}
 
 
 def mpiexec() -> str:

@@ -191,9 +191,9 @@ class Template:
         return "".join(text + (self._field(name, row, place) if name else "") for text, name in self._parts)
 
     def cut(self, text: str) -> str:
-        """A text without what `fill` has put before it."""
+        """A text without what `fill` has put before it. A field ends where the text behind it comes first."""
         pattern = "".join(re.escape(fixed) + (".*?" if name else "") for fixed, name in self._parts)
-        return text[found.end() :] if (found := re.match(pattern, text)) else text
+        return text[found.end() :] if (found := re.match(pattern, text, re.DOTALL)) else text
 
     def _field(self, name: str, row: Row, place: str) -> str:
         text = _text(name, self._setting, row, place)

@@ -177,7 +177,7 @@ def _files_used(recipe: Recipe, run: RunDir, name: str) -> dict[str, Any]:
     given += [recipe.evaluate.metricx] if recipe.evaluate.metricx else []
     found = {folder: each for folder, each in begun.get(FOLDER_FILES, {}).items() if folder in given}
     found |= {folder: _files_of(Path(folder)) for folder in given if (Path(folder) / "config.json").is_file()}
-    tests = {name: _fingerprint(Path(name)) for name in recipe.evaluate.test if Path(name).is_file()}
+    tests = {name: sha256_of(Path(name)) for name in recipe.evaluate.test if Path(name).is_file()}
     tests = {name: each for name, each in begun.get(TEST_FILES, {}).items() if name in recipe.evaluate.test} | tests
     return ({FOLDER_FILES: found} if given else {}) | ({TEST_FILES: tests} if tests else {})
 

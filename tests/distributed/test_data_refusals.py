@@ -6,12 +6,14 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_prep.shards import read_manifest
-from tests.builds import SMALL, build, contents, write_recipe
+from tests.builds import MPIEXEC, ROOT, SMALL, build, command, contents, write_recipe
+from tests.patience import PATIENCE_S
 
 
 def test_other_settings_are_refused_with_the_difference(recipe: Path, built: Path, tmp_path: Path) -> None:
@@ -162,19 +164,35 @@ def test_mistakes_in_a_recipe_are_one_line(tmp_path: Path, data: dict, options: 
     assert message in result.stderr
 
 
-def test_a_full_disk_and_a_folder_without_permission_are_one_line(recipe: Path, built: Path, tmp_path: Path) -> None:
+def test_the_full_disk_of_a_later_rank_is_told_as_what_it_is(recipe: Path, built: Path, tmp_path: Path) -> None:
+    """It may pass by itself, unlike a bad record, so another exit code tells it."""
+    out = tmp_path / "data"
+    fails = [sys.executable, str(ROOT / "tests/faults/injected_build.py"), "10", "error"]  # of about 100 calls
+    later = [*fails, *command(recipe, out, 0)[3:]]
+    ranks = [str(MPIEXEC), "-n", "1", *command(recipe, out, 0), ":", "-n", "1", *later]
+    result = subprocess.run(ranks, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert result.stderr.startswith(f"failed: cannot write {out}/train/0000")
+    assert build(recipe, out, 2).returncode == 0
+    assert contents(out) == contents(built)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_full_disk_and_a_folder_without_permission_are_one_line(
+    recipe: Path, built: Path, tmp_path: Path, ranks: int
+) -> None:
     """A file system of 300 KiB, and one that is read-only: nothing is published, and more space finishes the build."""
     out = tmp_path / "small"
     out.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", out]).returncode:
         pytest.skip("needs the right to mount")
     try:
-        result = build(recipe, out / "data")
+        result = build(recipe, out / "data", ranks)
         assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
         assert "No space left on device; free some space and run again" in result.stderr
         assert not (out / "data/manifest.json").exists()
         subprocess.run(["mount", "-o", "remount,ro", out], check=True)
-        result = build(recipe, out / "other")
+        result = build(recipe, out / "other", ranks)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert "Read-only file system; give write permission" in result.stderr
         subprocess.run(["mount", "-o", "remount,rw,size=50m", out], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -119,3 +120,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(HfApi, "list_repo_files", fail)
     with pytest.raises(ValueError, match=r"^hub:owner/model cannot be fetched: no route; is there internet, or HTTPS"):
         hub.fetch("hub:owner/model")
+
+
+def test_a_full_cache_is_no_matter_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HfApi, "list_repo_files", fail)
+    with pytest.raises(OSError, match="No space left") as raised:
+        hub.fetch("hub:owner/model")
+    assert raised.value.errno == errno.ENOSPC

@@ -254,7 +254,8 @@ def test_ranks_for_one_machine_start_inside_of_a_step(slurm: SlurmCluster) -> No
     """As in `srun --pty bash`, whose step holds what a second srun would wait for."""
     code = (
         "import os, subprocess; from data_prep.processes import mpiexec, on_this_machine; "
-        "environment = on_this_machine(os.environ); "
+        "environment = on_this_machine({**os.environ, 'I_MPI_HYDRA_BOOTSTRAP': 'slurm'}); "
+        "assert 'slurm' not in environment['I_MPI_HYDRA_BOOTSTRAP']; "
         "subprocess.run([mpiexec(), '-n', '2', 'true'], env=environment, check=True, timeout=60)"
     )
     slurm.run("srun", "--ntasks=1", "--cpus-per-task=128", sys.executable, "-c", code, cwd=ROOT)

@@ -14,6 +14,7 @@ from pipeline.assemble.systems import System
 from pipeline.config.recipe import EvaluateConfig, Recipe
 from pipeline.evaluation.subject import Subject
 from pipeline.rundir.run_dir import RunDir
+from pipeline.rundir.stage import _files_used
 from tests.builds import build, write_recipe
 
 ROWS = [{"text": f"one {i}", "answers": [f"two {i}", f"zwei {i}"][: 1 + i % 2], "topic": "sums"} for i in range(70)]
@@ -87,3 +88,23 @@ def test_a_prefix_is_cut_as_it_was_filled_in(prefix, row):
     template = Template("prefix", prefix)
     assert template.cut(template.fill(row, "here") + "a: b to c: d") == "a: b to c: d"
     assert template.cut("another text") == "another text"
+
+
+def test_a_field_of_several_lines_is_cut_whole():
+    template = Template("prefix", "{task}\n\n")
+    assert template.cut(template.fill({"task": "answer\nin short"}, "here") + "who?") == "who?"
+
+
+def test_an_edit_anywhere_in_a_large_file_is_another_test_part(built, tmp_path):
+    run, config = built
+    part = tmp_path / "large.jsonl"
+    content = bytearray(b"".join(b'{"text": "one %06d", "answers": "two"}\n' % i for i in range(60_000)))
+    recipe = dataclasses.replace(Recipe(), data=config, evaluate=EvaluateConfig(test=(str(part),)))
+
+    def used() -> dict:
+        part.write_bytes(content)
+        return _files_used(recipe, run, "evaluate")
+
+    before = used()
+    content[content.index(b"030017")] ^= 1  # a digit between the pieces that tell a model's weights from others
+    assert used() != before
