@@ -129,7 +129,8 @@ def run_stage(name: str, recipe: Recipe, run: RunDir, options: list[str]) -> Non
         print(f"{name} was asked to stop and saved its state: run the same command again to continue")
         raise SystemExit(EXIT_REQUEUE)
     if told is not None:
-        print(f"{name} was ended by {told.name}: run the same command again to continue", file=sys.stderr)
+        what = f"{name} was ended" if code else f"{name} is done, and the run was ended"
+        print(f"{what} by {told.name}: run the same command again to continue", file=sys.stderr)
         raise SystemExit(128 + told)
     if code < 0:
         memory = ", perhaps for want of memory" if -code == signal.SIGKILL else ""

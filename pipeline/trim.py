@@ -248,7 +248,7 @@ def trim_command(arguments: Sequence[str]) -> None:
     check_empty(options.out, "--out")
     if not (options.model / "config.json").is_file():
         raise FileNotFoundError(f"--model {options.model} is not a model folder: it has no config.json")
-    if missing := [path for path in options.texts if not path.is_file()]:
+    if missing := [path for path in options.texts if not path.exists() or path.is_dir()]:
         raise FileNotFoundError(f"--texts {missing[0]}: no such file")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

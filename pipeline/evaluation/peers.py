@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 
+from data_prep.processes import may_pass
 from pipeline.assemble import ENGINE_PREFIX, System
 from pipeline.config import QUANTIZATIONS
 from pipeline.decoding import generation_settings
@@ -41,6 +42,8 @@ def read_peers(texts: Sequence[str]) -> tuple[list[System], list[str]]:
                 )
             systems[system.name] = system
         except (ValueError, OSError) as error:
+            if may_pass(error):
+                raise
             refused.append(str(error))
     return list(systems.values()), refused
 

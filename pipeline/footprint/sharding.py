@@ -99,7 +99,7 @@ class Sharding:
             offloads_optimizer=OFFLOADS[0] in zero,
             offloads_parameters=OFFLOADS[1] in zero,
             reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
-            num_buckets=1 + (zero["stage"] == 2 and zero.get("overlap_comm", False)),
+            num_buckets=1 + (zero["stage"] == 2 and bool(zero.get("overlap_comm"))),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             keeps_weights=zero["stage"] == 3 and not zero.get("memory_efficient_linear", True),
             sub_group=int(zero.get("sub_group_size", 1e9)),

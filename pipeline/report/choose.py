@@ -110,7 +110,8 @@ def choose(
 def shares_of(rows: Sequence[Row], metric: str) -> dict[str, float]:
     """By system, how much of the teacher's score it has, in %; nothing where the teacher has none."""
     teacher = next((row.scores[metric] for row in rows if row.kind == "teacher"), 0.0)
-    return {row.name: 100 * row.scores[metric] / teacher for row in rows} if teacher else {}
+    # rounded, so that the teacher has 100 and not 99.99999999999999
+    return {row.name: round(100 * row.scores[metric] / teacher, 4) for row in rows} if teacher else {}
 
 
 def _nearest(

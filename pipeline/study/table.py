@@ -142,9 +142,11 @@ def _text(budget: int, seeds: Sequence[int], lines: Sequence[Line]) -> str:
             row += [f"{bleu:.2f} ({method})" if more else "", more.text(2) if more else ""]
         rows.append([*row, line.break_even])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    of_first = "Rivals at full cost have the first seed alone, and so has what is held against them. "
+    has_full = any(FULL in line.rivals for line in lines)
     return (
         f"\n## {budget:,} steps, seeds {', '.join(map(str, seeds))}\n\nThe modular run costs {modular:.3g} FLOPs for "
         f"all ratios, the rivals of equal cost {equal:.3g} together. BLEU with paired 95 % intervals, seeds pooled. "
-        f"Rivals at full cost have the first seed alone, and so has what is held against them. Break-even: from how "
-        f"many sizes on the modular run is cheaper than as good a rival for each.\n\n{table}\n"
+        f"{of_first if has_full and len(seeds) > 1 else ''}Break-even: from how many sizes on the modular run is "
+        f"cheaper than as good a rival for each.\n\n{table}\n"
     )

@@ -94,7 +94,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path(self._world.rank).unlink(missing_ok=True)
-        self._beat()
+        self._write()
         self._thread.start()
         return self
 
@@ -137,8 +137,7 @@ class Watchdog:
     def _watch(self) -> None:
         place, still_s = self._place(), 0.0
         while not self._ended.wait(self._beat_s):
-            with suppress(OSError):  # the file system may be back at the next beat; until then the others hear nothing
-                self._beat()
+            self._beat()
             # counted in beats, not by the clock: when all processes were suspended together nobody is late
             still_s = still_s + self._beat_s if place == self._place() else 0.0
             place = self._place()
@@ -173,8 +172,10 @@ class Watchdog:
     def _leave(self, why: str) -> None:
         """End this process, whose main thread may wait in a collective for ever."""
         self._beat(left=why)
-        print(f"[{self._world.rank}/{self._world.size}] {why}\n{self.report()}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)
+        try:
+            print(f"[{self._world.rank}/{self._world.size}] {why}\n{self.report()}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_LOST)
 
     def _search(self, seconds: float) -> str | None:
         """Look for a lost rank for some time; for when communication has failed already."""
@@ -237,6 +238,11 @@ class Watchdog:
         }
 
     def _beat(self, left: str | None = None) -> None:
+        """Where the file system fails, it may be back at the next beat; until then the others hear nothing."""
+        with suppress(OSError):
+            self._write(left)
+
+    def _write(self, left: str | None = None) -> None:
         self._num_beats += 1
         text = json.dumps({**self._own(), "left": left}).ljust(BEAT_BYTES)
         # in place: a reader on another node sees a file that it opens anew sooner than a name that was replaced; over

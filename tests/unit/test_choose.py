@@ -48,6 +48,12 @@ def test_the_choice(run: RunDir, budget, name):  # noqa: F811
     assert choose.choose(read_rows(run.scores)[0], **budget).name == name
 
 
+def test_all_of_the_teachers_score_fits_whatever_it_is(run: RunDir):  # noqa: F811
+    """100 * 41.0002 / 41.0002 is 99.99999999999999."""
+    rows = [replace(row, scores={**row.scores, "bleu": 41.0002}) for row in read_rows(run.scores)[0]]
+    assert choose.choose(rows, keep=1.0).scores["bleu"] == 41.0002
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -98,6 +98,14 @@ def test_memory_by_hand(t5_large):
     assert memory(t5_large, sharding, 1024, recompute=True).device["activations"] < needs.device["activations"] / 2
 
 
+def test_a_setting_that_is_null_is_deepspeeds_default(tmp_path):
+    config = read_ds_config("zero2_replicated")
+    config["zero_optimization"]["overlap_comm"] = None
+    path = tmp_path / "null.json"
+    path.write_text(json.dumps(config))
+    assert Sharding.of(str(path), 2, 2).num_buckets == 1
+
+
 def test_the_optimizer_copies_gradients_when_there_are_no_activations(t5_large, tmp_path):
     """The larger of both moments counts; on CPUs a pass holds what gloo receives into, too."""
     config = read_ds_config("zero3")

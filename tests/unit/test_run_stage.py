@@ -69,6 +69,14 @@ def test_a_stage_that_saves_nothing_ends_with_the_signal(started, tmp_path, caps
     assert capsys.readouterr().err == "teacher was ended by SIGTERM: run the same command again to continue\n"
 
 
+def test_a_stage_that_was_done_when_the_signal_came_is_told_so(started, tmp_path, capsys):
+    signal_when_ready(tmp_path / "teacher", signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        started(f"import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n{SAVES_NOTHING}")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.startswith("teacher is done, and the run was ended by SIGTERM: ")
+
+
 def test_a_stage_that_the_kernel_kills_is_told(started, capsys):
     with pytest.raises(SystemExit) as ended:
         started("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -289,7 +291,10 @@ def test_the_command_says_what_it_saved(original, german, tmp_path, capsys):
     pipeline_main(["trim", "--model", str(original), "--texts", str(texts), "--out", str(tmp_path / "out")])
     assert "tokens kept" in capsys.readouterr().out
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.vocab_size % 64 == 0
+    os.mkfifo(tmp_path / "pipe")  # as of `--texts <(zcat texts.gz)`
+    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"",), daemon=True).start()
     for model, name, told in (
+        (original, "pipe", "error: --texts hold no text: nothing says which tokens are in use\n"),
         (original, "no.txt", f"error: --texts {tmp_path / 'no.txt'}: no such file\n"),
         (
             tmp_path / "no",

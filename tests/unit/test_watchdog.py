@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from pipeline.training.watchdog import NUM_READ, Watchdog
+from pipeline.training.watchdog import EXIT_LOST, NUM_READ, Watchdog
 from pipeline.world import World
 from tests.patience import wait_until
 
@@ -52,7 +54,7 @@ def test_a_rank_that_has_left_is_found_by_all_within_one_round(tmp_path):
 
 
 def test_a_file_system_that_is_away_for_a_beat_does_not_end_the_watch(tmp_path, monkeypatch):
-    beats, beat = [], Watchdog._beat
+    beats, beat = [], Watchdog._write
 
     def fail_at_the_second(self, left=None):
         beats.append(left)
@@ -60,7 +62,26 @@ def test_a_file_system_that_is_away_for_a_beat_does_not_end_the_watch(tmp_path, 
             raise OSError(errno.ESTALE, "stale")
         beat(self, left)
 
-    monkeypatch.setattr(Watchdog, "_beat", fail_at_the_second)
+    monkeypatch.setattr(Watchdog, "_write", fail_at_the_second)
     with Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), hang_timeout_s=60.0, beat_s=0.01) as watchdog:
         wait_until(lambda: len(beats) > 3)
         assert watchdog._thread.is_alive()
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_file_system_that_stays_away_keeps_no_rank_from_leaving(is_lost, tmp_path, monkeypatch, capsys):
+    left, written = [], []
+
+    def fail_from_the_second(self, left=None):
+        written.append(left)
+        if len(written) > 1:
+            raise OSError(errno.ESTALE, "stale")
+
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(Watchdog, "_write", fail_from_the_second)
+    with Watchdog(tmp_path, World(0, 1, 0, torch.device("cpu")), hang_timeout_s=60.0) as watchdog:
+        if is_lost:
+            watchdog._leave("a collective hangs")
+    assert left == [EXIT_LOST] * is_lost
+    assert ("a collective hangs" in capsys.readouterr().err) is is_lost
+    assert written[-1] == "in good order"
