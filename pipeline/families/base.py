@@ -189,6 +189,8 @@ class Family(Protocol):
     scales_tied_head: ClassVar[bool | None]
     """Whether transformers 5 scales what goes into a head that is the embedding, as transformers 4 does; None where
     neither scales."""
+    takes_made_mask: ClassVar[bool]
+    """Whether the whole model takes a mask [B, 1, 1, S] of the source as it is."""
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         """The layers of one stack."""

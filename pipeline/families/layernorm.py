@@ -142,6 +142,7 @@ class LayerNormFamily:
     computed_weights: ClassVar[tuple[str, ...]] = ()
     ties_by_default: ClassVar[bool] = True
     scales_tied_head: ClassVar[bool | None] = None
+    takes_made_mask: ClassVar[bool] = True
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return cast(nn.ModuleList, model.get_submodule(f"model.{stack}.layers"))

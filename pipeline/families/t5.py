@@ -165,6 +165,7 @@ class T5Family:
     computed_weights: ClassVar[tuple[str, ...]] = ()
     ties_by_default: ClassVar[bool] = True
     scales_tied_head: ClassVar[bool | None] = True
+    takes_made_mask: ClassVar[bool] = True
     norm: ClassVar[type[nn.Module]] = T5LayerNorm
     """Class of the norms."""
 

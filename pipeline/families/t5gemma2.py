@@ -217,6 +217,7 @@ class T5Gemma2Family:
     computed_weights: ClassVar[tuple[str, ...]] = ()
     ties_by_default: ClassVar[bool] = True
     scales_tied_head: ClassVar[bool | None] = None
+    takes_made_mask: ClassVar[bool] = False  # of two texts, which its decoder makes one of
 
     def layers(self, model: nn.Module, stack: str) -> nn.ModuleList:
         return self._stack(model, stack).layers

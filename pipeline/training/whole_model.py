@@ -44,11 +44,22 @@ class TeacherModel(nn.Module):
     def forward(self, batch: MicroBatch) -> TeacherOutputs:
         logits_BTV = self.model(
             input_ids=batch.source_BS,
-            attention_mask=batch.source_mask_BS,
+            attention_mask=source_mask(self.model, batch),
             decoder_input_ids=decoder_inputs(self.model.config, batch.labels_BT),
             use_cache=False,
         ).logits
         return TeacherOutputs(task_loss(at_labels(logits_BTV, batch), batch.labels_N), batch.labels_N)
+
+
+def source_mask(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+    """The mask of the source as transformers would make it, [B, 1, 1, S], or [B, S] where it takes no other.
+
+    It would look for padding, for which the host waits on a GPU, and leave the mask out where there is none: then a
+    batch of the longest texts, with which a run rehearses, takes less memory than those that come.
+    """
+    mask_BS = batch.source_mask_BS
+    takes_made = family_of(model.config.model_type).takes_made_mask
+    return mask_BS[:, None, None, :] if takes_made else mask_BS
 
 
 def at_labels(values_BTV: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -128,7 +139,7 @@ class DistilledModel(nn.Module):
     def forward(self, batch: MicroBatch, objective: HeadObjective) -> DistilledOutputs:
         inputs = {
             "input_ids": batch.source_BS,
-            "attention_mask": batch.source_mask_BS,
+            "attention_mask": source_mask(self.model, batch),
             "decoder_input_ids": decoder_inputs(self.model.config, batch.labels_BT),
             "use_cache": False,
         }

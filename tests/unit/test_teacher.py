@@ -11,6 +11,7 @@ from data_prep.config import DataConfig
 from data_prep.encode import train_sentencepiece
 from pipeline import teacher as teacher_stage
 from pipeline.config.recipe import EvaluateConfig, Recipe, TeacherConfig
+from pipeline.families import decoder_inputs
 from pipeline.model.huggingface import load_model
 from pipeline.rundir.run_dir import RunDir
 from pipeline.rundir.stage import Stage
@@ -50,3 +51,41 @@ def test_texts_longer_than_learned_positions_are_refused(tmp_path):
         teacher_stage._starting_model(recipe, RunDir(tmp_path))
     short = dataclasses.replace(recipe, data=dataclasses.replace(data, max_source_tokens=40))
     assert teacher_stage._starting_model(short, RunDir(tmp_path)).config.encoder_layers == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_computes_what_it_does_with_the_usual_mask(kind):
+    batch = random_batch(0)
+    model = tiny_model(kind).double()
+    sums = [teacher.full_model_task(model).module(batch).task_sum]
+    starts_BT = decoder_inputs(model.config, batch.labels_BT)
+    texts = {"input_ids": batch.source_BS, "attention_mask": batch.source_mask_BS, "decoder_input_ids": starts_BT}
+    logits_BTV = model(**texts, use_cache=False).logits
+    sums.append(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), reduction="sum"))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    of_task, of_plain = (torch.autograd.grad(each, trained, allow_unused=True) for each in sums)
+    torch.testing.assert_close(*sums, check_dtype=False)
+    for mine, plain in zip(of_task, of_plain, strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-3)  # losses and norms are in float32
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "t5gemma2"])
+def test_a_batch_without_padding_takes_the_memory_of_one_with_it(kind):
+    """A run rehearses with such a one."""
+    model = teacher.full_model_task(tiny_model(kind)).module
+    padded = random_batch(0)
+    full = dataclasses.replace(padded, source_mask_BS=torch.ones_like(padded.source_mask_BS))
+    assert not padded.source_mask_BS.all()
+    kept = []
+    for batch in (padded, full):
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = model(batch)
+        kept.append(sum(storages.values()))
+        del outputs
+    assert kept[0] == kept[1]
