@@ -144,6 +144,12 @@ class Batches:
         self._workers = ThreadPoolExecutor(num_workers, "data-worker") if num_workers else None
         self._ahead: dict[tuple[Cursor, int, int], Future[tuple[StepBatch, Cursor]]] = {}
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest source and of the longest target."""
+        index = self._reader.index
+        return int(index["longest_source"].max()), int(index["longest_target"].max())
+
     def step(self, cursor: Cursor, rank: int, world: int) -> tuple[StepBatch, Cursor]:
         """The step at `cursor`: micro-batches m of the global batch with m % world == rank, and the cursor after it."""
         self._check_world(rank, world)

@@ -28,7 +28,7 @@ from pipeline.bench.step_model import (
     with_draws,
 )
 from pipeline.config.cli import parse_recipe, recipe_parser
-from pipeline.footprint.estimate import sizes_of
+from pipeline.footprint.sizes import sizes_of
 from pipeline.model.draws import Sampler
 from pipeline.planning.planned import Planned
 from pipeline.training.engine import join_world

@@ -26,8 +26,9 @@ from pipeline.config.recipe import SAMPLED, DistillConfig, OptimConfig
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.footprint.estimate import Sizes, training_flops, useful_flops
+from pipeline.footprint.estimate import training_flops, useful_flops
 from pipeline.footprint.sharding import read_ds_config
+from pipeline.footprint.sizes import Sizes
 from pipeline.model.draws import Draws, Sampler
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel

@@ -47,8 +47,10 @@ from pipeline.bench.step_model import (
 )
 from pipeline.bench.step_trainer import trainer
 from pipeline.config.recipe import BatchConfig, LoopConfig, LossConfig
-from pipeline.footprint.estimate import Machine, memory, plan, sizes_of
+from pipeline.footprint.estimate import Machine, plan
+from pipeline.footprint.rank_memory import memory
 from pipeline.footprint.sharding import Sharding
+from pipeline.footprint.sizes import sizes_of
 from pipeline.model.huggingface import load_model
 from pipeline.model.losses import LossTerms
 from pipeline.training.engine import join_world

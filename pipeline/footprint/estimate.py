@@ -16,223 +16,22 @@ Per rank, with AdamW:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from pipeline.config import BatchConfig, LoopConfig
+from pipeline.footprint.rank_memory import BYTES_IN_CHECKPOINT, memory
 from pipeline.footprint.sharding import AUTO, Sharding
-from pipeline.spans import STACKS, Assembly, Span, students_of
+from pipeline.footprint.sizes import Sizes, drawn_layers
+from pipeline.spans import Assembly
 from pipeline.world import World
 
 GIB = 2**30
 SHARE_OF_MEMORY = 0.85
 """What `auto` fills of a device at most: the rest is for the allocator and for buffers of libraries."""
-BYTES_IN_CHECKPOINT = 12
-"""Of a trainable parameter: weight and two moments in fp32."""
-LOGIT_CHUNK_BYTES = 2**30
-"""Logits that pipeline/kernels holds at once on a GPU; fewer on a CPU."""
-OVER_SOURCE = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)\.")
-"""Names of the weights that make keys and values of cross-attention, in T5 and BART."""
-OVER_BOTH = re.compile(r"self_attn\.[kv]_proj\.")
-"""Names of those that make them of both texts, in a decoder layer that has none for the source alone: T5Gemma 2's."""
 GPU_CANDIDATES = ("zero2_replicated", "zero3_hpz", "zero3", "zero3_offload")
 CPU_CANDIDATES = ("zero2_cpu", "zero3_cpu")
 """Configurations for GPUs from the least traffic to the least memory."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One layer that is gathered as a whole."""
-
-    stack: str
-    num_parameters: int
-    trained: bool
-    width: int
-    """Features into and out of its linear maps: elements that backward keeps for each token."""
-    num_over_source: int = 0
-    """Of a decoder layer's parameters those that read the encoder's output: keys and values of cross-attention."""
-    num_over_both: int = 0
-    """Of these those that read the decoder's own states, too."""
-
-    def multiplied(self, num_source_tokens: int, num_target_tokens: int) -> int:
-        """Parameters x tokens that they are applied to."""
-        if self.stack == "encoder":
-            return self.num_parameters * num_source_tokens
-        rest = self.num_parameters - self.num_over_source + self.num_over_both
-        return rest * num_target_tokens + self.num_over_source * num_source_tokens
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a module is made of."""
-
-    leaves: tuple[Leaf, ...]
-    rest: tuple[int, ...]
-    """Sizes of the parameters outside leaves: embeddings, position biases, last norms, head."""
-    num_trained_of_rest: int
-    vocabulary: int
-    draws: tuple[Assembly, ...] = ()
-    """Of the replacing phase over modular layers: the dearest that share a micro-batch."""
-
-    @property
-    def num_trained(self) -> int:
-        """P_m."""
-        return sum(leaf.num_parameters for leaf in self.leaves if leaf.trained) + self.num_trained_of_rest
-
-    @property
-    def num_frozen(self) -> int:
-        """P_f."""
-        return sum(leaf.num_parameters for leaf in self.leaves) + sum(self.rest) - self.num_trained
-
-    @property
-    def largest_leaf(self) -> int:
-        return max(leaf.num_parameters for leaf in self.leaves)
-
-    @property
-    def largest_trained_leaf(self) -> int:
-        return max(leaf.num_parameters for leaf in self.leaves if leaf.trained)
-
-    @property
-    def largest_trained(self) -> int:
-        """Of the parameters outside leaves, such as a head, where these are trained; those inside are smaller than any
-        buffer."""
-        return max(self.rest) if self.num_trained_of_rest else 0
-
-
-def sizes_of(module: nn.Module, leaf_classes: Sequence[type[nn.Module]]) -> Sizes:
-    """Count a module; its parameters may be on the meta device or spread over ranks already."""
-    leaves: list[Leaf] = []
-    inside: set[int] = set()
-    modules: dict[str, nn.Module] = dict(module.named_modules())
-    for name in [name for name, each in modules.items() if isinstance(each, tuple(leaf_classes))]:
-        leaf = modules[name]
-        parameters = list(leaf.parameters())
-        inside |= {id(parameter) for parameter in parameters}
-        width = sum(each.in_features + each.out_features for each in leaf.modules() if isinstance(each, nn.Linear))
-        stack = "decoder" if "decoder" in name.split(".") else "encoder"
-        count = sum(map(_num_elements, parameters))
-        over_source = _num_named(leaf, OVER_SOURCE)
-        over_both = _num_named(leaf, OVER_BOTH) if stack == "decoder" and not over_source else 0
-        trained = any(parameter.requires_grad for parameter in parameters)
-        leaves.append(Leaf(stack, count, trained, width, over_source + over_both, over_both))
-    rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
-    largest: Any = max(rest, key=_num_elements)
-    return Sizes(
-        leaves=tuple(leaves),
-        rest=tuple(map(_num_elements, rest)),
-        num_trained_of_rest=sum(_num_elements(each) for each in rest if each.requires_grad),
-        vocabulary=getattr(largest, "ds_shape", largest.shape)[0],
-    )
-
-
-def _num_named(leaf: nn.Module, pattern: re.Pattern[str]) -> int:
-    return sum(_num_elements(each) for name, each in leaf.named_parameters() if pattern.search(name))
-
-
-def _num_elements(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its fullest, by what they are for."""
-
-    device: Mapping[str, float]
-    host: Mapping[str, float]
-    """What offloading and saving beside training keep in the memory of the host of a GPU."""
-
-    @property
-    def device_total(self) -> float:
-        return sum(self.device.values())
-
-    @property
-    def host_total(self) -> float:
-        return sum(self.host.values())
-
-
-def memory(
-    sizes: Sizes, sharding: Sharding, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
-) -> Memory:
-    """Memory of one rank while it trains with AdamW.
-
-    Args:
-        tokens_per_micro_batch: padded source and target tokens of a micro-batch.
-        recompute: activations inside layers are computed again in backward.
-        save_beside: a copy of what a checkpoint holds is written while training goes on.
-    """
-    e, trained = sharding.element_bytes, sizes.num_trained
-    total = sizes.num_frozen + trained
-    share = trained / sharding.num_ranks
-    device: dict[str, float] = {}
-    host: dict[str, float] = {}
-    held, stepped = (
-        (host if sharding.offloads_parameters else device),
-        (host if sharding.offloads_optimizer else device),
-    )
-    held["weights"] = e * (total / sharding.num_ranks if sharding.stage == 3 else total)
-    if sharding.has_hpz:
-        device["weights kept in the node"] = e * total / sharding.ranks_per_node
-    stepped["fp32 weights and moments"] = 12 * share
-    stepped["gradients"] = 4 * share
-    if save_beside:
-        (host if sharding.is_gpu else device)["copy for saving"] = BYTES_IN_CHECKPOINT * share
-    bucket = max(sharding.reduce_bucket, sizes.largest_trained if sharding.stage == 2 else 0)  # see training/engine.py
-    device["reduction buffer"] = e * sharding.num_buckets * min(bucket, max(trained, sizes.largest_trained_leaf))
-    # the optimizer steps with a copy of the gradients, when there are no activations; offloaded, the copy stays
-    copied = {"gradients to step with": 4 * (min(share, sharding.sub_group) if sharding.stage == 3 else share)}
-    passes = _passes(sizes, sharding, tokens_per_micro_batch, recompute=recompute)
-    if sharding.offloads_optimizer:
-        stepped["gradients"] *= 2
-    elif sum(copied.values()) > sum(passes.values()):
-        passes = copied
-    return Memory(device | passes, host)
-
-
-def _passes(sizes: Sizes, sharding: Sharding, tokens_per_micro_batch: int, *, recompute: bool) -> dict[str, float]:
-    """Bytes that forward and backward take for a while."""
-    e = sharding.element_bytes
-    found: dict[str, float] = {}
-    copies = 1 if sharding.is_gpu else 2  # gloo receives into a buffer of its own
-    found["gradients of a layer"] = e * copies * sizes.largest_trained_leaf
-    if sharding.stage == 3:
-        largest = max([sizes.largest_leaf, *sizes.rest])
-        live = min(sharding.max_live + largest, sizes.num_frozen + sizes.num_trained)
-        found["gathered layers"] = e * (live + (copies - 1) * largest)
-    if sharding.keeps_weights and not recompute:
-        # in the local phase of all modular layers, in replacing of those on a path: as much as a teacher's at most for
-        # one draw, and for several of each layer once
-        used = [_kind(sizes, layer).num_parameters for layer in set(students_of(sizes.draws))]
-        found["weights kept for backward"] = e * max(
-            sum(used),
-            *(
-                sum(leaf.num_parameters for leaf in sizes.leaves if leaf.trained is trained)
-                for trained in (True, False)
-            ),
-        )
-    found["activations"] = e * _activations(sizes, tokens_per_micro_batch, recompute=recompute)
-    logits = sizes.vocabulary * tokens_per_micro_batch / 2
-    # a teacher in training holds them whole, with fp32 log-probabilities and gradients; over modular layers the fused
-    # loss makes those of student and teacher in chunks
-    found["logits"] = (e + 12) * logits if sizes.num_trained_of_rest else min(2 * e * logits, LOGIT_CHUNK_BYTES)
-    return found
-
-
-def _activations(sizes: Sizes, num_tokens: int, *, recompute: bool) -> float:
-    """Elements that backward needs. The longest path holds all layers of a kind, several draws those that are computed
-    for them; without recomputation each keeps what goes into and comes out of its linear maps, with it only its input,
-    and one layer at a time the rest."""
-    drawn = drawn_layers(sizes, sizes.draws)
-    kinds = {(leaf.stack, leaf.trained) for leaf in sizes.leaves}
-    paths = [[leaf for leaf in sizes.leaves if (leaf.stack, leaf.trained) == kind] for kind in kinds]
-    paths += [[leaf for leaf in drawn if leaf.stack == stack] for stack in STACKS]
-    widest = max(leaf.width for leaf in sizes.leaves)
-    if recompute:
-        return num_tokens * (max(map(len, paths)) * widest / 8 + widest)
-    return num_tokens * max(sum(leaf.width for leaf in path) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -279,17 +78,6 @@ def useful_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int, d
     teacher = _flops_of_leaves(sizes, tokens, frozen=2, trained=0)
     students = sum((6 if leaf.trained else 4) * leaf.multiplied(*tokens) for leaf in drawn_layers(sizes, draws))
     return teacher + students + (2 + 4 * len(set(draws))) * max(sizes.rest) * num_target_tokens
-
-
-def drawn_layers(sizes: Sizes, draws: Sequence[Assembly]) -> list[Leaf]:
-    """The layers that are computed for the students of draws, each as often as it is."""
-    return [_kind(sizes, layer) for layer in students_of(draws)]
-
-
-def _kind(sizes: Sizes, layer: tuple[str, Span]) -> Leaf:
-    """A layer of the same stack and kind, which are all of one size."""
-    stack, span = layer
-    return next(leaf for leaf in sizes.leaves if (leaf.stack, leaf.trained) == (stack, span.num_layers > 1))
 
 
 def local_flops(sizes: Sizes, num_source_tokens: int, num_target_tokens: int) -> float:

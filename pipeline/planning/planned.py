@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,7 @@ class Planned:
     def teacher_sizes(self) -> Sizes:
         """The teacher while it trains."""
         task = full_model_task(self.model())
-        return sizes_of(task.module, task.leaf_classes)
+        return self._counted(task.module, task.leaf_classes)
 
     @cached_property
     def distill_sizes(self) -> Sizes:
@@ -102,7 +103,7 @@ class Planned:
         model = self.model()
         family = family_of(model.config.model_type)
         modular = ModularModel(model, family, settings.by_stack, settings.init, share_memory=True)
-        sizes = sizes_of(modular, [TeacherLeaf, ModularLeaf])
+        sizes = self._counted(modular, [TeacherLeaf, ModularLeaf])
         if settings.local_steps == settings.optim.num_steps:
             return sizes
         sampler = Sampler(settings, seed=self.recipe.seed, stacks=modular.stacks)
@@ -116,7 +117,12 @@ class Planned:
         task = full_model_task(self.model((assembly.encoder.num_layers, assembly.decoder.num_layers)))
         wrapped: Any = task.module
         module = DistilledModel(wrapped.model, self.model()) if baseline.method == "logit" else task.module
-        return sizes_of(module, task.leaf_classes)
+        return self._counted(module, task.leaf_classes)
+
+    def _counted(self, module: nn.Module, leaf_classes: Sequence[type[nn.Module]]) -> Sizes:
+        data = self.recipe.data
+        longest = data.max_source_tokens, data.max_target_tokens
+        return dataclasses.replace(sizes_of(module, leaf_classes), longest=longest)
 
     def checkpoint_sizes(self) -> ModelSizes:
         """Of the teacher and of every assembly, as folders in fp32."""

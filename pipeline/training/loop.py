@@ -117,7 +117,7 @@ class Trainer:
         if loop.recompute_activations:
             recompute_in_backward(task.layers)
         dearest = task.dearest_draws(optim.num_steps - 1) or ()
-        sizes = replace(sizes_of(task.module, task.leaf_classes), draws=dearest)
+        sizes = replace(sizes_of(task.module, task.leaf_classes), draws=dearest, longest=self.batches.longest)
         ds_config, summary = plan(sizes, Machine.of(world), batch, loop)
         for line in summary:
             logger_of(world).info("%s: %s", stage.name, line)

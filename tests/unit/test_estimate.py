@@ -16,14 +16,14 @@ from pipeline.footprint.estimate import (
     Machine,
     choose_ds_config,
     local_flops,
-    memory,
     plan,
-    sizes_of,
     summary,
     traffic,
     useful_flops,
 )
+from pipeline.footprint.rank_memory import memory
 from pipeline.footprint.sharding import Sharding, read_ds_config
+from pipeline.footprint.sizes import sizes_of
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf
 from pipeline.model.modular import ModularModel
 from pipeline.spans.spans import Assembly

@@ -21,7 +21,8 @@ from pipeline.config.recipe import (
 from pipeline.data import MicroBatch
 from pipeline.distill import modular_task
 from pipeline.families import family_of
-from pipeline.footprint.estimate import GIB, Machine, local_flops, sizes_of, training_flops, useful_flops
+from pipeline.footprint.estimate import GIB, Machine, local_flops, training_flops, useful_flops
+from pipeline.footprint.sizes import sizes_of
 from pipeline.model.leaves import ModularLeaf, TeacherLeaf
 from pipeline.model.losses import GlobalCounts
 from pipeline.model.modular import ModularModel
