@@ -36,7 +36,7 @@ class Memory:
 def memory(
     sizes: Sizes, sharding: Sharding, tokens_per_micro_batch: int, *, recompute: bool, save_beside: bool = False
 ) -> Memory:
-    """Memory of one rank while it trains with AdamW.
+    """Memory of one rank while it trains with AdamW. What dropout keeps is left out.
 
     Args:
         tokens_per_micro_batch: padded source and target tokens of a micro-batch.
