@@ -31,7 +31,7 @@ from pipeline.spans import Assembly, Stacks, pure_tiling
 from pipeline.tokenizer import language_ids, load_tokenizer
 
 LOOKAHEADS = (3, 6, 12)  # tokens that a draft proposes at most
-LOOKUPS = (3, 10)  # the same, of prompt lookup, which copies them from the source
+LOOKUPS = (3, 10)  # the same, of prompt lookup, which copies them from the output so far
 WHOLE_BATCH = 10**9
 ALONE = "teacher alone"
 LOADING = """    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

@@ -61,7 +61,9 @@ def rules_of(model: Any, max_new_tokens: int, num_beams: int) -> Rules:
     take_numbers(config, Path(model.name_or_path))
     start_id = config.decoder_start_token_id
     if start_id is None:
-        start_id = getattr(model.config, "decoder_start_token_id", None) or config.bos_token_id
+        start_id = getattr(model.config, "decoder_start_token_id", None)
+    if start_id is None:
+        start_id = config.bos_token_id
     eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return Rules(
         start_id=int(start_id),

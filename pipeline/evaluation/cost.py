@@ -87,9 +87,17 @@ def costs(
                     raise
                 loaded.pop(name, None)
                 release_memory(device)
-        for measure in (_latencies, _throughputs):
-            for name, each in measure(loaded, sample).items():
-                result[name] |= each
+        try:
+            for measure in (_latencies, _throughputs):
+                for name, each in measure(loaded, sample).items():
+                    result[name] |= each
+        except Exception as error:  # with all of them loaded there is less memory than when each was tried
+            if not is_out_of_memory(error) and not set(may_fail) & loaded.keys():
+                raise
+            for name in loaded:
+                del result[name]
+            groups += [[name] for name in loaded] if len(loaded) > 1 else []
+            release_memory(device)
         del loaded
         gc.collect()
     return result
