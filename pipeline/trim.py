@@ -208,6 +208,9 @@ def read_texts(paths: Sequence[Path], fields: Sequence[str], prefix: str = "") -
     Raises:
         ValueError: a record without one of the fields, or with something else than text in it.
     """
+    from data_prep.sources import Template  # late: what reads texts takes a while
+
+    template = Template("prefix", prefix)
     for path in paths:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
             for line in lines:
@@ -224,7 +227,7 @@ def read_texts(paths: Sequence[Path], fields: Sequence[str], prefix: str = "") -
                     if not isinstance(value, str):
                         text = json.dumps(value)[:40]
                         raise ValueError(f"{path}: field {field!r} of a record is no text but {text}: see --fields")
-                    yield prefix * (field == fields[0]) + value
+                    yield (template.fill(record, str(path)) if field == fields[0] else "") + value
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -138,6 +138,7 @@ def options_of(told: Mapping[str, Any], words: Sequence[str], num_beams: int, ma
     """
     options = {name: told[name] for name in OPTIONS if told.get(name) is not None}
     options |= {"beam_size": num_beams, "max_decoding_length": max_new_tokens}
+    options["max_input_length"] = 0  # all of a source: the engine by itself would cut it at 1,024 tokens
     if num_beams > 1 and told.get("early_stopping") is not True:
         options["patience"] = PATIENCE
     # generate counts the token that the decoder starts with; the engine by itself would allow no empty output
@@ -183,7 +184,7 @@ class Translator:
             forced_bos_ids = [forced] * len(sources)
         prefix = [[self._words[each]] for each in forced_bos_ids] if forced_bos_ids else None
         results = self._model.translate_batch(
-            self._named(sources), target_prefix=prefix, return_end_token=True, max_input_length=0, **options
+            self._named(sources), target_prefix=prefix, return_end_token=True, **options
         )
         outputs: list[list[int]] = [[self._ids[word] for word in result.hypotheses[0]] for result in results]
         if (end := self._told.get("forced_eos_token_id")) is not None:

@@ -64,10 +64,11 @@ ONE_IMPORTER = {  # library -> the file (a package for triton: kernels are one i
     "onnxruntime": "pipeline.engines.onnx",
 }
 
-PIPELINE_MAY_IMPORT = {  # of data_prep: formats, plan and arithmetic, the tokenizer of record, another test part
+PIPELINE_MAY_IMPORT = {  # of data_prep: formats, plan and arithmetic, the tokenizer of record, another test
+    # part, the prefix of a record
     "data_prep.batching", "data_prep.config", "data_prep.hub", "data_prep.languages", "data_prep.partition",
     "data_prep.plan", "data_prep.processes", "data_prep.publish", "data_prep.reader", "data_prep.shards",
-    "data_prep.testpart", "data_prep.tokenizer",
+    "data_prep.sources", "data_prep.testpart", "data_prep.tokenizer",
 }  # fmt: skip
 BENCHES = "pipeline.bench"  # compares with other packages, and looks into all of ours
 DATA_PREP_MAY_NOT_IMPORT = ("pipeline", "torch", "transformers", "deepspeed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -148,6 +149,14 @@ def test_page_is_whole_and_refers_to_nothing_outside(page: str) -> None:
     assert page.count("<script") == page.count('<script>\n"use strict";') == 1, "only our own"
     assert "prefers-color-scheme: dark" in page
     assert all(f"--{name}:" in page for name in SHAPES)
+
+
+def test_page_of_systems_that_were_not_timed(run: RunDir) -> None:
+    """As where a teacher runs out of memory in the batch that costs are measured on."""
+    data = load_report(Recipe(), run)
+    untimed = dataclasses.replace(data, rows=[dataclasses.replace(row, speedup=None) for row in data.rows])
+    assert "faster at batch 1" in render_page(data)
+    assert "faster at batch 1" not in render_page(untimed)
 
 
 def test_page_escapes_every_text(page: str) -> None:

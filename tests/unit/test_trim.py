@@ -277,6 +277,7 @@ def test_texts_are_read_from_fields_and_lines(tmp_path):
     fields = ["translation.en", "translation.de"]
     found = list(read_texts([records, lines], fields, "say: "))
     assert found == ["say: one", "eins", "say: two", "zwei", "drei", "vier"]
+    assert next(read_texts([records], fields, "to {translation.de}: ")) == "to eins: one", "as data.prefix is filled"
     with pytest.raises(ValueError, match="no field 'target'"):
         list(read_texts([records], ["target"]))
     for value in (["b"], None, 3):
