@@ -394,3 +394,7 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys,
         run_export(tmp_path, "--assembly", ASSEMBLIES[0], "--to", to)
     told = f"needs the package {name}, which is not installed: pip install {name}=="
     assert told in capsys.readouterr().err
+
+
+def test_an_engine_is_told_to_read_all_of_a_source():
+    assert ctranslate.options_of({}, [], 1, 5)["max_input_length"] == 0, "by itself it cuts at 1,024 tokens"

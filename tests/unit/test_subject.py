@@ -1,11 +1,15 @@
-"""What a score must be known by."""
+"""What a score must be known by, and which other folders are scored."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+
+import pytest
 
 from pipeline.assemble.systems import System
 from pipeline.config.recipe import EvaluateConfig, Recipe
+from pipeline.evaluation import peers
 from pipeline.evaluation.subject import Subject
 from pipeline.ordinary import save_ordinary
 from pipeline.rundir.run_dir import RunDir
@@ -32,3 +36,16 @@ def test_a_score_names_the_type_that_it_was_decoded_in_where_that_is_not_the_che
     }
     assert "dtype" not in keys["checkpoint"]["decoding"], "scores from before there was a choice still count"
     assert [keys[dtype]["decoding"]["dtype"] for dtype in ("tf32", "bfloat16")] == ["tf32", "bfloat16"]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+def test_a_peers_folder_is_refused_for_what_does_not_pass_by_itself(number, monkeypatch):
+    def fail(text):
+        raise OSError(number, f"{text} cannot be read")
+
+    monkeypatch.setattr(peers, "peer", fail)
+    if number == errno.ESTALE:
+        with pytest.raises(OSError, match="other cannot be read"):
+            peers.read_peers(["other"])
+    else:
+        assert peers.read_peers(["other"]) == ([], [f"[Errno {number}] other cannot be read"])
